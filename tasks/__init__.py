@@ -1,0 +1,1 @@
+"""SeqIO registrations, one module per benchmark; importing a module registers its tasks."""
