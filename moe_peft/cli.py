@@ -1,0 +1,216 @@
+"""The command line: `moe-peft plan | train | eval | infer | export`.
+
+Only argument parsing happens in this module's own imports, so `--help` is instant. A command names
+the gin configurable that is its entry point; everything that configurable takes comes from gin.
+"""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+import sys
+
+import moe_peft
+from moe_peft import errors
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_GIN_HELP = """\
+Settings come from gin files, as in T5X:
+  --gin_file FILE           read FILE; repeat it, a later file wins
+  --gin.NAME=VALUE          set one value; it wins over files (macros: --gin.TRAIN_STEPS=100,
+                            parameters: --gin.mov.num_experts=20)
+  --gin_search_paths A,B    also look for files in these folders
+FILE is looked up in the working directory, in the search paths, then among the files that come with
+the package (models/ methods/ data/ runs/ experiments/), which `moe-peft files` lists.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+      entry_point: the gin configurable that is called without arguments.
+      help: one line.
+      example: complete command lines that work.
+      defaults: gin statements read before any file.
+      folder: the entry point's parameter that names the run's folder, where the resolved
+        configuration is written; None for a command that writes nothing.
+    """
+
+    entry_point: str
+    help: str
+    example: str
+    defaults: tuple[str, ...] = ()
+    folder: str | None = None
+
+
+COMMANDS = {
+    "plan": Command(
+        entry_point="plan",
+        help="show what would be adapted and trained, without weights",
+        example=(
+            "  moe-peft plan --gin_file models/t5_1_1_xl.gin --gin_file methods/mov.gin\n"
+            "  moe-peft plan --gin_file experiments/cldr/mov.gin --json"
+        ),
+        defaults=(
+            "plan.model = %MODEL",
+            "plan.method = %METHOD",
+        ),
+    ),
+    "train": Command(
+        entry_point="train",
+        help="adapt a frozen backbone, or go on where an earlier run stopped",
+        example=(
+            "  moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov\n"
+            "  moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try "
+            "--gin.TRAIN_STEPS=20"
+        ),
+        folder="model_dir",
+    ),
+    "eval": Command(
+        entry_point="evaluate",
+        help="evaluate a trained run, or the bare backbone, over tasks and templates",
+        example=(
+            "  moe-peft eval --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov\n"
+            "  moe-peft eval --gin_file experiments/cldr/frozen.gin --gin.MODEL_DIR=results/frozen"
+        ),
+    ),
+    "infer": Command(
+        entry_point="infer",
+        help="write answers to the lines of a text file",
+        example=(
+            "  moe-peft infer --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
+            "    --gin.INPUTS=questions.txt --gin.OUTPUTS=answers.jsonl"
+        ),
+    ),
+    "export": Command(
+        entry_point="export",
+        help="write the trained parameters of a run as one safetensors file",
+        example=(
+            "  moe-peft export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
+            "    --gin.OUTPUTS=mov.safetensors"
+        ),
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; `--gin.NAME=VALUE` is taken out before it runs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="moe-peft",
+        description="Trains mixtures of tiny adapters on a frozen T5.",
+        epilog=_GIN_HELP + "\nStart with:\n" + COMMANDS["plan"].example,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=moe_peft.__version__)
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help.capitalize() + ".",
+            epilog=_GIN_HELP + "\nExamples:\n" + command.example,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--gin_file", action="append", default=[], metavar="FILE")
+        sub.add_argument("--gin_search_paths", default="", metavar="A,B")
+        if name == "plan":
+            sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    commands.add_parser("files", help="list the gin files that come with the package")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code.
+
+    A mistake in the settings or the surroundings (`errors.UserError`, a file system that refuses)
+    is one line on standard error and code 2. Anything else is our own mistake and keeps its
+    traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    gin_bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
+    arguments = [a for a in arguments if not a.startswith("--gin.")]
+    args = parser().parse_args(arguments)
+    # TensorFlow reads the input; its start-up notes would bury a one-line message.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return _run(args, gin_bindings)
+    except (errors.UserError, OSError) as error:
+        from moe_peft import gin_utils
+
+        print(f"moe-peft {args.command}: {gin_utils.one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"moe-peft {args.command}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
+    from moe_peft import gin_utils
+
+    if args.command == "files":
+        folder = gin_utils.packaged_folder()
+        print("\n".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.gin"))))
+        return 0
+
+    command = COMMANDS[args.command]
+    if not args.gin_file and not gin_bindings:
+        raise errors.UserError(f"no settings given. For example:\n{command.example}")
+    entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
+    if command.folder is not None:
+        _write(command, "config.gin", gin_utils.resolved_text())
+    result = entry_point()
+    if args.command == "plan":
+        from moe_peft.analysis import plan
+
+        plan.show(result, as_json=args.json)
+    if command.folder is not None:
+        _write(command, "operative_config.gin", gin_utils.operative_text())
+    return 0
+
+
+def configure(
+    name: str,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str] = (),
+    gin_search_paths: str = "",
+):
+    """Reads and checks the settings of the command `name`; returns its entry point, to be called.
+
+    Raises:
+      UserError: for the first mistake, before anything is computed.
+    """
+    import gin
+
+    from moe_peft import gin_checks, gin_utils
+
+    command = COMMANDS[name]
+    gin_utils.import_modules(gin_utils.CONFIGURABLE_MODULES)
+    search_paths = [path for path in gin_search_paths.split(",") if path]
+    config = gin_utils.load(gin_files, gin_bindings, search_paths, command.defaults)
+    entry_points = [other.entry_point for other in COMMANDS.values()]
+    gin_checks.check(config, command.entry_point, entry_points, gin_utils.CALLED_BY_LIBRARY)
+    return gin.get_configurable(command.entry_point)
+
+
+def _write(command: Command, file_name: str, text: str) -> None:
+    """Writes `text` into the folder of the run."""
+    import gin
+
+    value = gin.query_parameter(f"{command.entry_point}.{command.folder}")
+    if isinstance(value, gin.config.ConfigurableReference):
+        value = value.scoped_configurable_fn()
+    folder = pathlib.Path(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file_name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

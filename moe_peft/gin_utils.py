@@ -1,0 +1,322 @@
+"""Reads gin files the way T5X does, and turns every mistake into one clear line.
+
+gin itself accepts much that is wrong: a macro nobody reads, a binding of a function the run never
+calls, a string where a number belongs. `load` therefore walks the statements of every file once,
+remembers where each value was written, and `gin_checks` looks at the whole before anything runs.
+
+Files are looked up in the working directory, in `--gin_search_paths`, and in the `gin/` folder that
+comes with the package.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import difflib
+import importlib
+import pathlib
+import re
+from typing import Any
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+import moe_peft
+from moe_peft import errors
+
+# What the commands import, so that gin files need no `import` lines for the library itself.
+CONFIGURABLE_MODULES = (
+    "moe_peft.models.t5",
+    "moe_peft.models.encoder_decoder",
+    "moe_peft.methods",
+    "moe_peft.analysis.plan",
+)
+
+# Configurables that library code calls itself, rather than by a reference from a gin file.
+CALLED_BY_LIBRARY = ()
+
+# A value on the command line that is not a gin value but looks like a name or a path is a string.
+_BARE_STRING = re.compile(r"[A-Za-z~./_][\w./:~@+-]*")
+
+Key = tuple[str, str]  # (scope, full name of the configurable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One `scope/name.parameter = value`, and where it was written.
+
+    A macro is a binding of `gin.macro`'s parameter `value` in the scope of its name.
+    """
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    where: str
+
+    @property
+    def is_macro(self) -> bool:
+        """Whether this is `NAME = value`."""
+        return self.selector == "gin.macro"
+
+    def __str__(self):
+        if self.is_macro:
+            return self.scope
+        short = gin_config._REGISTRY.minimal_selector(self.selector)
+        return f"{self.scope}{'/' if self.scope else ''}{short}.{self.parameter}"
+
+
+@dataclasses.dataclass
+class Config:
+    """All bindings in force, and the earlier states they replaced.
+
+    Attributes:
+      bindings: by (scope, configurable), then by parameter.
+      history: a copy of `bindings` after each file of the command line and after the `--gin.`
+        bindings. A later file may replace a method: what the first method was given is then
+        overridden, not forgotten.
+    """
+
+    bindings: dict[Key, dict[str, Binding]] = dataclasses.field(default_factory=dict)
+    history: list[dict[Key, dict[str, Binding]]] = dataclasses.field(default_factory=list)
+
+    def bind(self, binding: Binding) -> None:
+        """Sets one parameter here and in gin; a later value wins."""
+        gin.bind_parameter((binding.scope, binding.selector, binding.parameter), binding.value)
+        key = (binding.scope, binding.selector)
+        self.bindings.setdefault(key, {})[binding.parameter] = binding
+
+    def keep(self) -> None:
+        """Remembers the present state in `history`."""
+        self.history.append({key: dict(values) for key, values in self.bindings.items()})
+
+    def macro(self, name: str) -> Binding | None:
+        """The binding of a macro, or None where it has no value."""
+        return self.bindings.get((name, "gin.macro"), {}).get("value")
+
+    def all_bindings(self) -> Iterable[Binding]:
+        """Every binding in force."""
+        return (binding for values in self.bindings.values() for binding in values.values())
+
+
+def packaged_folder() -> pathlib.Path:
+    """The gin folder of this installation: inside a wheel, or beside the package in a checkout."""
+    package = pathlib.Path(moe_peft.__file__).parent
+    for folder in (package / "gin", package.parent / "gin"):
+        if (folder / "models").is_dir():
+            return folder
+    raise errors.UserError(f"The gin files are missing beside {package}; reinstall moe-peft-jax.")
+
+
+def search_folders(search_paths: Sequence[str] = ()) -> list[pathlib.Path]:
+    """Where gin files are looked up, in order."""
+    for path in search_paths:
+        if not pathlib.Path(path).is_dir():
+            raise errors.UserError(f"--gin_search_paths: there is no folder {path!r}.")
+    return [pathlib.Path(), *map(pathlib.Path, search_paths), packaged_folder()]
+
+
+def find_file(name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path:
+    """The first `folder/name` that exists, or an error with the nearest names."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    # The working directory may be large, so near names come from the other folders.
+    known = {
+        path.relative_to(folder).as_posix()
+        for folder in folders[1:]
+        for path in folder.rglob("*.gin")
+    }
+    by_basename = [path for path in known if path.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]]
+    close = sorted(by_basename) or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    where = ", ".join(str(folder.absolute()) for folder in folders)
+    raise errors.UserError(f"There is no gin file {name!r}.{hint} Looked in: {where}.")
+
+
+def load(
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    defaults: Sequence[str] = (),
+) -> Config:
+    """Reads files, then bindings such as "TRAIN_STEPS=10", into gin's (cleared) configuration.
+
+    Args:
+      files: names of gin files; a later one wins.
+      bindings: `NAME=VALUE`; they win over files. A bare word or path is taken as a string.
+      search_paths: extra folders to look files up in.
+      defaults: gin statements that come before everything else.
+
+    Raises:
+      UserError: for anything that cannot be read or does not exist, with file and line.
+    """
+    gin.clear_config()
+    config = Config()
+    folders = search_folders(search_paths)
+    _parse("\n".join(defaults), "defaults of the command", config, folders, ())
+    for name in files:
+        _parse_file(name, config, folders, ())
+        config.keep()
+    for binding in bindings:
+        _parse(_quote_bare_string(binding), f"--gin.{binding}", config, folders, ())
+    config.keep()
+    return config
+
+
+def _quote_bare_string(binding: str) -> str:
+    name, equals, value = binding.partition("=")
+    if not equals or not name or not value:
+        raise errors.UserError(f"--gin.{binding}: expected --gin.NAME=VALUE.")
+    try:
+        list(config_parser.ConfigParser(f"x = {value}", gin_config.ParserDelegate()))
+    except (SyntaxError, ValueError):
+        if _BARE_STRING.fullmatch(value):
+            value = repr(value)
+    return f"{name} = {value}"
+
+
+def _parse_file(name, config, folders, including) -> None:
+    path = find_file(name, folders)
+    if path in including:
+        raise errors.UserError(f"{name} includes itself, by way of {including[-1]}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(f"{path} cannot be read: {error}") from error
+    _parse(text, str(path), config, folders, (*including, path))
+
+
+def _parse(text, source, config, folders, including) -> None:
+    """Binds every statement of `text`; `including` are the files being read, outermost first."""
+    line = 0
+    is_file = bool(including)
+    try:
+        for statement in config_parser.ConfigParser(text, gin_config.ParserDelegate()):
+            line = statement.location.line_num
+            where = f"{source}:{line}" if is_file else source
+            if isinstance(statement, config_parser.IncludeStatement):
+                _parse_file(statement.filename, config, folders, including)
+            elif isinstance(statement, config_parser.ImportStatement):
+                _import(statement)
+            elif isinstance(statement, config_parser.BindingStatement):
+                config.bind(_binding(statement, where))
+            else:
+                _configurable(statement.selector)
+    except _Located:
+        raise
+    except SyntaxError as error:
+        where = f"{source}:{error.lineno}" if is_file else source
+        quotes = " Strings need quotes, as in --gin.NAME='\"text\"'." if not is_file else ""
+        # The last line is gin's own; those above are of Python's literal parser.
+        reason = error.msg.strip().splitlines()[-1].strip().rstrip(".")
+        raise _Located(f"{where}: not gin syntax: {reason}.{quotes}") from error
+    except (ValueError, ImportError) as error:
+        # A reference fails while its statement is still being read: then the line is the next one
+        # that says so.
+        where = source
+        if is_file:
+            number = _line_of_reference(text, error, line) or line
+            where = f"{source}:{number}" if number else source
+        raise _Located(f"{where}: {_explain(error)}") from error
+
+
+class _Located(errors.UserError):
+    """An error that already says where it happened."""
+
+
+def _line_of_reference(text: str, error: Exception, after: int) -> int | None:
+    match = re.search(r"No configurable matching reference '(@[\w./]+)", str(error))
+    if not match:
+        return None
+    for number, content in enumerate(text.splitlines(), start=1):
+        if number > after and match[1] in content:
+            return number
+    return None
+
+
+def _import(statement: config_parser.ImportStatement) -> None:
+    # Through gin, which also writes the import into the resolved configuration.
+    try:
+        gin.parse_config(statement.format())
+    except ImportError as error:
+        raise ImportError(f"cannot import {statement.module}: {error.msg}") from error
+
+
+def _binding(statement: config_parser.BindingStatement, where: str) -> Binding:
+    if not statement.arg_name:
+        name = "/".join(filter(None, (statement.scope, statement.selector)))
+        return Binding(name, "gin.macro", "value", statement.value, where)
+    configurable = _configurable(statement.selector)
+    try:
+        gin_config.ParsedBindingKey.parse((statement.scope, statement.selector, statement.arg_name))
+    except ValueError:
+        options = parameters(configurable)
+        raise errors.UserError(
+            f"{statement.selector} has no parameter {statement.arg_name!r}."
+            f"{errors.near(statement.arg_name, options)} It has: {', '.join(options) or 'none'}."
+        ) from None
+    return Binding(
+        statement.scope, configurable.selector, statement.arg_name, statement.value, where
+    )
+
+
+def configurable_names() -> list[str]:
+    """Full and short names of everything registered with gin."""
+    names = [name for name, _ in gin_config._REGISTRY.items() if not name.startswith("gin.")]
+    return sorted({*names, *(name.rsplit(".", 1)[-1] for name in names)})
+
+
+def parameters(configurable: gin_config.Configurable) -> list[str]:
+    """Names of the parameters gin may set."""
+    from moe_peft import gin_checks
+
+    names = list(gin_checks.signature(configurable).parameters)
+    allowed = configurable.allowlist or names
+    denied = configurable.denylist or ()
+    return [name for name in names if name in allowed and name not in denied]
+
+
+def _configurable(selector: str) -> gin_config.Configurable:
+    matches = gin_config._REGISTRY.matching_selectors(selector)
+    if len(matches) > 1:
+        raise errors.UserError(f"{selector!r} is ambiguous: {' or '.join(sorted(matches))}.")
+    if not matches:
+        raise errors.UserError(_unknown(selector))
+    return gin_config._REGISTRY[matches[0]]
+
+
+def _unknown(selector: str) -> str:
+    names = configurable_names()
+    hint = errors.near(selector, names) or errors.near(selector.rsplit(".", 1)[-1], names)
+    imports = "" if hint else " Is an `import` of its module missing in the gin file?"
+    return f"nothing named {selector!r} can be configured.{hint}{imports}"
+
+
+def _explain(error: Exception) -> str:
+    """gin's message in our words; anything else as it is, on one line."""
+    match = re.search(r"No configurable matching reference '@([\w./]+)", str(error))
+    if match:
+        return _unknown(match[1].rsplit("/", 1)[-1])
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without gin's call chain and without line breaks."""
+    text = str(error).split("\n  In call to configurable", 1)[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def resolved_text() -> str:
+    """The whole configuration, macros and imports included, as a gin file that can be run again."""
+    return gin.config_str(max_line_length=100)
+
+
+def operative_text() -> str:
+    """What was really used so far, defaults included, as a gin file."""
+    return gin.operative_config_str(max_line_length=100)
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Imports modules so that what they register can be named in gin files."""
+    for name in names:
+        importlib.import_module(name)
