@@ -1,0 +1,87 @@
+"""Pre-training text: CLDR facts as lines, and their denoising.
+
+A line states facts of one or two items, `German month March = März` or `de month March = März; May = Mai`, for any function and any
+locale, held-out ones included: the backbone may read the data, never the instructions.
+Each line becomes one example, in one of two ways:
+
+* span corruption (Raffel et al. 2020, section 3.1.4), the spans being fields of the line: a value, an item, a locale, a
+  function. Inputs hold a sentinel per span; targets list each sentinel and the text it hides.
+* prefix (the LM adaptation of Lester et al. 2021, section 3.2, at this scale): the line is cut before its last value.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import re
+
+import numpy as np
+
+from moe_peft.data.cldr import functions, suite
+
+# Sentinels as the text `<extra_id_0>` would be twelve bytes; private-use characters stand for them until tokenisation.
+SENTINELS = "\ue000\ue001\ue002\ue003"
+PREFIX_RATE = 0.5
+TWO_ITEMS_RATE = 0.3
+VALUE_RATE = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One denoising example; `kind` is "span" or "prefix"."""
+
+    kind: str
+    inputs: str
+    targets: str
+
+
+def line_fields(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """A line as (kind, text) pieces whose texts joined are the line."""
+    function = functions.FUNCTIONS[str(rng.choice(list(functions.FUNCTIONS)))]
+    locale = str(rng.choice(list(suite.LOCALES)))
+    named = suite.LOCALES[locale] if rng.random() < 0.5 else locale
+    items = [function.sample(rng) for _ in range(1 + (rng.random() < TWO_ITEMS_RATE))]
+    fields = [("locale", named), ("", " "), ("function", function.name)]
+    if rng.random() < 0.5:
+        fields.reverse()
+    fields.append(("", " "))
+    for index, item in enumerate(dict.fromkeys(items)):
+        if index:
+            fields.append(("", "; "))
+        fields += [("item", item), ("", " = "), ("value", function.value(item, locale))]
+    return fields
+
+
+def denoise(fields: list[tuple[str, str]], rng: np.random.Generator) -> Row:
+    """Corrupts a line."""
+    values = [index for index, (kind, _) in enumerate(fields) if kind == "value"]
+    if rng.random() < PREFIX_RATE:
+        cut = values[-1]
+        # The space goes with the prefix: the target starts with the value, as a task's does.
+        return Row("prefix", "".join(text for _, text in fields[:cut]), fields[cut][1])
+    others = [index for index, (kind, _) in enumerate(fields) if kind and kind != "value"]
+    hidden = {index for index in values if rng.random() < VALUE_RATE}
+    if not hidden or rng.random() < 0.3:
+        hidden.add(int(rng.choice(others)))
+    inputs, targets, sentinels = [], [], iter(SENTINELS)
+    for index, (_, text) in enumerate(fields):
+        if index not in hidden:
+            inputs.append(text)
+            continue
+        sentinel = next(sentinels)
+        inputs.append(sentinel)
+        targets.append(sentinel + text)
+    return Row("span", "".join(inputs), "".join(targets))
+
+
+def restore(row: Row) -> str:
+    """The line a row was made from."""
+    if row.kind == "prefix":
+        return row.inputs + row.targets
+    hidden = {text[0]: text[1:] for text in re.findall(f"[{SENTINELS}][^{SENTINELS}]*", row.targets)}
+    return "".join(hidden.get(character, character) for character in row.inputs)
+
+
+def rows(seed: int, count: int) -> Iterator[Row]:
+    """`count` rows, a pure function of `seed`."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield denoise(line_fields(rng), rng)

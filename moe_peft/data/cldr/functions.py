@@ -1,0 +1,231 @@
+"""What each function of the suite asks, item by item, and what CLDR answers.
+
+An item is a short English or language-neutral string ("March", "1234.5", "in 3 days"); its value is the text CLDR gives for it
+in a locale. Closed functions (names) have a short fixed list of items; open functions (formats) draw theirs. Spaces of any
+width become a plain space, and nothing else is changed, so values are CLDR's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import datetime
+import functools
+
+import babel
+from babel import dates, lists, localedata, numbers, units
+import numpy as np
+
+POOL_SIZE = 60  # items of an open function that become examples
+POOL_SEED = 20240305
+
+MONTHS = (
+    "January February March April May June July August September October November December"
+).split()
+WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+TERRITORIES = "DE FR IT ES PT SE NO DK FI PL HU GR TR JP CN IN BR EG CU MX".split()
+LANGUAGES = "de fr it es pt sv da fi pl hu el tr ja zh hi ar".split()
+CURRENCIES = "EUR USD GBP JPY CHF".split()
+UNITS = (
+    "mass-kilogram mass-gram length-kilometer length-meter length-centimeter volume-liter "
+    "duration-minute area-hectare"
+).split()
+PERIODS = {"hour": 3600, "day": 86400, "week": 604800, "month": 2592000, "year": 31536000}
+NAMES = "Ana Ben Eva Max Leo Mia Tom Ida Lea Jan Kim Zoe".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One function: its items and its answer.
+
+    Attributes:
+      name: short name, a part of task names.
+      value: (item, locale code) to CLDR's text.
+      items: every item of a closed function; empty for an open one.
+      draw: draws one item of an open function; None for a closed one.
+    """
+
+    name: str
+    value: Callable[[str, str], str]
+    items: tuple[str, ...] = ()
+    draw: Callable[[np.random.Generator], str] | None = None
+
+    def pool(self) -> tuple[str, ...]:
+        """The items that become task examples: the same in every locale and on every machine."""
+        if self.draw is None:
+            return self.items
+        rng = np.random.default_rng([POOL_SEED, *self.name.encode()])
+        found: dict[str, None] = {}
+        while len(found) < POOL_SIZE:
+            found[self.draw(rng)] = None
+        return tuple(found)
+
+    def sample(self, rng: np.random.Generator) -> str:
+        """One item, closed or open, for pre-training text."""
+        if self.draw is None:
+            return self.items[rng.integers(len(self.items))]
+        return self.draw(rng)
+
+
+def _plain(text: str) -> str:
+    """Replaces no-break and narrow spaces by a space and drops direction marks."""
+    return " ".join(text.translate({0x200E: None, 0x200F: None}).split())
+
+
+@functools.cache
+def _names(kind: str, locale: str) -> dict[int, str]:
+    """Nominative month or weekday names.
+
+    Read from the raw tables: babel resolves the stand-alone alias inside a table that locales share, so after the first
+    locale every other one would get its names.
+    """
+    tables = localedata.load(locale)[kind]
+    alone = tables["stand-alone"]["wide"]
+    own = alone[1] if isinstance(alone, tuple) else alone if isinstance(alone, dict) else {}
+    return {**tables["format"]["wide"], **own}
+
+
+def _month(item: str, locale: str) -> str:
+    return _names("months", locale)[MONTHS.index(item) + 1]
+
+
+def _weekday(item: str, locale: str) -> str:
+    return _names("days", locale)[WEEKDAYS.index(item)]
+
+
+@functools.cache
+def _english(kind: str) -> dict[str, str]:
+    """English display name to code, for territories or languages."""
+    names = getattr(babel.Locale.parse("en"), kind)
+    codes = TERRITORIES if kind == "territories" else LANGUAGES
+    return {names[code]: code for code in codes}
+
+
+@functools.cache
+def _display(kind: str, locale: str) -> dict[str, str]:
+    return dict(getattr(babel.Locale.parse(locale), kind))
+
+
+def _country(item: str, locale: str) -> str:
+    return _display("territories", locale)[_english("territories")[item]]
+
+
+def _language(item: str, locale: str) -> str:
+    return _display("languages", locale)[_english("languages")[item]]
+
+
+def _draw_number(rng: np.random.Generator) -> str:
+    digits = int(rng.integers(3, 8))
+    whole = int(rng.integers(10 ** (digits - 1), 10**digits))
+    decimals = int(rng.integers(0, 3))
+    return f"{whole}.{rng.integers(1, 10**decimals)}" if decimals else str(whole)
+
+
+def _number(item: str, locale: str) -> str:
+    return numbers.format_decimal(_decimal(item), locale=locale)
+
+
+def _decimal(item: str):
+    return numbers.decimal.Decimal(item)
+
+
+def _draw_percent(rng: np.random.Generator) -> str:
+    return f"{rng.integers(1, 10 ** int(rng.integers(1, 5)))}%"
+
+
+def _percent(item: str, locale: str) -> str:
+    return numbers.format_percent(_decimal(item[:-1]) / 100, locale=locale)
+
+
+def _draw_currency(rng: np.random.Generator) -> str:
+    code = CURRENCIES[rng.integers(len(CURRENCIES))]
+    return f"{code} {rng.integers(1, 10 ** int(rng.integers(1, 6)))}"
+
+
+def _currency(item: str, locale: str) -> str:
+    code, amount = item.split()
+    return numbers.format_currency(_decimal(amount), code, locale=locale)
+
+
+def _draw_date(rng: np.random.Generator) -> str:
+    first = datetime.date(1990, 1, 1)
+    return str(first + datetime.timedelta(days=int(rng.integers(0, 365 * 40))))
+
+
+def _date(item: str, locale: str) -> str:
+    return dates.format_date(datetime.date.fromisoformat(item), "short", locale=locale)
+
+
+def _draw_day(rng: np.random.Generator) -> str:
+    return f"{MONTHS[rng.integers(12)]} {rng.integers(1, 29)}"
+
+
+def _day(item: str, locale: str) -> str:
+    month, day = item.split()
+    date = datetime.date(2024, MONTHS.index(month) + 1, int(day))
+    return dates.format_skeleton("MMMMd", date, locale=locale)
+
+
+@functools.cache
+def _english_units() -> dict[str, str]:
+    plural = {units.format_unit(2, unit, locale="en").split()[1]: unit for unit in UNITS}
+    return {**plural, **{units.format_unit(1, u, locale="en").split()[1]: u for u in UNITS}}
+
+
+def _draw_unit(rng: np.random.Generator) -> str:
+    unit = UNITS[rng.integers(len(UNITS))]
+    return units.format_unit(int(rng.integers(1, 25)), unit, locale="en")
+
+
+def _unit(item: str, locale: str) -> str:
+    amount, unit = item.split()
+    return units.format_unit(int(amount), _english_units()[unit], locale=locale)
+
+
+def _draw_relative(rng: np.random.Generator) -> str:
+    period = tuple(PERIODS)[rng.integers(len(PERIODS))]
+    return _span(int(rng.integers(1, 25)) * int(rng.choice((-1, 1))), period, "en")
+
+
+def _span(amount: int, period: str, locale: str) -> str:
+    """`amount` periods from now (negative: ago) in words."""
+    delta = datetime.timedelta(seconds=amount * PERIODS[period])
+    # A threshold above every amount makes babel stop at the granularity asked for.
+    return dates.format_timedelta(
+        delta, granularity=period, threshold=1e9, add_direction=True, locale=locale
+    )
+
+
+def _relative(item: str, locale: str) -> str:
+    words = item.split()
+    amount, period = (words[1], words[2]) if words[0] == "in" else (f"-{words[0]}", words[1])
+    return _span(int(amount), period.removesuffix("s"), locale)
+
+
+def _draw_list(rng: np.random.Generator) -> str:
+    return " + ".join(rng.choice(NAMES, size=int(rng.integers(2, 5)), replace=False))
+
+
+def _list(item: str, locale: str) -> str:
+    return lists.format_list(item.split(" + "), locale=locale)
+
+
+def _make(name, value, items=(), draw=None) -> Function:
+    return Function(name, lambda item, locale: _plain(value(item, locale)), tuple(items), draw)
+
+
+FUNCTIONS = {
+    function.name: function
+    for function in (
+        _make("month", _month, MONTHS),
+        _make("weekday", _weekday, WEEKDAYS),
+        _make("country", _country, _english("territories")),
+        _make("language", _language, _english("languages")),
+        _make("number", _number, draw=_draw_number),
+        _make("percent", _percent, draw=_draw_percent),
+        _make("currency", _currency, draw=_draw_currency),
+        _make("date", _date, draw=_draw_date),
+        _make("day", _day, draw=_draw_day),
+        _make("unit", _unit, draw=_draw_unit),
+        _make("relative", _relative, draw=_draw_relative),
+        _make("list", _list, draw=_draw_list),
+    )
+}

@@ -1,0 +1,127 @@
+"""The suite as data: locales, tasks, and which of them train.
+
+A task is a (function, locale) pair. Three groups, disjoint as tasks:
+
+* training combinations: examples split by item into train and validation;
+* held-out combinations (zero-shot): function and locale are both trained, never together;
+* held-out locales (few-shot): every function in locales no training task uses.
+
+Within a task, items are ordered by the SHA-256 of "function|locale|item"; the first fifth is validation, the rest train.
+"""
+
+import dataclasses
+import hashlib
+
+from moe_peft.data.cldr import functions, templates
+
+# Locale code to the English name prompts use. Order matters to `held_out`.
+TRAINING_LOCALES = {
+    "af": "Afrikaans",
+    "ca": "Catalan",
+    "cs": "Czech",
+    "da": "Danish",
+    "de": "German",
+    "es": "Spanish",
+    "et": "Estonian",
+    "eu": "Basque",
+    "fi": "Finnish",
+    "fr": "French",
+    "hr": "Croatian",
+    "hu": "Hungarian",
+    "id": "Indonesian",
+    "is": "Icelandic",
+    "it": "Italian",
+    "lt": "Lithuanian",
+    "lv": "Latvian",
+    "nb": "Norwegian",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
+    "sl": "Slovenian",
+    "sv": "Swedish",
+    "tr": "Turkish",
+}
+FEWSHOT_LOCALES = {"gl": "Galician", "ms": "Malay", "sk": "Slovak", "sq": "Albanian"}
+LOCALES = {**TRAINING_LOCALES, **FEWSHOT_LOCALES}
+
+VALIDATION_FRACTION = 5  # one item in five
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Task:
+    """One (function, locale) pair."""
+
+    function: str
+    locale: str
+
+    @property
+    def name(self) -> str:
+        """SeqIO name, `cldr_<function>_<locale>`."""
+        return f"cldr_{self.function}_{self.locale}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One instruction with its answer."""
+
+    task: Task
+    item: str
+    template_id: int
+    inputs: str
+    targets: str
+
+
+def held_out(function: str, locale: str) -> bool:
+    """Whether a training locale's pair is kept for zero-shot: a fifth of each function's locales.
+
+    A Latin square, so every function and every locale trains on four fifths of its pairs.
+    """
+    row = tuple(functions.FUNCTIONS).index(function)
+    column = tuple(TRAINING_LOCALES).index(locale)
+    return (row + 2 * column) % 5 == 0
+
+
+def tasks(group: str) -> tuple[Task, ...]:
+    """Tasks of a group: "train", "heldout" or "fewshot", in a fixed order."""
+    pairs = [
+        Task(function, locale)
+        for function in functions.FUNCTIONS
+        for locale in (FEWSHOT_LOCALES if group == "fewshot" else TRAINING_LOCALES)
+    ]
+    if group == "fewshot":
+        return tuple(pairs)
+    wanted = {"train": False, "heldout": True}[group]
+    return tuple(task for task in pairs if held_out(task.function, task.locale) is wanted)
+
+
+def split_items(task: Task) -> dict[str, tuple[str, ...]]:
+    """Items of each split. A held-out combination has no training items."""
+    pool = functions.FUNCTIONS[task.function].pool()
+    ordered = sorted(pool, key=lambda item: _digest(task, item))
+    cut = max(2, round(len(pool) / VALIDATION_FRACTION))
+    if task.locale in TRAINING_LOCALES and held_out(task.function, task.locale):
+        return {"validation": tuple(ordered)}
+    return {"train": tuple(ordered[cut:]), "validation": tuple(ordered[:cut])}
+
+
+def _digest(task: Task, item: str) -> bytes:
+    return hashlib.sha256(f"{task.function}|{task.locale}|{item}".encode()).digest()
+
+
+def examples(task: Task, split: str) -> list[Example]:
+    """Every item of a split under every template, items outermost."""
+    value = functions.FUNCTIONS[task.function].value
+    rows = []
+    for item in split_items(task).get(split, ()):
+        target = value(item, task.locale)
+        for template_id in range(templates.NUM_TEMPLATES):
+            text = templates.render(
+                task.function,
+                template_id,
+                item=item,
+                language=LOCALES[task.locale],
+                code=task.locale,
+            )
+            rows.append(Example(task, item, template_id, text, target))
+    return rows
