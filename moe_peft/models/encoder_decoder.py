@@ -1,0 +1,165 @@
+"""An encoder-decoder with a loss, predictions and scores: what training and evaluation talk to."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from moe_peft import errors, patching, routing
+from moe_peft import methods as methods_lib
+from moe_peft.models import losses
+
+Batch = losses.Batch
+LossConfig = losses.LossConfig
+summarize = losses.summarize
+
+_REQUIRED = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+_PACKING = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
+_FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder:
+    """A (patched) T5-like module together with its objective.
+
+    Every method is a pure function of its arguments and may be jitted. `params` is the whole
+    parameter tree, frozen and trainable merged.
+
+    Attributes:
+      module: a linen module with T5X's `__call__`, `encode` and `decode`, patched or not.
+      loss_config: how token losses become the objective.
+      method: gives router losses their weights; without it they do not count.
+
+    Example (a batch is a dictionary with T5X's feature names):
+      model = EncoderDecoder(method.patch(t5.Transformer(config)), LossConfig(), method)
+      params = model.init(jax.random.key(0), jax.tree.map(jnp.shape, batch))
+      objective, metrics = model.loss(params, batch)
+    """
+
+    module: patching.Patched | nn.Module
+    loss_config: LossConfig = LossConfig()
+    method: methods_lib.Method | None = None
+
+    def init_variables(self, rng: Array, batch_shapes: Mapping[str, Any]) -> PyTree:
+        """Fresh {"params", "params_axes"}; under `jax.eval_shape` nothing is computed.
+
+        `batch_shapes`: feature name to a shape tuple, or to anything with a `.shape`.
+        """
+        batch = {
+            name: jnp.ones(
+                getattr(value, "shape", value),
+                jnp.float32 if name in _FLOAT_FEATURES else jnp.int32,
+            )
+            for name, value in batch_shapes.items()
+        }
+        tokens, packing = _features(batch)
+        variables = self.module.init(
+            rng, *tokens, **packing, enable_dropout=False, **self._routing(batch)
+        )
+        return {k: v for k, v in variables.items() if k in ("params", "params_axes")}
+
+    def init(self, rng: Array, batch_shapes: Mapping[str, Any]) -> PyTree:
+        """Fresh parameters; see `init_variables`."""
+        return self.init_variables(rng, batch_shapes)["params"]
+
+    def logits(self, params: PyTree, batch: Batch) -> Float[Array, "b t v"]:
+        """Teacher-forced logits without dropout, in float32."""
+        return self._forward(params, batch, None)[0]
+
+    def loss(
+        self, params: PyTree, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Float[Array, ""], losses.Sums]:
+        """(objective, metric means); see `loss_sums` and `losses.summarize`."""
+        loss_sum, normalizer, sums = self.loss_sums(params, batch, dropout_rng)
+        objective = loss_sum / jnp.maximum(normalizer, 1e-9)
+        return objective, losses.summarize(sums, normalizer)
+
+    def loss_sums(
+        self, params: PyTree, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, ""], losses.Sums]:
+        """(loss sum, normalizer, metric sums), to be added over micro-batches, then divided.
+
+        The normalizer depends on the batch only. For the token losses K micro-batches are exactly
+        one batch. A router loss is a mean over the tokens of one forward pass (and over routers);
+        it enters as weight * normalizer * that mean, so that after the division micro-batches
+        count by their normalizers. A load-balancing loss is not linear in the batch: that of K
+        micro-batches is the mean of theirs, as in data-parallel training elsewhere.
+
+        Dropout and stochastic routing happen when `dropout_rng` is given.
+        """
+        logits, router_losses = self._forward(params, batch, dropout_rng)
+        loss_sum, normalizer, sums = losses.loss_sums(self.loss_config, logits, batch)
+        for name, weight in self._router_weights().items():
+            if name in router_losses:
+                weighted_mean = normalizer * router_losses[name]
+                loss_sum = loss_sum + weight * weighted_mean
+                sums[f"router/{name}"] = weighted_mean
+            elif weight:
+                raise errors.UserError(
+                    f"Method {self.method.name!r} weighs the router loss {name!r} by {weight}, but "
+                    f"no router reports it (reported: {', '.join(router_losses) or 'none'})."
+                )
+        return loss_sum, normalizer, sums
+
+    def _router_weights(self) -> dict[str, float]:
+        if self.method is None:
+            return {}
+        return {
+            "load_balancing": self.method.load_balancing_weight,
+            "z": self.method.z_weight,
+        }
+
+    def _forward(
+        self, params: PyTree, batch: Batch, dropout_rng: Array | None
+    ) -> tuple[Float[Array, "b t v"], dict[str, Float[Array, ""]]]:
+        """Teacher-forced logits and the mean of each kind of router loss."""
+        tokens, packing = _features(batch)
+        rngs = None
+        if dropout_rng is not None:
+            rngs = dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
+        logits, collected = self.module.apply(
+            {"params": params},
+            *tokens,
+            **packing,
+            enable_dropout=dropout_rng is not None,
+            rngs=rngs,
+            mutable=["router_losses"],
+            **self._routing(batch),
+        )
+        return logits.astype(jnp.float32), _mean_by_name(collected.get("router_losses", {}))
+
+    def _routing(self, batch: Batch) -> dict[str, routing.RoutingContext]:
+        """The keyword argument that tells a patched module what its routers may look at."""
+        if not isinstance(self.module, patching.Patched):
+            return {}
+        context = routing.RoutingContext(
+            task_ids=batch.get("task_ids"),
+            sentence_embeddings=batch.get("sentence_embeddings"),
+            encoder_mask=batch["encoder_input_tokens"] > 0,
+            decoder_mask=batch["decoder_target_tokens"] > 0,
+        )
+        return {"routing": context}
+
+
+def _features(batch: Batch) -> tuple[list[Array], dict[str, Array]]:
+    """(the three token arrays in calling order, packing features by keyword)."""
+    missing = [name for name in _REQUIRED if name not in batch]
+    if missing:
+        raise errors.UserError(
+            f"The batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch)) or 'nothing'}."
+        )
+    packing = {name: batch[name] for name in _PACKING if name in batch}
+    return [batch[name] for name in _REQUIRED], packing
+
+
+def _mean_by_name(collected: PyTree) -> dict[str, Float[Array, ""]]:
+    """Mean over all routers (and scanned layers) of the values sown under each name."""
+    values: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collected):
+        name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
+        values.setdefault(name, []).append(jnp.ravel(leaf))
+    return {name: jnp.mean(jnp.concatenate(leaves)) for name, leaves in values.items()}
