@@ -12,12 +12,12 @@ import dataclasses
 
 from flax import linen as nn
 from flax.linen import partitioning
+import gin
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-import gin
 from moe_peft import errors
 from moe_peft.models import attention, layers
 
