@@ -1,0 +1,91 @@
+"""Every size file builds the network whose parameter count is known."""
+
+import math
+import pathlib
+
+import gin
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_peft import models
+
+GIN_MODELS = pathlib.Path(__file__).parents[2] / "gin" / "models"
+
+# T5 1.1: embedding and output layer untied, 32128 rows each. T5 1.0: one tied table; the totals are
+# those of the released checkpoints (60.5M, 222.9M, 737.7M, 2.85B, 11.3B).
+NUM_PARAMETERS = {
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+    "t5_1_1_xxl": 11_135_332_352,
+    "t5_1_0_small": 60_506_624,
+    "t5_1_0_base": 222_903_552,
+    "t5_1_0_large": 737_668_096,
+    "t5_1_0_xl": 2_851_598_336,
+    "t5_1_0_xxl": 11_307_321_344,
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+    yield
+    gin.clear_config()
+
+
+def build(name, *bindings):
+    gin.parse_config_files_and_bindings([str(GIN_MODELS / f"{name}.gin")], list(bindings))
+    return gin.query_parameter("%MODEL").scoped_configurable_fn()
+
+
+def count_parameters(module):
+    tokens = jnp.ones((1, 4), jnp.int32)
+    variables = jax.eval_shape(
+        lambda rng: module.init(rng, tokens, tokens, tokens, enable_dropout=False),
+        jax.random.key(0),
+    )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_number_of_parameters(name):
+    module = build(name)
+    assert isinstance(module, models.Transformer)
+    assert count_parameters(module) == NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_small", "t5_1_0_xl"])
+def test_scanned_has_a_position_bias_in_every_layer(name):
+    module = build(name, "T5Config.scan_layers = True")
+    cfg = module.config
+    num_more = 32 * cfg.num_heads * (cfg.num_encoder_layers + cfg.num_decoder_layers - 2)
+    assert count_parameters(module) == NUM_PARAMETERS[name] + num_more
+
+
+def test_every_file_is_counted_and_sets_no_learning_rate():
+    names = {path.stem for path in GIN_MODELS.glob("t5_*.gin")}
+    assert names == set(NUM_PARAMETERS)
+    for path in GIN_MODELS.glob("*.gin"):
+        assert "learning_rate" not in path.read_text()
+
+
+def test_tiny_initialises():
+    assert count_parameters(build("tiny")) < 100_000
+
+
+def test_wrong_values_are_explained():
+    with pytest.raises(ValueError, match=r"emb_dim is 0; expected a whole number"):
+        build("tiny", "T5Config.emb_dim = 0")
+    gin.clear_config()
+    with pytest.raises(ValueError, match=r"'gleu'.*Did you mean 'gelu'"):
+        build("tiny", "T5Config.mlp_activations = ('gleu', 'linear')")
+    gin.clear_config()
+    with pytest.raises(ValueError, match=r"dtype is 'float16'.*float32, bfloat16"):
+        build("tiny", "T5Config.dtype = 'float16'")
+    gin.clear_config()
+    with pytest.raises(ValueError, match=r"remat_policy is 'fulll'.*Did you mean 'full'"):
+        build("tiny", "T5Config.remat_policy = 'fulll'")
+    gin.clear_config()
+    with pytest.raises(ValueError, match=r"dropout_rate is 1.0"):
+        build("tiny", "T5Config.dropout_rate = 1.0")
