@@ -57,8 +57,10 @@ COMMANDS = {
             "  moe-peft plan --gin_file experiments/cldr/mov.gin --json"
         ),
         defaults=(
+            "NOMINAL_SIZE = None",
             "plan.model = %MODEL",
             "plan.method = %METHOD",
+            "plan.nominal_size = %NOMINAL_SIZE",
         ),
     ),
     "train": Command(
