@@ -17,8 +17,11 @@ import numpy as np
 
 from moe_peft.data.cldr import functions, suite
 
-# Sentinels as the text `<extra_id_0>` would be twelve bytes; private-use characters stand for them until tokenisation.
+# A sentinel is one character of a private-use area in a row, and one byte UTF-8 never uses once encoded.
 SENTINELS = "\ue000\ue001\ue002\ue003"
+SENTINEL_BYTE = 0xF8
+MAX_INPUT_BYTES = 63  # with the end mark, 64 tokens
+MAX_TARGET_BYTES = 39
 PREFIX_RATE = 0.5
 TWO_ITEMS_RATE = 0.3
 VALUE_RATE = 0.7
@@ -76,12 +79,28 @@ def restore(row: Row) -> str:
     """The line a row was made from."""
     if row.kind == "prefix":
         return row.inputs + row.targets
-    hidden = {text[0]: text[1:] for text in re.findall(f"[{SENTINELS}][^{SENTINELS}]*", row.targets)}
+    hidden = {
+        text[0]: text[1:] for text in re.findall(f"[{SENTINELS}][^{SENTINELS}]*", row.targets)
+    }
     return "".join(hidden.get(character, character) for character in row.inputs)
 
 
 def rows(seed: int, count: int) -> Iterator[Row]:
     """`count` rows, a pure function of `seed`."""
     rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield denoise(line_fields(rng), rng)
+    while count:
+        row = denoise(line_fields(rng), rng)
+        if (
+            len(encode(row.inputs)) <= MAX_INPUT_BYTES
+            and len(encode(row.targets)) <= MAX_TARGET_BYTES
+        ):
+            yield row
+            count -= 1
+
+
+def encode(text: str) -> bytes:
+    """UTF-8, with sentinels as single bytes from `SENTINEL_BYTE` up."""
+    encoded = text.encode()
+    for index, sentinel in enumerate(SENTINELS):
+        encoded = encoded.replace(sentinel.encode(), bytes([SENTINEL_BYTE + index]))
+    return encoded

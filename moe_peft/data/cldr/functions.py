@@ -17,19 +17,74 @@ import numpy as np
 POOL_SIZE = 60  # items of an open function that become examples
 POOL_SEED = 20240305
 
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-TERRITORIES = "DE FR IT ES PT SE NO DK FI PL HU GR TR JP CN IN BR EG CU MX".split()
-LANGUAGES = "de fr it es pt sv da fi pl hu el tr ja zh hi ar".split()
-CURRENCIES = "EUR USD GBP JPY CHF".split()
-UNITS = (
-    "mass-kilogram mass-gram length-kilometer length-meter length-centimeter volume-liter "
-    "duration-minute area-hectare"
-).split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+TERRITORIES = [
+    "DE",
+    "FR",
+    "IT",
+    "ES",
+    "PT",
+    "SE",
+    "NO",
+    "DK",
+    "FI",
+    "PL",
+    "HU",
+    "GR",
+    "TR",
+    "JP",
+    "CN",
+    "IN",
+    "BR",
+    "EG",
+    "CU",
+    "MX",
+]
+LANGUAGES = [
+    "de",
+    "fr",
+    "it",
+    "es",
+    "pt",
+    "sv",
+    "da",
+    "fi",
+    "pl",
+    "hu",
+    "el",
+    "tr",
+    "ja",
+    "zh",
+    "hi",
+    "ar",
+]
+CURRENCIES = ["EUR", "USD", "GBP", "JPY", "CHF"]
+UNITS = [
+    "mass-kilogram",
+    "mass-gram",
+    "length-kilometer",
+    "length-meter",
+    "length-centimeter",
+    "volume-liter",
+    "duration-minute",
+    "area-hectare",
+]
 PERIODS = {"hour": 3600, "day": 86400, "week": 604800, "month": 2592000, "year": 31536000}
-NAMES = "Ana Ben Eva Max Leo Mia Tom Ida Lea Jan Kim Zoe".split()
+NAMES = ["Ana", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Ida", "Lea", "Jan", "Kim", "Zoe"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Generated rows, written once to a cache folder and read from it afterwards.
+
+The folder is `$MOE_PEFT_CACHE`, or `~/.cache/moe_peft`. A file's name carries a fingerprint of babel's version
+and of this package's source, so rows of another version are never read.
+"""
+
+from collections.abc import Callable
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import tempfile
+
+import babel
+import numpy as np
+
+Columns = dict[str, np.ndarray]
+
+
+def folder() -> pathlib.Path:
+    """Where generated rows live."""
+    root = os.environ.get("MOE_PEFT_CACHE")
+    return pathlib.Path(root) if root else pathlib.Path.home() / ".cache" / "moe_peft"
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Changes whenever generated rows could."""
+    digest = hashlib.sha256(babel.__version__.encode())
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def cached(name: str, make: Callable[[], Columns]) -> Columns:
+    """The columns called `name`: read if present, otherwise made and written.
+
+    Written to a temporary file and renamed, so that processes started together cannot read half of one. A folder that cannot be
+    written, or a damaged file, costs the time of making the rows again and a warning.
+    """
+    path = folder() / f"{name}-{fingerprint()}.npz"
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError) as problem:
+        logging.warning("Making %s again: %s", path, problem)
+    columns = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **columns)
+        os.replace(temporary, path)
+    except OSError as problem:
+        logging.warning("Rows are not cached (%s); set MOE_PEFT_CACHE.", problem)
+    return columns

@@ -1,0 +1,63 @@
+"""Several short examples in one row, told apart by segment ids."""
+
+from collections.abc import Iterator, Sequence
+
+from jaxtyping import Int
+import numpy as np
+
+
+class Packer:
+    """Fills a batch of rows, first fit, in the order examples come.
+
+    Only lengths are needed, so the place of every example can be replayed without reading it.
+
+    Attributes:
+      batch_size: rows in a batch.
+      limits: capacity of a row in tokens, (inputs, targets).
+    """
+
+    def __init__(self, batch_size: int, limits: tuple[int, int]):
+        self.batch_size = batch_size
+        self.limits = np.array(limits)
+
+    def batches(self, lengths: Iterator[tuple[int, int]]) -> Iterator[list[int]]:
+        """For each batch, the row of each of its examples; a batch ends at the first that fits nowhere.
+
+        Args:
+          lengths: (inputs, targets) tokens of each example, none above the limits.
+        """
+        used = np.zeros((self.batch_size, 2), int)
+        rows: list[int] = []
+        for pair in lengths:
+            fits = np.flatnonzero(np.all(used + pair <= self.limits, axis=1))
+            if not fits.size:
+                yield rows
+                used[:], rows, fits = 0, [], [0]
+            used[fits[0]] += pair
+            rows.append(int(fits[0]))
+
+
+def fill(
+    sequences: Sequence[np.ndarray], rows: Sequence[int], shape: tuple[int, int]
+) -> dict[str, Int[np.ndarray, "b t"]]:
+    """Tokens, segment ids (from 1; 0 is padding) and positions (restarting) of packed rows."""
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    used = np.zeros(shape[0], int)
+    counts = np.zeros(shape[0], int)
+    for sequence, row in zip(sequences, rows):
+        start, end = used[row], used[row] + len(sequence)
+        counts[row] += 1
+        tokens[row, start:end] = sequence
+        segments[row, start:end] = counts[row]
+        positions[row, start:end] = np.arange(len(sequence))
+        used[row] = end
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions}
+
+
+def shift_right(
+    tokens: Int[np.ndarray, "b t"], segment_ids: Int[np.ndarray, "b t"]
+) -> Int[np.ndarray, "b t"]:
+    """Decoder inputs: each segment starts with 0 and continues with its own tokens."""
+    shifted = np.zeros_like(tokens)
+    shifted[:, 1:] = tokens[:, :-1] * (segment_ids[:, 1:] == segment_ids[:, :-1])
+    return shifted
