@@ -1,0 +1,87 @@
+"""The device mesh: axes `data`, `fsdp` and `model`; batches are split over the first two."""
+
+from collections.abc import Mapping, Sequence
+
+import gin
+import jax
+import numpy as np
+
+from moe_peft import errors
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+
+@gin.register(module="partitioning")
+def make_mesh(
+    data: int | None = None,
+    fsdp: int = 1,
+    model: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+    """Returns a mesh over `devices` (default: all) with the axes data, fsdp and model.
+
+    Args:
+      data: devices along the data axis; None takes what fsdp and model leave over.
+      fsdp: devices along which batches, and later parameters, are split.
+      model: devices along which later the width of the layers is split.
+      devices: the devices to use, in order.
+
+    Raises:
+      UserError: the product of the three sizes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if min(fsdp, model) < 1 or (data is not None and data < 1):
+        raise errors.UserError(
+            f"Mesh axes must be at least 1, got data={data}, fsdp={fsdp}, model={model}."
+        )
+    if data is None:
+        data = max(len(devices) // (fsdp * model), 1)
+    if data * fsdp * model != len(devices):
+        raise errors.UserError(
+            f"A mesh of data={data} x fsdp={fsdp} x model={model} needs {data * fsdp * model} "
+            f"devices, but there are {len(devices)}."
+        )
+    return jax.make_mesh(
+        (data, fsdp, model),
+        AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+        devices=devices,
+    )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Returns the sharding that splits the leading axis of a batch over data x fsdp."""
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Returns the sharding that keeps a whole copy on every device."""
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def check_batch_size(batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError unless each micro-batch can be divided evenly over the devices."""
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if num_microbatches < 1 or batch_size < 1:
+        raise errors.UserError(
+            f"Batch size and micro-batches must be at least 1, got {batch_size} and "
+            f"{num_microbatches}."
+        )
+    parts = shards * num_microbatches
+    if batch_size % parts:
+        micro = f" in {num_microbatches} micro-batches" if num_microbatches > 1 else ""
+        raise errors.UserError(
+            f"A batch of {batch_size}{micro} cannot be divided evenly over {shards} devices: "
+            f"use a multiple of {parts}, such as {max(round(batch_size / parts), 1) * parts}."
+        )
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], sharding: jax.sharding.NamedSharding
+) -> dict[str, jax.Array]:
+    """Returns the batch on the devices; each host passes its own rows of it."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+        for name, rows in batch.items()
+    }

@@ -1,0 +1,1 @@
+"""Training of the trainable tree beside a frozen one: step, optimisers, loop, checkpoints."""

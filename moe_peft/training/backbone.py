@@ -1,0 +1,193 @@
+"""Backbones: where a model's own weights come from, what identifies them, how they are exported."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from moe_peft import errors, patching
+from moe_peft.training import checkpoints, digest
+
+KINDS = ("random:SEED", "embedded:NAME", "run:FOLDER[@STEP]", "file:PATH.safetensors")
+_FLOATS = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_MAX_NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A model's own weights.
+
+    Attributes:
+      spec: where they came from, as the user wrote it.
+      params: nested dict of arrays, without adapters.
+      fingerprint: hexadecimal digest of names, shapes, dtypes and bytes.
+    """
+
+    spec: str
+    params: PyTree
+    fingerprint: str
+
+
+def load(spec: str, abstract_params: PyTree, init: Callable[[jax.Array], PyTree]) -> Backbone:
+    """Returns the backbone that `spec` names, checked against the model.
+
+    Args:
+      spec: "random:SEED" (fresh weights), "embedded:NAME" (shipped with the package),
+        "run:FOLDER[@STEP]" (a training run of the method `full`; default: its newest checkpoint)
+        or "file:PATH" (a safetensors file as `save` writes it).
+      abstract_params: shapes of the model's own parameters, without adapters.
+      init: rng -> fresh parameters, called for random backbones only.
+
+    Raises:
+      UserError: the spec cannot be read, or a leaf is missing, unused or of another shape.
+    """
+    kind, _, rest = str(spec).partition(":")
+    if kind == "random":
+        params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
+    elif kind == "embedded":
+        params = read(_embedded_path(spec, rest))
+    elif kind == "file":
+        params = read(pathlib.Path(rest))
+    elif kind == "run":
+        params = _from_run(spec, rest)
+    else:
+        raise errors.UserError(f"Backbone {spec!r} is none of {', '.join(KINDS)}.")
+    check(params, abstract_params, spec)
+    return Backbone(str(spec), params, digest.of_tree(params))
+
+
+def check(params: PyTree, abstract_params: PyTree, spec: str) -> None:
+    """Raises UserError unless `params` has exactly the leaves and shapes of the model."""
+    have = {name: np.shape(leaf) for name, leaf in patching.flatten(params).items()}
+    want = {name: leaf.shape for name, leaf in patching.flatten(abstract_params).items()}
+    missing, unused = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing:
+        near = errors.near(missing[0], unused)
+        raise errors.UserError(
+            f"Backbone {spec!r} lacks {len(missing)} of the model's {len(want)} leaves, the first "
+            f"ones: {', '.join(missing[:_MAX_NAMED])}.{near} Is this the right model config?"
+        )
+    if unused:
+        raise errors.UserError(
+            f"Backbone {spec!r} has {len(unused)} leaves that the model does not use, the first "
+            f"ones: {', '.join(unused[:_MAX_NAMED])}. Is this the right model config?"
+        )
+    for name in want:
+        if have[name] != want[name]:
+            # The embedding tells most plainly that the vocabulary is another one.
+            what = "vocabulary or width" if "embedder" in name or "logits" in name else "shape"
+            raise errors.UserError(
+                f"Backbone {spec!r} has another {what} than the model: {name} is {have[name]} in "
+                f"the backbone and {want[name]} in the model config."
+            )
+
+
+def cast(params: PyTree, dtype: str) -> PyTree:
+    """Returns the tree with its floating-point leaves in "float32" or "bfloat16"."""
+    if dtype not in _FLOATS:
+        raise errors.UserError(
+            f"Frozen weights are stored as {' or '.join(_FLOATS)}, got {dtype!r}."
+        )
+
+    def convert(leaf):
+        return leaf.astype(_FLOATS[dtype]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(convert, params)
+
+
+def save(
+    params: PyTree,
+    path: pathlib.Path | str,
+    dtype: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes a tree as safetensors with names such as "encoder/layers_0/attention/query/kernel".
+
+    Serves backbones and adapters alike.
+
+    Args:
+      params: nested dict of arrays.
+      path: the file to write; replaced atomically.
+      dtype: "float32" or "bfloat16"; None keeps each leaf's own.
+      metadata: stored as json under the key "moe_peft".
+    """
+    path = pathlib.Path(path)
+    params = cast(params, dtype) if dtype else params
+    flat = {
+        name: np.ascontiguousarray(jax.device_get(leaf))
+        for name, leaf in patching.flatten(params).items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": "np", "moe_peft": json.dumps(dict(metadata or {}), sort_keys=True)}
+        safetensors.numpy.save_file(flat, partial, metadata=header)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise errors.UserError(f"Cannot write {path}: {error}.") from error
+    return path
+
+
+def read(path: pathlib.Path | str) -> PyTree:
+    """Returns the tree of a file that `save` wrote, as NumPy arrays."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise errors.UserError(f"There is no file {path}.{_beside(path)}")
+    try:
+        return patching.trees.unflatten(safetensors.numpy.load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def read_metadata(path: pathlib.Path | str) -> dict[str, Any]:
+    """Returns the metadata given to `save`."""
+    with safetensors.safe_open(path, framework="np") as file:
+        return json.loads((file.metadata() or {}).get("moe_peft", "{}"))
+
+
+def _seed(spec: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.") from None
+
+
+def _embedded_path(spec: str, name: str) -> pathlib.Path:
+    folder = pathlib.Path(str(importlib.resources.files("moe_peft.models") / "embedded"))
+    shipped = sorted(path.stem for path in folder.glob("*.safetensors"))
+    if name not in shipped:
+        raise errors.UserError(
+            f"Backbone {spec!r} is not shipped; there is {', '.join(shipped) or 'none'}."
+            f"{errors.near(name, shipped)}"
+        )
+    return folder / f"{name}.safetensors"
+
+
+def _from_run(spec: str, text: str) -> PyTree:
+    folder, _, step = text.partition("@")
+    if step and not step.isdigit():
+        raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
+    saved = checkpoints.load_trainable(folder, int(step) if step else None)
+    if saved.description["method"].get("name") != "full":
+        raise errors.UserError(
+            f"Backbone {spec!r} is a run of the method {saved.description['method'].get('name')!r}"
+            " and holds only its adapters; a backbone comes from a run of the method 'full'."
+        )
+    return saved.trainable
+
+
+def _beside(path: pathlib.Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist either."
+    return errors.near(path.name, [other.name for other in path.parent.iterdir()])

@@ -1,0 +1,272 @@
+"""Checkpoints of a run: atomic, in the background, verified when read, the newest few kept.
+
+A checkpoint holds the trainable tree, the optimiser state, the step and the key, and a json record:
+what the run is, where the data stood, metrics not yet written, and digests of the arrays. Frozen
+weights are never saved; their fingerprint is.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe_peft import errors, patching
+from moe_peft.training import digest
+from moe_peft.training import state as state_lib
+
+FOLDER = "checkpoints"
+DAMAGED_FOLDER = "checkpoints_damaged"
+_ITEMS = ("trainable", "position")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """One checkpoint as read from disk.
+
+    Attributes:
+      step: updates made.
+      trainable: nested dict of NumPy arrays.
+      position: {"opt_state": {"0000": leaf, ...}, "rng": raw key}; empty if it was not asked for.
+      record: the json part; `record["description"]` says what the run is.
+    """
+
+    step: int
+    trainable: PyTree
+    position: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What the run is: method, backbone, model, data, optimiser."""
+        return self.record["description"]
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run into `model_dir`/checkpoints."""
+
+    def __init__(self, model_dir: pathlib.Path | str, keep: int):
+        if keep < 1:
+            raise errors.UserError(f"At least one checkpoint must be kept, got keep={keep}.")
+        self._folder = pathlib.Path(model_dir) / FOLDER
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    def save(self, state: state_lib.TrainState, record: Mapping[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        Raises:
+          UserError: this save or the one before it failed; earlier checkpoints are intact.
+        """
+        trees = _to_host(state)
+        record = {**record, "digests": {name: digest.of_tree(trees[name]) for name in _ITEMS}}
+        items = {name: ocp.args.StandardSave(trees[name]) for name in _ITEMS}
+        args = ocp.args.Composite(record=ocp.args.JsonSave(record), **items)
+        with self._explained():
+            self._manager.save(int(state.step), args=args, force=True)
+
+    def check(self) -> None:
+        """Raises UserError if a save in the background has failed."""
+        with self._explained():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns once everything is on disk; raises UserError if it cannot be."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the threads."""
+        with self._explained():
+            self._manager.close()
+
+    def _explained(self) -> "_Explained":
+        return _Explained(self._folder)
+
+
+class _Explained:
+    """Turns whatever a failed save raises into one line, and removes what it left half written."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, Exception) or isinstance(error, errors.UserError):
+            return
+        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        left = ", ".join(str(step) for step in steps(self._folder.parent)) or "none"
+        raise errors.UserError(
+            f"Cannot write a checkpoint to {self._folder}: {_reason(error)}. Checkpoints there: "
+            f"steps {left}. Make room or mend the folder, then run the same command to go on."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's words for a full disk or a refused write, else the error's first line."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        words = errno.errorcode[code]
+        described = os.strerror(code)
+        if getattr(error, "errno", None) == code or described in text or words in text:
+            return described
+    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
+
+
+def steps(model_dir: pathlib.Path | str) -> list[int]:
+    """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
+    folder = pathlib.Path(model_dir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def load_newest(model_dir: pathlib.Path | str) -> Saved | None:
+    """Returns the newest undamaged checkpoint, or None where the run has no checkpoint yet.
+
+    Damaged newer ones are reported on standard error and moved to `model_dir`/checkpoints_damaged.
+
+    Raises:
+      UserError: there are checkpoints, but every one is damaged.
+    """
+    damaged = {}
+    for step in reversed(steps(model_dir)):
+        try:
+            saved = _read(pathlib.Path(model_dir), step, _ITEMS)
+        except Exception as error:  # Whatever a damaged file makes the reader raise.
+            damaged[step] = _reason(error)
+            continue
+        for bad_step, reason in damaged.items():
+            moved = _move_aside(pathlib.Path(model_dir), bad_step)
+            print(
+                f"WARNING: the checkpoint of step {bad_step} is damaged ({reason}); it was moved "
+                f"to {moved} and training goes back to step {step}.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return saved
+    if damaged:
+        newest, reason = next(iter(damaged.items()))
+        raise errors.UserError(
+            f"All {len(damaged)} checkpoints in {pathlib.Path(model_dir) / FOLDER} are damaged "
+            f"(step {newest}: {reason}). Choose another MODEL_DIR, or remove them to start anew."
+        )
+    return None
+
+
+def load_trainable(model_dir: pathlib.Path | str, step: int | None = None) -> Saved:
+    """Returns the trained leaves of a run, for evaluation, export or as a backbone.
+
+    Args:
+      model_dir: folder of the run.
+      step: which checkpoint; None takes the newest.
+
+    Raises:
+      UserError: no such run, no such step, or the checkpoint is damaged.
+    """
+    found = steps(model_dir)
+    if not found:
+        raise errors.UserError(f"There is no training checkpoint in {model_dir}.")
+    if step is not None and step not in found:
+        raise errors.UserError(
+            f"{model_dir} has no checkpoint of step {step}; it has steps "
+            f"{', '.join(str(other) for other in found)}."
+        )
+    chosen = found[-1] if step is None else step
+    try:
+        return _read(pathlib.Path(model_dir), chosen, ("trainable",))
+    except Exception as error:
+        raise errors.UserError(
+            f"The checkpoint of step {chosen} in {model_dir} is damaged ({_reason(error)}). "
+            f"Checkpoints there: steps {', '.join(str(other) for other in found)}."
+        ) from error
+
+
+def restore(saved: Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
+    """Returns `fresh` with the saved values, on the same devices.
+
+    Raises:
+      UserError: the leaves are not those of `fresh` (another optimiser, say).
+    """
+    tree = {"opt_state": _numbered(fresh.opt_state), "trainable": dict(fresh.trainable)}
+    have = {"opt_state": saved.position["opt_state"], "trainable": saved.trainable}
+    want, found = patching.flatten(tree), patching.flatten(have)
+    shapes = {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in want.items()}
+    saved_shapes = {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in found.items()}
+    if shapes != saved_shapes:
+        differing = sorted(
+            name
+            for name in shapes.keys() | saved_shapes.keys()
+            if shapes.get(name) != saved_shapes.get(name)
+        )
+        raise errors.UserError(
+            f"The checkpoint of step {saved.step} does not fit this run: {len(differing)} leaves "
+            f"differ, the first is {differing[0]} (saved {saved_shapes.get(differing[0])}, here "
+            f"{shapes.get(differing[0])}). Was it trained with another optimiser?"
+        )
+
+    def place(like, value):
+        return jax.device_put(np.asarray(value), like.sharding)
+
+    opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
+    saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
+    return state_lib.TrainState(
+        step=place(fresh.step, np.asarray(saved.step, np.int32)),
+        trainable=jax.tree.map(place, fresh.trainable, saved.trainable),
+        opt_state=opt_structure.unflatten(map(place, opt_leaves, saved_leaves)),
+        rng=place(fresh.rng, saved.position["rng"]),
+    )
+
+
+def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
+    """Copies that later steps, to which the state is donated, cannot overwrite."""
+    trees = {
+        "trainable": state.trainable,
+        "position": {"opt_state": _numbered(state.opt_state), "rng": state.rng},
+    }
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
+
+
+def _numbered(opt_state: PyTree) -> dict[str, Any]:
+    """Leaves by number: optax's nested tuples, some of them empty, survive no file format."""
+    return {f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
+
+
+def _read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
+    """Reads one checkpoint; raises any exception if it is incomplete or its digests differ."""
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    wanted = {name: ocp.args.StandardRestore() for name in items}
+    with reader:
+        found = reader.restore(
+            (model_dir / FOLDER / str(step)).absolute(),
+            ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted),
+        )
+    record = found["record"]
+    for name in items:
+        if digest.of_tree(found[name]) != record["digests"][name]:
+            raise ValueError(f"the values of {name} are not those that were saved")
+    if record["step"] != step:
+        raise ValueError(f"it is of step {record['step']}")
+    return Saved(step, found["trainable"], found.get("position") or {}, record)
+
+
+def _move_aside(model_dir: pathlib.Path, step: int) -> pathlib.Path:
+    folder = model_dir / DAMAGED_FOLDER
+    folder.mkdir(exist_ok=True)
+    number = sum(1 for _ in folder.glob(f"{step}-*"))
+    target = folder / f"{step}-{number}"
+    (model_dir / FOLDER / str(step)).rename(target)
+    return target

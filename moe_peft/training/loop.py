@@ -1,0 +1,363 @@
+"""`train`: adapts a frozen backbone on a mixture, or goes on where an earlier run stopped."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import functools
+import itertools
+import pathlib
+import time
+from typing import Any
+
+from flax import linen as nn
+import gin
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+import moe_peft
+from moe_peft import errors, methods, patching
+from moe_peft.models import encoder_decoder
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import (
+    checkpoints,
+    folders,
+    metrics_writer,
+    optimizers,
+    prefetch,
+    preparation,
+    signals,
+)
+from moe_peft.training import logbook as logbook_lib
+from moe_peft.training import progress as progress_lib
+from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
+
+Batches = Iterator[Mapping[str, np.ndarray]]
+EvalHook = Callable[[int, PyTree], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Numbers of a run; see `train`. `use_dropout` False also switches stochastic routing off."""
+
+    num_steps: int
+    batch_size: int
+    seed: int = 0
+    num_microbatches: int = 1
+    frozen_dtype: str = "float32"
+    checkpoint_period: int = 1_000
+    keep: int = 3
+    log_period: int = 100
+    eval_period: int = 1_000
+    use_dropout: bool = True
+
+    def __post_init__(self):
+        for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def num_new_checkpoints(self, num_old: int) -> int:
+        """Returns how many more there will be at once; one more than is kept while saving."""
+        planned = -(-self.num_steps // self.checkpoint_period)
+        return max(min(self.keep, planned) + 1 - num_old, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      state: after the last step.
+      frozen: the tree beside it.
+      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
+    """
+
+    state: state_lib.TrainState
+    frozen: PyTree
+    metrics: Mapping[str, float]
+
+
+@gin.register(module="training")
+def train(
+    model: nn.Module = gin.REQUIRED,
+    method: methods.Method = gin.REQUIRED,
+    backbone: str = gin.REQUIRED,
+    mixture: str = gin.REQUIRED,
+    feature_lengths: Mapping[str, int] = gin.REQUIRED,
+    batch_size: int = gin.REQUIRED,
+    num_steps: int = gin.REQUIRED,
+    optimizer: optimizers.Optimizer = gin.REQUIRED,
+    model_dir: str = gin.REQUIRED,
+    seed: int = 0,
+    loss: encoder_decoder.LossConfig | None = None,
+    pack: bool = False,
+    num_microbatches: int = 1,
+    frozen_dtype: str = "float32",
+    checkpoint_period: int = 1_000,
+    keep: int = 3,
+    log_period: int = 100,
+    evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
+    eval_period: int = 1_000,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Result:
+    """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
+
+    Run again with the same settings, it goes on from the newest checkpoint, to the very same
+    numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit.
+
+    Args:
+      model: an encoder-decoder with T5X's calls, without adapters.
+      method: what is adapted and what trains.
+      backbone: the model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
+      mixture: name of a SeqIO mixture or task.
+      feature_lengths: tokens of "inputs" and "targets".
+      batch_size: rows of a batch, over all devices and micro-batches.
+      num_steps: updates in all, earlier ones of the same run included.
+      optimizer: see `optimizers`.
+      model_dir: folder of the run: checkpoints, metrics.jsonl, tensorboard.
+      seed: of fresh adapters, dropout and the order of the data.
+      loss: how token losses become the objective.
+      pack: several examples in a row.
+      num_microbatches: parts a batch is computed in, to save memory; same result.
+      frozen_dtype: "float32", or "bfloat16" for half the memory.
+      checkpoint_period: steps between checkpoints; there is always one at the end.
+      keep: newest checkpoints that are kept.
+      log_period: steps between lines of metrics.jsonl.
+      evaluator: (model, step, params) -> metrics, called every `eval_period` steps and at the end.
+      eval_period: steps.
+      mesh: devices; default: all of them, data-parallel.
+
+    Raises:
+      UserError: a setting, the folder, the backbone or the data is wrong. Before compiling.
+    """
+    from moe_peft.data import pipeline  # Imports TensorFlow.
+
+    loss = loss or encoder_decoder.LossConfig()
+    network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
+    data = {
+        "mixture": mixture,
+        "batch_size": batch_size,
+        "feature_lengths": dict(feature_lengths),
+        "pack": pack,
+        "seed": seed,
+    }
+
+    def open_batches(start_batch: int) -> Batches:
+        return pipeline.train_batches(
+            mixture,
+            batch_size,
+            dict(feature_lengths),
+            seed,
+            pack=pack,
+            start_batch=start_batch,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    base = encoder_decoder.EncoderDecoder(model, loss)
+    return fit(
+        start=lambda shapes: preparation.Start(network, base, method, shapes),
+        backbone=backbone,
+        open_batches=open_batches,
+        optimizer=optimizer,
+        model_dir=model_dir,
+        described={"model": _describe_model(model, loss), "data": data},
+        settings=Settings(
+            num_steps=num_steps,
+            batch_size=batch_size,
+            seed=seed,
+            num_microbatches=num_microbatches,
+            frozen_dtype=frozen_dtype,
+            checkpoint_period=checkpoint_period,
+            keep=keep,
+            log_period=log_period,
+            eval_period=eval_period,
+        ),
+        eval_hook=functools.partial(evaluator, network) if evaluator else None,
+        mesh=mesh,
+    )
+
+
+def fit(
+    start: Callable[[Mapping[str, tuple[int, ...]]], preparation.Start],
+    backbone: str,
+    open_batches: Callable[[int], Batches],
+    optimizer: optimizers.Optimizer,
+    model_dir: str | pathlib.Path,
+    described: Mapping[str, Any],
+    settings: Settings,
+    eval_hook: EvalHook | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Result:
+    """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
+
+    Args:
+      start: batch shapes -> models and method.
+      backbone: see `train`.
+      open_batches: number of batches already consumed -> iterator over the following ones.
+      optimizer: see `train`.
+      model_dir: see `train`.
+      described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
+      settings: numbers and periods.
+      eval_hook: (step, params) -> metrics.
+      mesh: see `train`.
+    """
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(folders.opened(model_dir))
+        stop = stack.enter_context(signals.StopRequest())
+        stack.enter_context(jax.set_mesh(mesh))
+
+        saved = checkpoints.load_newest(folder)
+        put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
+        source = open_batches(saved.step if saved else 0)
+        batches = stack.enter_context(prefetch.Prefetch(source, put))
+        first_batch = _next(batches, 0)
+        begin = start({name: rows.shape for name, rows in first_batch.items()})
+
+        group_of = begin.method.learning_rate_group
+        trainable = begin.trainable_shapes()
+        transform = optimizer.build(trainable, group_of)
+        abstract = jax.eval_shape(
+            lambda tree: state_lib.create(tree, transform, settings.seed), trainable
+        )
+        num_old = len(checkpoints.steps(folder))
+        folders.check_space(
+            folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
+        )
+
+        trees = begin.trees(backbone, settings.seed, settings.frozen_dtype)
+        description = preparation.describe(
+            begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
+        )
+        everywhere = mesh_lib.replicated(mesh)
+        frozen = jax.device_put(trees.frozen, everywhere)
+        state = state_lib.create(trees.trainable, transform, settings.seed)
+        state = jax.device_put(state, everywhere)
+        warnings = []
+        if saved:
+            warnings = preparation.check_same_run(saved.description, description, folder)
+            state = checkpoints.restore(saved, state)
+
+        run = _Run(
+            settings=settings,
+            description=description,
+            train_step=step_lib.make_train_step(
+                begin.model,
+                transform,
+                patching.merge,
+                settings.num_microbatches,
+                optimizer.learning_rates(trainable, group_of),
+                settings.use_dropout,
+                everywhere,
+            ),
+            eval_hook=eval_hook,
+            frozen=frozen,
+            stop=stop,
+        )
+        return run.go(folder, state, saved, itertools.chain([first_batch], batches), warnings)
+
+
+class _Run:
+    """One process's part of a run, from the restored state to the last step or a signal."""
+
+    def __init__(self, settings, description, train_step, eval_hook, frozen, stop):
+        self._settings = settings
+        self._description = description
+        self._train_step = train_step
+        self._eval_hook = eval_hook
+        self._frozen = frozen
+        self._stop = stop
+
+    def go(self, folder, state, saved, batches, warnings) -> Result:
+        """Makes the steps that are left."""
+        settings = self._settings
+        first_step = saved.step if saved else 0
+        with contextlib.ExitStack() as stack:
+            self._progress = progress_lib.make(first_step, settings.num_steps)
+            stack.callback(self._progress.close)
+            self._writer = metrics_writer.MetricsWriter(folder, first_step)
+            stack.callback(self._writer.close)
+            self._checkpoints = checkpoints.Checkpoints(folder, settings.keep)
+            stack.callback(self._checkpoints.close)
+            self._logbook = logbook_lib.Logbook(
+                self._writer,
+                self._progress,
+                state_lib.leaf_names(state.trainable),
+                saved.record["unwritten_metrics"] if saved else (),
+            )
+            for warning in warnings:
+                self._progress.say(f"WARNING: {warning}.")
+            if saved:
+                self._progress.say(f"going on from step {first_step} in {folder}")
+            return self._loop(state, first_step, batches)
+
+    def _loop(self, state, first_step, batches) -> Result:
+        settings, line, started = self._settings, {}, time.monotonic()
+        for step in range(first_step + 1, settings.num_steps + 1):
+            state, metrics = self._train_step(state, self._frozen, _next(batches, step))
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                took = time.monotonic() - started
+                self._progress.say(f"compiled and made the first step in {took:.1f} s")
+                self._logbook.start(step)
+            self._logbook.add(step, metrics)
+            is_last = step == settings.num_steps
+            if is_last or step % settings.log_period == 0:
+                line = self._logbook.write(step)
+                self._checkpoints.check()
+            if self._eval_hook and (is_last or step % settings.eval_period == 0):
+                self._evaluate(step, state)
+            is_stopping = self._stop.received and not is_last
+            if is_last or is_stopping or step % settings.checkpoint_period == 0:
+                self._save(step, state)
+            if is_stopping:
+                self._exit(step)
+        self._checkpoints.wait()
+        return Result(state, self._frozen, line)
+
+    def _save(self, step, state):
+        self._logbook.collect()
+        with self._logbook.pause():
+            self._checkpoints.save(
+                state,
+                {
+                    "step": step,
+                    "batches_consumed": step,
+                    "description": self._description,
+                    "unwritten_metrics": self._logbook.unwritten,
+                    "gin_config": gin.config_str(),
+                    "moe_peft_version": moe_peft.__version__,
+                },
+            )
+
+    def _evaluate(self, step, state):
+        with self._logbook.pause():
+            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
+        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def _exit(self, step):
+        self._checkpoints.wait()
+        self._progress.say(
+            f"{self._stop.received.name}: saved step {step}; the same command goes on from there."
+        )
+        raise SystemExit(self._stop.exit_code)
+
+
+def _next(batches, step: int):
+    try:
+        return next(batches)
+    except StopIteration:
+        raise errors.UserError(
+            f"The data ended before step {step}: is the task or mixture empty?"
+        ) from None
+
+
+def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
+    """Returns the settings of the network and of the objective."""
+    config = getattr(model, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
+    name = type(model).__name__
+    return {"class": name, "config": settings, "loss": dataclasses.asdict(loss)}

@@ -1,0 +1,62 @@
+"""Batches made and sent to the devices by a thread, while the step before is running."""
+
+from collections.abc import Callable, Iterator, Mapping
+import queue
+import threading
+from typing import Any
+
+_WAIT = 0.1  # seconds between looks at whether anybody still wants batches
+
+
+class Prefetch:
+    """Iterates over `put(batch)` for every batch, `depth` batches ahead.
+
+    An exception of the source is raised where the batch would have come. Use it as a context
+    manager: leaving it ends the thread.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Mapping[str, Any]],
+        put: Callable[[Mapping[str, Any]], Any],
+        depth: int = 2,
+    ):
+        self._queue = queue.Queue(maxsize=depth)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(batches, put), daemon=True)
+        self._thread.start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        value, error = self._queue.get()
+        if error is not None:
+            raise error
+        return value
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._is_closed.set()
+        self._thread.join(timeout=10 * _WAIT)
+
+    def _fill(self, batches, put):
+        try:
+            for batch in batches:
+                if not self._offer((put(batch), None)):
+                    return
+            self._offer((None, StopIteration()))
+        except BaseException as error:  # Whatever it is, it belongs to the consumer.
+            self._offer((None, error))
+
+    def _offer(self, item) -> bool:
+        """Returns False once nobody wants more."""
+        while not self._is_closed.is_set():
+            try:
+                self._queue.put(item, timeout=_WAIT)
+                return True
+            except queue.Full:
+                continue
+        return False

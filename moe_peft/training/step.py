@@ -1,0 +1,126 @@
+"""One update of the trainable tree: gradients, accumulation, metrics, and a watch for NaN."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+import optax
+
+from moe_peft.training import state as state_lib
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+TrainStep = Callable[[state_lib.TrainState, PyTree, Batch], tuple[state_lib.TrainState, Metrics]]
+
+ALL_FINITE = -1
+LOSS_IS_BAD = -2
+
+
+class Model(Protocol):
+    """What a step needs of `models.encoder_decoder.EncoderDecoder`."""
+
+    def loss_sums(
+        self, params: PyTree, batch: Batch, dropout_rng: Array | None
+    ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns (loss sum, normalizer, metric sums); the normalizer is free of params."""
+        ...
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    merge: Callable[[PyTree, PyTree], PyTree],
+    num_microbatches: int = 1,
+    learning_rates: Callable[[Int[Array, ""]], Mapping[str, Float[Array, ""]]] | None = None,
+    use_dropout: bool = True,
+    out_shardings: Any = None,
+) -> TrainStep:
+    """Returns the jitted step `(state, frozen, batch) -> (state, metrics)`.
+
+    The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
+    Metrics are device arrays; nothing waits for them. They are `loss_sum` and `normalizer` (their
+    quotient is the objective), `sums/<name>` as the model reports them, `examples`, `grad_norm`
+    (before clipping), `param_norm` (after the update), the learning rates by group, and
+    `bad_leaf`: -1, or the index of the first gradient leaf (see `state.leaf_names`) that
+    is not finite, or -2 where the loss itself is not while every gradient is.
+
+    Args:
+      model: gives the loss sums of a batch.
+      optimizer: transforms the gradients of the trainable tree.
+      merge: (frozen, trainable) -> the model's params.
+      num_microbatches: K parts whose loss sums and normalizers are added before the one division,
+        so that K parts are exactly one batch. Part i takes the rows i, i + K, i + 2K, ...: every
+        device keeps its own rows.
+      learning_rates: step -> {name: value}, reported as metrics.
+      use_dropout: False trains without dropout and without stochastic routing.
+      out_shardings: sharding of the new state (metrics are replicated by it too).
+    """
+
+    def part_sums(trainable, frozen, batch, rng):
+        loss_sum, normalizer, sums = model.loss_sums(
+            merge(frozen, trainable), batch, rng if use_dropout else None
+        )
+        return loss_sum, (normalizer, sums)
+
+    gradients = jax.value_and_grad(part_sums, has_aux=True)
+
+    def totals(trainable, frozen, batch, rng):
+        """((loss sum, (normalizer, sums)), gradient of the loss sum) over all micro-batches."""
+        if num_microbatches == 1:
+            return gradients(trainable, frozen, batch, rng)
+
+        def add_part(total, part):
+            index, rows = part
+            new = gradients(trainable, frozen, rows, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = jax.tree.map(lambda rows: _split_rows(rows, num_microbatches), batch)
+        first = jax.tree.map(lambda rows: rows[0], parts)
+        shapes = jax.eval_shape(gradients, trainable, frozen, first, rng)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, (jnp.arange(num_microbatches), parts))[0]
+
+    def train_step(state, frozen, batch):
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        (loss_sum, (normalizer, sums)), grads = totals(state.trainable, frozen, batch, rng)
+        scale = 1.0 / jnp.maximum(normalizer, 1e-9)
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+
+        leaf_norms = _squared_norms(grads)
+        metrics = {
+            "loss_sum": loss_sum,
+            "normalizer": normalizer,
+            "examples": jnp.asarray(jax.tree.leaves(batch)[0].shape[0], jnp.float32),
+            "grad_norm": jnp.sqrt(jnp.sum(leaf_norms)),
+            "param_norm": jnp.sqrt(jnp.sum(_squared_norms(trainable))),
+            "bad_leaf": _first_bad_leaf(loss_sum, leaf_norms),
+            **{f"sums/{name}": value for name, value in sums.items()},
+            **(learning_rates(state.step) if learning_rates else {}),
+        }
+        new_state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _split_rows(rows: Array, num_parts: int) -> Array:
+    """[b, ...] -> [num_parts, b / num_parts, ...] without moving rows between devices."""
+    by_part = rows.reshape(rows.shape[0] // num_parts, num_parts, *rows.shape[1:])
+    return jnp.swapaxes(by_part, 0, 1)
+
+
+def _squared_norms(tree: PyTree) -> Float[Array, "n"]:
+    """Sum of squares of every leaf, in float32."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
+
+
+def _first_bad_leaf(loss: Float[Array, ""], leaf_norms: Float[Array, "n"]) -> Int[Array, ""]:
+    is_bad = ~jnp.isfinite(leaf_norms)
+    without_gradient = jnp.where(jnp.isfinite(loss), ALL_FINITE, LOSS_IS_BAD)
+    return jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), without_gradient).astype(jnp.int32)
