@@ -1,8 +1,9 @@
-"""Paired measurements: every round runs all candidates once, so drift of the machine hits them alike."""
+"""Paired measurements: every round runs all candidates, so drift hits them alike."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -28,7 +29,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def paired(
     calls: Mapping[str, Callable[[], object]], reference: str, rounds: int
 ) -> dict[str, Timing]:
-    """Times `calls` in turn for `rounds` rounds after one warm-up each; ratios are call / reference, round by round.
+    """Times `calls` in turn, `rounds` times after a warm-up; ratios are taken round by round.
 
     A call returns its outputs; they are waited for inside the timed region.
     """
@@ -51,10 +52,9 @@ def paired(
 
 def hardware() -> str:
     """Names the device and the number of processor cores in use."""
-    import os
-
     device = jax.devices()[0]
-    return f"{device.platform}:{device.device_kind}, {len(os.sched_getaffinity(0))} CPU cores, jax {jax.__version__}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{device.platform}:{device.device_kind}, {cores} CPU cores, jax {jax.__version__}"
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

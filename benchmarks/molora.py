@@ -1,8 +1,8 @@
-"""MoLoRA in rank space against the paper's listing: time and temporary memory, forward and backward.
+"""MoLoRA in rank space against the paper's listing: time and temporary memory.
 
-Both compute the same adapter (router, A, B; E experts of rank 4) on the inputs of one feed-forward projection, and the
-gradients of inputs and parameters. Time is measured here; memory is what XLA plans for this CPU and, where libtpu is
-installed, for one TPU v5e, compiled without having one.
+Both compute the same adapter (router, A, B; E experts of rank 4) on the inputs of one feed-forward
+projection, its value and the gradients of inputs and parameters. Time is measured here; memory is
+what XLA plans for this CPU and, where libtpu is installed, for one TPU v5e, without having one.
 
     python benchmarks/molora.py [--rounds 7] [--tokens 1024] [--output molora.json] [--no_tpu]
 """

@@ -1,4 +1,4 @@
-"""The same step in torch: transformers' T5 1.1 with PEFT's adapters, for a ratio in the same run."""
+"""The same step in torch: transformers' T5 1.1 with PEFT's adapters."""
 
 from collections.abc import Callable
 
