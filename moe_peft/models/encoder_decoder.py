@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from moe_peft import errors, patching, routing
 from moe_peft import methods as methods_lib
-from moe_peft.models import losses
+from moe_peft.models import losses, scoring
 
 Batch = losses.Batch
 LossConfig = losses.LossConfig
@@ -105,12 +105,43 @@ class EncoderDecoder:
                 )
         return loss_sum, normalizer, sums
 
+    def score(self, params: PyTree, batch: Batch) -> Float[Array, "b"]:
+        """Log-likelihood of each row's target: sum of log p(token) times its loss weight."""
+        return jnp.sum(self._target_log_probs(params, batch) * losses.token_weights(batch), axis=-1)
+
+    def score_choices(self, params: PyTree, batch: Batch, num_choices: int) -> scoring.ChoiceScores:
+        """Log-likelihoods of all answer choices of each example, its input encoded once.
+
+        Args:
+          params: as everywhere.
+          batch: encoder_input_tokens [b, s] and, from `scoring.pack_choices`, the decoder features
+            with choice c in the segment c + 1. No encoder_segment_ids: every choice sees the whole
+            input.
+          num_choices: the largest number of choices in the batch, at least.
+        """
+        if "encoder_segment_ids" in batch:
+            raise errors.UserError(
+                "Choices are scored for one input per row; this batch packs several inputs "
+                "(it has encoder_segment_ids)."
+            )
+        log_probs = self._target_log_probs(params, batch)
+        segment_ids = batch["decoder_segment_ids"]
+        is_real = jnp.asarray(batch["decoder_target_tokens"] > 0, jnp.float32)
+        return scoring.ChoiceScores(
+            log_likelihood=scoring.sum_by_choice(log_probs, segment_ids, num_choices),
+            num_tokens=scoring.sum_by_choice(is_real, segment_ids, num_choices),
+        )
+
+    def _target_log_probs(self, params: PyTree, batch: Batch) -> Float[Array, "b t"]:
+        logits = self.logits(params, batch)
+        return losses.token_log_probs(logits, batch["decoder_target_tokens"])[0]
+
     def _router_weights(self) -> dict[str, float]:
         if self.method is None:
             return {}
         return {
-            "load_balancing": self.method.load_balancing_weight,
-            "z": self.method.z_weight,
+            routing.losses.LOAD_BALANCING: self.method.load_balancing_weight,
+            routing.losses.Z: self.method.z_weight,
         }
 
     def _forward(
@@ -127,10 +158,12 @@ class EncoderDecoder:
             **packing,
             enable_dropout=dropout_rng is not None,
             rngs=rngs,
-            mutable=["router_losses"],
+            mutable=[routing.losses.COLLECTION],
             **self._routing(batch),
         )
-        return logits.astype(jnp.float32), _mean_by_name(collected.get("router_losses", {}))
+        return logits.astype(jnp.float32), routing.losses.means(
+            collected.get(routing.losses.COLLECTION, {})
+        )
 
     def _routing(self, batch: Batch) -> dict[str, routing.RoutingContext]:
         """The keyword argument that tells a patched module what its routers may look at."""
@@ -139,13 +172,13 @@ class EncoderDecoder:
         context = routing.RoutingContext(
             task_ids=batch.get("task_ids"),
             sentence_embeddings=batch.get("sentence_embeddings"),
-            encoder_mask=batch["encoder_input_tokens"] > 0,
-            decoder_mask=batch["decoder_target_tokens"] > 0,
+            encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
+            decoder_mask=jnp.greater(batch["decoder_target_tokens"], 0),
         )
         return {"routing": context}
 
 
-def _features(batch: Batch) -> tuple[list[Array], dict[str, Array]]:
+def _features(batch: Batch) -> tuple[list[losses.AnyArray], dict[str, losses.AnyArray]]:
     """(the three token arrays in calling order, packing features by keyword)."""
     missing = [name for name in _REQUIRED if name not in batch]
     if missing:
@@ -154,12 +187,3 @@ def _features(batch: Batch) -> tuple[list[Array], dict[str, Array]]:
         )
     packing = {name: batch[name] for name in _PACKING if name in batch}
     return [batch[name] for name in _REQUIRED], packing
-
-
-def _mean_by_name(collected: PyTree) -> dict[str, Float[Array, ""]]:
-    """Mean over all routers (and scanned layers) of the values sown under each name."""
-    values: dict[str, list[Array]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(collected):
-        name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]
-        values.setdefault(name, []).append(jnp.ravel(leaf))
-    return {name: jnp.mean(jnp.concatenate(leaves)) for name, leaves in values.items()}

@@ -24,7 +24,7 @@ Batch = Mapping[str, AnyArray]
 Sums = dict[str, Float[Array, ""]]
 
 
-@gin.configurable(module="losses")
+@gin.register(module="losses")
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """How token losses become one number.
