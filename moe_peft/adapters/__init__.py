@@ -1,0 +1,7 @@
+"""What each method computes beside a frozen layer. Imports no model and no trainer."""
+
+from moe_peft.adapters.lora import LoRA, MoLoRA, mttl_uniform
+from moe_peft.adapters.low_rank import low_rank_delta, molora_listing
+from moe_peft.adapters.mov import IA3, MoV
+
+__all__ = ["IA3", "LoRA", "MoLoRA", "MoV", "low_rank_delta", "molora_listing", "mttl_uniform"]

@@ -1,0 +1,18 @@
+"""How adapters meet a model: rules over layers, an interceptor, and the proxy around the model."""
+
+from moe_peft.patching.interceptor import ADAPTER
+from moe_peft.patching.proxy import Patched, matches
+from moe_peft.patching.rules import Matches, Rule, Sibling
+from moe_peft.patching.trees import flatten, merge, split
+
+__all__ = [
+    "ADAPTER",
+    "Matches",
+    "Patched",
+    "Rule",
+    "Sibling",
+    "flatten",
+    "matches",
+    "merge",
+    "split",
+]

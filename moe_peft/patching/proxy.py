@@ -1,0 +1,127 @@
+"""The proxy through which every call of a patched model goes."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import flax.core
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_peft import routing as routing_lib
+from moe_peft.patching import interceptor
+from moe_peft.patching import rules as rules_lib
+
+Shapes = Mapping[str, Any] | Sequence[Any]
+
+# Entry points of a linen module that would run or copy it without its adapters.
+_BYPASSES = ("bind", "clone", "copy", "lazy_init", "tabulate", "module_paths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Patched:
+    """A linen module whose every `init` and `apply` runs with adapters.
+
+    A plain object around an unchanged module: no copy, no subclass. Base parameters keep names,
+    shapes and axes; an adapter's parameters lie beside the frozen `kernel` under "adapter". All
+    other attributes are the module's own, so that `method=patched.encode` works.
+
+    Attributes:
+        module: the model, unbound.
+        rules: at most one of them may match a layer.
+
+    Example:
+        patched = Patched(module, (Rule(".*/(key|value)", IA3),))
+        variables = patched.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+        encoded = patched.apply(variables, tokens, method=patched.encode)
+    """
+
+    module: nn.Module
+    rules: tuple[rules_lib.Rule, ...] = ()
+
+    def init(self, rngs, *args, routing=None, method=None, **kwargs):
+        """Returns the variables of model and adapters; see `nn.Module.init`.
+
+        Raises UserError if a rule matches nothing, or two match one layer.
+        """
+        return self.init_with_output(rngs, *args, routing=routing, method=method, **kwargs)[1]
+
+    def init_with_output(self, rngs, *args, routing=None, method=None, **kwargs):
+        """Returns (outputs, variables); see `init`."""
+        intercept = _interceptor(self.rules, routing, rngs, mutable=False)
+        with nn.intercept_methods(intercept):
+            result = self.module.init_with_output(rngs, *args, method=method, **kwargs)
+        rules_lib.match(self.rules, intercept.calls).check()
+        return result
+
+    def apply(
+        self, variables, *args, routing=None, method=None, rngs=None, mutable=False, **kwargs
+    ):
+        """Runs the model with its adapters; see `nn.Module.apply`.
+
+        Args:
+            variables: {"params": ...} and what else the model wants.
+            *args: of the method.
+            routing: the batch's `routing.RoutingContext`, if routers need one.
+            method: another method than `__call__`, such as `patched.encode`.
+            rngs: "dropout" also drops adapters' inputs, "routing" makes routers stochastic.
+            mutable: name "router_losses" to collect `routing.losses`.
+            **kwargs: of the method.
+        """
+        intercept = _interceptor(self.rules, routing, rngs, mutable)
+        with nn.intercept_methods(intercept):
+            return self.module.apply(
+                variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _BYPASSES:
+            raise AttributeError(f"{name!r} of a patched module would leave out its adapters.")
+        if name.startswith("__"):  # copying and pickling probe for these before fields exist
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+def _interceptor(rules, context, rngs, mutable):
+    """Returns the interceptor of one call."""
+    return interceptor.Interceptor(
+        rules,
+        context or routing_lib.RoutingContext(),
+        has_rng=isinstance(rngs, Mapping) and routing_lib.RNG in rngs,
+        wants_losses=flax.core.scope.in_filter(mutable, routing_lib.losses.COLLECTION),
+    )
+
+
+def matches(
+    module: nn.Module, rules: Sequence[rules_lib.Rule], example_shapes: Shapes, **kwargs
+) -> rules_lib.Matches:
+    """Returns which layers each rule matches, by running the bare module abstractly.
+
+    Neither weights nor adapters are made. Call `.check()` on the result for the errors of `init`.
+
+    Args:
+        module: linen module (or a Patched, whose module is taken).
+        rules: of a method.
+        example_shapes: positional or named arguments of the module, as arrays, abstract arrays, or
+            shapes of int32 tokens: {"encoder_input_tokens": (1, 8), ...}.
+        **kwargs: further arguments that are no arrays, such as `enable_dropout=False`.
+    """
+    module = module.module if isinstance(module, Patched) else module
+    named = isinstance(example_shapes, Mapping)
+    args = [] if named else [_abstract(shape) for shape in example_shapes]
+    arrays = {k: _abstract(shape) for k, shape in example_shapes.items()} if named else {}
+    recorder = interceptor.Interceptor((), routing_lib.RoutingContext())
+
+    def run(rng, args, arrays):
+        with nn.intercept_methods(recorder):
+            return module.init(rng, *args, **arrays, **kwargs)
+
+    jax.eval_shape(run, jax.random.key(0), args, arrays)
+    return rules_lib.match(rules, recorder.calls)
+
+
+def _abstract(shape: Any) -> jax.ShapeDtypeStruct:
+    if hasattr(shape, "dtype"):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.int32)

@@ -1,0 +1,28 @@
+"""Who gets which weight: routers over experts, the context they see, and losses on them."""
+
+from moe_peft.routing import losses
+from moe_peft.routing.context import RoutingContext, Site
+from moe_peft.routing.routers import (
+    RNG,
+    Router,
+    RouterFactory,
+    SentenceRouter,
+    SoftmaxRouter,
+    TokenRouter,
+    UniformRouter,
+    check_positive,
+)
+
+__all__ = [
+    "RNG",
+    "Router",
+    "RouterFactory",
+    "RoutingContext",
+    "SentenceRouter",
+    "Site",
+    "SoftmaxRouter",
+    "TokenRouter",
+    "UniformRouter",
+    "check_positive",
+    "losses",
+]

@@ -1,0 +1,54 @@
+"""What routers may look at beside activations: the batch's context, and the site they sit at."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Bool, Float
+
+
+@flax.struct.dataclass
+class RoutingContext:
+    """Facts about the batch, handed to every adapter through `Patched.apply(..., routing=...)`.
+
+    A pytree, so it passes jit; each field may be missing.
+
+    Attributes:
+        task_ids: Int[b], the task of each example.
+        sentence_embeddings: Float[b D], one vector per example.
+        encoder_mask: Bool[b s], true where an encoder token is no padding.
+        decoder_mask: Bool[b t], true where a decoder token is no padding.
+    """
+
+    # Not annotated with shapes: jax rebuilds pytrees around placeholders of its own.
+    task_ids: Any = None
+    sentence_embeddings: Any = None
+    encoder_mask: Any = None
+    decoder_mask: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The place of one adapter: its axes, and what its router sees there.
+
+    Attributes:
+        in_axes: logical names of the trailing axes of the frozen layer's inputs.
+        out_axes: logical names of the trailing axes of its outputs.
+        router_input: [..., i], what a token router decides on; every leading entry is a decision.
+        router_axis: logical name of the last axis of `router_input`.
+        mask: true for real tokens of the stream this layer reads; None counts every token.
+        context: the batch's context.
+        num_token_axes: axes before the features, 2 for [batch, tokens].
+        has_rng: the caller gave an rng named "routing".
+        wants_losses: the caller collects router losses.
+    """
+
+    in_axes: tuple[str, ...] = ("embed",)
+    out_axes: tuple[str, ...] = ("embed",)
+    router_input: Float[Array, "..."] | None = None
+    router_axis: str = "embed"
+    mask: Bool[Array, "b t"] | None = None
+    context: RoutingContext = RoutingContext()
+    num_token_axes: int = 2
+    has_rng: bool = False
+    wants_losses: bool = False

@@ -1,0 +1,196 @@
+"""Routers: linen modules that weigh the experts for each decision.
+
+All share one call: `router(site)` returns float32 weights [..., e], whose leading axes broadcast
+against those of the activations (token axes, and perhaps heads).
+"""
+
+import abc
+from collections.abc import Callable
+
+from flax import linen as nn
+from flax.linen import partitioning
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_peft import errors
+from moe_peft.routing import context, losses
+
+RouterFactory = Callable[..., "Router"]
+RNG = "routing"
+
+
+class Router(nn.Module, abc.ABC):
+    """Base of all routers.
+
+    Attributes:
+        num_experts: at least 1.
+    """
+
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        check_positive("num_experts", self.num_experts)
+        super().__post_init__()
+
+    @abc.abstractmethod
+    def __call__(self, site: context.Site) -> Float[Array, "... e"]:
+        """Returns the weights of the experts."""
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raises UserError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise errors.UserError(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
+class UniformRouter(Router):
+    """The same weight 1/E for every expert, everywhere."""
+
+    def __call__(self, site: context.Site) -> Float[Array, "... e"]:
+        """Returns [1, ..., 1, e]."""
+        shape = (1,) * site.num_token_axes + (self.num_experts,)
+        return jnp.full(shape, 1.0 / self.num_experts, jnp.float32)
+
+
+class SoftmaxRouter(Router):
+    """`softmax(x W)` over the experts, in float32; W has no bias and starts at N(0, 0.02^2).
+
+    MoV and MoLoRA (appendix A.5 and released code). What x is, subclasses say.
+
+    Attributes:
+        top_k: keep the k most probable experts, the others get weight 0 and no gradient; None merges
+            all of them (the papers' choice).
+        renormalize: divide the kept weights by their sum. Without it, as released, top-k scales MoV's
+            activations by the kept mass, so that a fresh MoV is not the identity. With k = 1 the
+            weight is then always 1 and teaches the router nothing: only router losses do.
+        jitter: in [0, 1); with an rng "routing", x is multiplied by uniform(1 - jitter, 1 + jitter).
+    """
+
+    top_k: int | None = None
+    renormalize: bool = True
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        super().__post_init__()
+        if self.top_k is not None:
+            check_positive("top_k", self.top_k)
+            if self.top_k > self.num_experts:
+                raise errors.UserError(
+                    f"top_k is {self.top_k}, more than num_experts, {self.num_experts}."
+                )
+        if not 0.0 <= self.jitter < 1.0:
+            raise errors.UserError(f"jitter is {self.jitter}; expected 0 <= jitter < 1.")
+
+    def route(
+        self,
+        x: Float[Array, "... i"],
+        axis: str,
+        mask: Float[Array, "..."] | None,
+        site: context.Site,
+    ) -> Float[Array, "... e"]:
+        """Returns the weights for inputs x, and sows the losses over decisions where `mask` is 1.
+
+        Args:
+            x: what to decide on.
+            axis: logical name of its last axis.
+            mask: one number per decision, [...]; None counts all.
+            site: tells whether an rng was given and losses are wanted.
+        """
+        kernel = partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.normal(0.02),
+            (x.shape[-1], self.num_experts),
+            jnp.float32,
+            axes=(axis, "expert"),
+        )
+        x = self._jittered(x.astype(jnp.float32), site)
+        logits = jnp.dot(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        probs = jax.nn.softmax(logits)
+        selected = self._selected(probs)
+        if site.wants_losses and self.num_experts > 1 and not self.is_initializing():
+            self._sow_losses(logits, probs, selected, mask)
+        if self.top_k is None:
+            return probs
+        weights = probs * selected
+        if self.renormalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights
+
+    def _jittered(self, x, site):
+        if not self.jitter or not site.has_rng:
+            return x
+        if not self.has_rng(RNG):
+            raise errors.UserError(
+                f"{'/'.join(self.path)} wants jitter, but the rng 'routing' does not reach it: the "
+                "model's scan has to split it (split_rngs={'routing': True})."
+            )
+        low, high = 1.0 - self.jitter, 1.0 + self.jitter
+        return x * jax.random.uniform(self.make_rng(RNG), x.shape, minval=low, maxval=high)
+
+    def _selected(self, probs):
+        """1 for the experts a decision uses; under soft merging, for its most probable one."""
+        _, indices = jax.lax.top_k(probs, self.top_k or 1)
+        return jnp.sum(jax.nn.one_hot(indices, self.num_experts, dtype=probs.dtype), axis=-2)
+
+    def _sow_losses(self, logits, probs, selected, mask):
+        if not self.is_mutable_collection(losses.COLLECTION):
+            raise errors.UserError(
+                f"{'/'.join(self.path)} has router losses, but nothing carries them out: the model's "
+                f"scan has to lift them (variable_axes={{'{losses.COLLECTION}': 0}})."
+            )
+        mask = jnp.ones(probs.shape[:-1]) if mask is None else mask
+        mask = mask.astype(jnp.float32).ravel()
+        flat = lambda a: a.reshape(-1, self.num_experts)
+        fraction = flat(selected) / (self.top_k or 1)
+        values = {
+            losses.LOAD_BALANCING: losses.load_balancing(flat(probs), fraction, mask),
+            losses.Z: losses.router_z(flat(logits), mask),
+        }
+        for name, value in values.items():
+            self.sow(losses.COLLECTION, name, value, jnp.add, lambda: jnp.zeros((), jnp.float32))
+
+
+class TokenRouter(SoftmaxRouter):
+    """One decision per token (and per head, where it sees projected keys or values)."""
+
+    @nn.compact
+    def __call__(self, site: context.Site) -> Float[Array, "... e"]:
+        """Returns weights shaped like `site.router_input`, its last axis replaced by experts."""
+        x = site.router_input
+        mask = site.mask
+        if mask is not None:
+            if mask.shape != x.shape[: mask.ndim]:
+                raise errors.UserError(
+                    f"{'/'.join(self.path)} routes inputs of shape {x.shape}, but the mask of its "
+                    f"tokens has shape {mask.shape}. Give RoutingContext the masks of this call."
+                )
+            mask = mask.reshape(mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
+            mask = jnp.broadcast_to(mask, x.shape[:-1])
+        return self.route(x, site.router_axis, mask, site)
+
+
+class SentenceRouter(SoftmaxRouter):
+    """One decision per example, on its sentence embedding, shared by all tokens and heads.
+
+    MoV, appendix A.3 (the paper leaves encoder and embedded text open).
+    """
+
+    @nn.compact
+    def __call__(self, site: context.Site) -> Float[Array, "... e"]:
+        """Returns weights [b, 1, e].
+
+        Raises UserError without `RoutingContext.sentence_embeddings`, Float[b D].
+        """
+        x = site.context.sentence_embeddings
+        if x is None:
+            raise errors.UserError(
+                f"{'/'.join(self.path)} routes by sentence, but the batch has no feature "
+                "'sentence_embeddings' [batch, width]. Add a sentence encoder to the data, or choose "
+                "routing='token'."
+            )
+        mask = None if site.mask is None else site.mask.any(axis=-1)
+        weights = self.route(x, "unmodeled", mask, site)
+        return weights.reshape(x.shape[0], *(1,) * (site.num_token_axes - 1), self.num_experts)
