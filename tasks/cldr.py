@@ -1,11 +1,13 @@
-"""The CLDR suite as SeqIO tasks: `cldr_<function>_<locale>`, three mixtures of them, and pre-training text.
+"""The CLDR suite as SeqIO tasks: `cldr_<function>_<locale>`, three mixtures of them, and
+pre-training text.
 
 * `cldr_train`: training combinations; splits train, validation.
 * `cldr_heldout`: combinations never trained (zero-shot); split validation.
 * `cldr_fewshot`: locales never trained; splits train, validation.
 * `cldr_denoise`: denoising of CLDR lines; splits train, validation.
 
-Registering is cheap. Rows are generated at first use and cached on disk (`moe_peft.data.cldr.store`).
+Registering is cheap. Rows are generated at first use and cached on disk
+(`moe_peft.data.cldr.store`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +33,7 @@ MIXTURES = {"cldr_train": "train", "cldr_heldout": "heldout", "cldr_fewshot": "f
 
 @functools.cache
 def task_ids() -> Mapping[suite.Task, int]:
-    """Task ids: training combinations first, so that a table over them starts at 0 and has no holes."""
+    """Task ids: training combinations first, so that a table over them has no holes."""
     return {
         t: i for i, t in enumerate(t for group in MIXTURES.values() for t in suite.tasks(group))
     }

@@ -1,1 +1,1 @@
-"""Readers, pipelines and feature converters. TensorFlow lives here and in the tasks, nowhere else."""
+"""Readers, pipelines, feature converters. TensorFlow lives here and in the tasks only."""

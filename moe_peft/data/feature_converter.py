@@ -20,10 +20,12 @@ def embedding_feature() -> dict[str, seqio.FeatureConverter.FeatureSpec]:
 
 
 class RoutingEncDecFeatureConverter(seqio.EncDecFeatureConverter):
-    """Encoder-decoder features plus `task_ids`, `template_ids` and, if asked, `sentence_embeddings`.
+    """Encoder-decoder features plus `task_ids`, `template_ids` and, if asked,
+    `sentence_embeddings`.
 
-    Tasks must produce the extra features. `task_feature_lengths` names inputs and targets only, plus the width of
-    `sentence_embeddings`. Packed rows mix tasks, so packing and routing features exclude each other.
+    Tasks must produce the extra features. `task_feature_lengths` names inputs and targets only,
+    plus the width of `sentence_embeddings`. Packed rows mix tasks, so packing and routing features
+    exclude each other.
 
     Attributes:
       sentence_embeddings: also carry embeddings.

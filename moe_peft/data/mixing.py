@@ -11,9 +11,11 @@ BLOCK = 1024  # examples whose tasks are drawn together; part of what a seed mea
 
 
 class Stream:
-    """An endless stream of examples: tasks drawn by rate, each task going through its rows in a new order every epoch.
+    """An endless stream of examples: tasks drawn by rate, each task going through its rows in a new
+    order every epoch.
 
-    A function of the seed alone: which example stands at place n does not depend on batch size or on where reading began.
+    A function of the seed alone: which example stands at place n does not depend on batch size or
+    on where reading began.
 
     Attributes:
       sources: rows of each task.

@@ -21,7 +21,8 @@ class Packer:
         self.limits = np.array(limits)
 
     def batches(self, lengths: Iterator[tuple[int, int]]) -> Iterator[list[int]]:
-        """For each batch, the row of each of its examples; a batch ends at the first that fits nowhere.
+        """For each batch, the row of each of its examples; a batch ends at the first that fits
+        nowhere.
 
         Args:
           lengths: (inputs, targets) tokens of each example, none above the limits.

@@ -1,8 +1,8 @@
 """Batches for training and evaluation, from any SeqIO task or mixture.
 
-Tasks over `rows.RowsSource` are read from memory: the example at any place of the stream is a pure function of the seed and the
-place, so a run resumes exactly where it stopped, at once. Everything else goes through `seqio.get_dataset`, where resuming
-skips what was read.
+Tasks over `rows.RowsSource` are read from memory: the example at any place of the stream is a pure
+function of the seed and the place, so a run resumes exactly where it stopped, at once. Everything
+else goes through `seqio.get_dataset`, where resuming skips what was read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -75,12 +75,13 @@ def train_batches(
     Args:
       mixture_or_task: a registered name.
       batch_size: rows of the whole batch, over all shards.
-      feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included. Longer examples are cut from the right, with
-        a warning; when packing, the capacity of a row.
+      feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included. Longer examples are
+        cut from the right, with a warning; when packing, the capacity of a row.
       seed: of the order and of the mixing.
       pack: fill rows with several examples. Packed rows mix tasks, so they carry no task ids.
       start_batch: batches to leave out: the continuation of a run that consumed that many.
-      shard_index: which part of each batch this host gets; the parts joined are the unsharded batch.
+      shard_index: which part of each batch this host gets; the parts joined are the unsharded
+        batch.
       shard_count: number of hosts.
       split: of the tasks.
     """

@@ -1,7 +1,8 @@
 """Tokenised rows in memory: a SeqIO source that can also be read row by row.
 
-A suite of hundreds of small tasks needs hundreds of tf.data graphs to mix, which takes minutes to build. Rows that fit in memory
-need none: `pipeline` reads them straight from their source, and T5X still gets them through SeqIO.
+A suite of hundreds of small tasks needs hundreds of tf.data graphs to mix, which takes minutes to
+build. Rows that fit in memory need none: `pipeline` reads them straight from their source, and T5X
+still gets them through SeqIO.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,1 +1,1 @@
-"""The embedded suite: text-to-text tasks made from the Unicode CLDR data of `babel`. No TensorFlow."""
+"""The embedded suite: text-to-text tasks from the Unicode CLDR data of `babel`. No TensorFlow."""

@@ -1,12 +1,14 @@
 """Pre-training text: CLDR facts as lines, and their denoising.
 
-A line states facts of one or two items, `German month March = März` or `de month March = März; May = Mai`, for any function and any
-locale, held-out ones included: the backbone may read the data, never the instructions.
-Each line becomes one example, in one of two ways:
+A line states facts of one or two items, `German month March = März` or `de month March = März; May
+= Mai`, for any function and any locale, held-out ones included: the backbone may read the data,
+never the instructions. Each line becomes one example, in one of two ways:
 
-* span corruption (Raffel et al. 2020, section 3.1.4), the spans being fields of the line: a value, an item, a locale, a
-  function. Inputs hold a sentinel per span; targets list each sentinel and the text it hides.
-* prefix (the LM adaptation of Lester et al. 2021, section 3.2, at this scale): the line is cut before its last value.
+* span corruption (Raffel et al. 2020, section 3.1.4), the spans being fields of the line: a value,
+  an item, a locale, a function. Inputs hold a sentinel per span; targets list each sentinel and the
+  text it hides.
+* prefix (the LM adaptation of Lester et al. 2021, section 3.2, at this scale): the line is cut
+  before its last value.
 """
 
 from collections.abc import Iterator
@@ -17,14 +19,19 @@ import numpy as np
 
 from moe_peft.data.cldr import functions, suite
 
-# A sentinel is one character of a private-use area in a row, and one byte UTF-8 never uses once encoded.
+# A sentinel is one character of a private-use area in a row, and one byte UTF-8 never uses once
+# encoded.
 SENTINELS = "\ue000\ue001\ue002\ue003"
 SENTINEL_BYTE = 0xF8
 MAX_INPUT_BYTES = 63  # with the end mark, 64 tokens
 MAX_TARGET_BYTES = 39
 PREFIX_RATE = 0.5
-TWO_ITEMS_RATE = 0.3
-VALUE_RATE = 0.7
+NUM_ITEMS_PROBABILITIES = (0.5, 0.3, 0.2)  # one, two or three items in a line
+HIDE_NAME_RATE = 0.15  # of the locale or the function, beside the values
+
+_FUNCTIONS = tuple(functions.FUNCTIONS.values())
+_LOCALES = tuple(suite.LOCALES.items())
+_CUMULATIVE = np.cumsum(NUM_ITEMS_PROBABILITIES)[:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +45,16 @@ class Row:
 
 def line_fields(rng: np.random.Generator) -> list[tuple[str, str]]:
     """A line as (kind, text) pieces whose texts joined are the line."""
-    function = functions.FUNCTIONS[str(rng.choice(list(functions.FUNCTIONS)))]
-    locale = str(rng.choice(list(suite.LOCALES)))
-    named = suite.LOCALES[locale] if rng.random() < 0.5 else locale
-    items = [function.sample(rng) for _ in range(1 + (rng.random() < TWO_ITEMS_RATE))]
+    function = _FUNCTIONS[rng.integers(len(_FUNCTIONS))]
+    locale, language = _LOCALES[rng.integers(len(_LOCALES))]
+    named = language if rng.random() < 0.5 else locale
+    count = 1 + int(np.searchsorted(_CUMULATIVE, rng.random(), side="right"))
+    items = dict.fromkeys(function.sample(rng) for _ in range(count))
     fields = [("locale", named), ("", " "), ("function", function.name)]
     if rng.random() < 0.5:
         fields.reverse()
     fields.append(("", " "))
-    for index, item in enumerate(dict.fromkeys(items)):
+    for index, item in enumerate(items):
         if index:
             fields.append(("", "; "))
         fields += [("item", item), ("", " = "), ("value", function.value(item, locale))]
@@ -56,22 +64,23 @@ def line_fields(rng: np.random.Generator) -> list[tuple[str, str]]:
 def denoise(fields: list[tuple[str, str]], rng: np.random.Generator) -> Row:
     """Corrupts a line."""
     values = [index for index, (kind, _) in enumerate(fields) if kind == "value"]
-    if rng.random() < PREFIX_RATE:
+    if len(values) == 1 and rng.random() < PREFIX_RATE:
         cut = values[-1]
-        # The space goes with the prefix: the target starts with the value, as a task's does.
         return Row("prefix", "".join(text for _, text in fields[:cut]), fields[cut][1])
-    others = [index for index, (kind, _) in enumerate(fields) if kind and kind != "value"]
-    hidden = {index for index in values if rng.random() < VALUE_RATE}
-    if not hidden or rng.random() < 0.3:
-        hidden.add(int(rng.choice(others)))
+    hidden = set(values)
+    if rng.random() < HIDE_NAME_RATE:
+        names = [index for index, (kind, _) in enumerate(fields) if kind in ("locale", "function")]
+        hidden.add(names[rng.integers(len(names))])
+        # With its name hidden, a value must stay for the name to be told from.
+        hidden.discard(values[0])
     inputs, targets, sentinels = [], [], iter(SENTINELS)
     for index, (_, text) in enumerate(fields):
-        if index not in hidden:
+        if index in hidden:
+            sentinel = next(sentinels)
+            inputs.append(sentinel)
+            targets.append(sentinel + text)
+        else:
             inputs.append(text)
-            continue
-        sentinel = next(sentinels)
-        inputs.append(sentinel)
-        targets.append(sentinel + text)
     return Row("span", "".join(inputs), "".join(targets))
 
 

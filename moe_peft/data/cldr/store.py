@@ -1,7 +1,7 @@
 """Generated rows, written once to a cache folder and read from it afterwards.
 
-The folder is `$MOE_PEFT_CACHE`, or `~/.cache/moe_peft`. A file's name carries a fingerprint of babel's version
-and of this package's source, so rows of another version are never read.
+The folder is `$MOE_PEFT_CACHE`, or `~/.cache/moe_peft`. A file's name carries a fingerprint of
+babel's version and of this package's source, so rows of another version are never read.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,9 @@ def fingerprint() -> str:
 def cached(name: str, make: Callable[[], Columns]) -> Columns:
     """The columns called `name`: read if present, otherwise made and written.
 
-    Written to a temporary file and renamed, so that processes started together cannot read half of one. A folder that cannot be
-    written, or a damaged file, costs the time of making the rows again and a warning.
+    Written to a temporary file and renamed, so that processes started together cannot read half of
+    one. A folder that cannot be written, or a damaged file, costs the time of making the rows again
+    and a warning.
     """
     path = folder() / f"{name}-{fingerprint()}.npz"
     try:
