@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import os
-import pathlib
 import sys
 
 import moe_peft
@@ -37,15 +36,12 @@ class Command:
       help: one line.
       example: complete command lines that work.
       defaults: gin statements read before any file.
-      folder: the entry point's parameter that names the run's folder, where the resolved
-        configuration is written; None for a command that writes nothing.
     """
 
     entry_point: str
     help: str
     example: str
     defaults: tuple[str, ...] = ()
-    folder: str | None = None
 
 
 COMMANDS = {
@@ -71,7 +67,6 @@ COMMANDS = {
             "  moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try "
             "--gin.TRAIN_STEPS=20"
         ),
-        folder="model_dir",
     ),
     "eval": Command(
         entry_point="evaluate",
@@ -166,15 +161,11 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
     entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
-    if command.folder is not None:
-        _write(command, "config.gin", gin_utils.resolved_text())
     result = entry_point()
     if args.command == "plan":
         from moe_peft.analysis import plan
 
         plan.show(result, as_json=args.json)
-    if command.folder is not None:
-        _write(command, "operative_config.gin", gin_utils.operative_text())
     return 0
 
 
@@ -200,18 +191,6 @@ def configure(
     entry_points = [other.entry_point for other in COMMANDS.values()]
     gin_checks.check(config, command.entry_point, entry_points, gin_utils.CALLED_BY_LIBRARY)
     return gin.get_configurable(command.entry_point)
-
-
-def _write(command: Command, file_name: str, text: str) -> None:
-    """Writes `text` into the folder of the run."""
-    import gin
-
-    value = gin.query_parameter(f"{command.entry_point}.{command.folder}")
-    if isinstance(value, gin.config.ConfigurableReference):
-        value = value.scoped_configurable_fn()
-    folder = pathlib.Path(value)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file_name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,26 @@ from gin import config as gin_config
 
 from moe_peft import errors, gin_utils
 
-# Macros that describe a file for people and tools; a run need not read them.
-DESCRIPTIVE_MACROS = frozenset({"NOMINAL_SIZE"})
+# The macros that the packaged files agree on. A file may set one that a command does not read, so
+# that models, methods and data can be combined freely; any other unread name is a mistake.
+MACROS = {
+    "MODEL": "the network without adapters, `@models.Transformer()`",
+    "NOMINAL_SIZE": "the size in the model's name, which papers divide by",
+    "METHOD": "what is adapted and what trains, such as `@methods.mov()`",
+    "BACKBONE": "the network's own weights: `embedded:cldr_tiny`, `file:weights.safetensors`, "
+    "`run:/a/run/of/full`, `random:0`",
+    "MIXTURE": "name of the SeqIO mixture or task to train on",
+    "EVAL_MIXTURES": "names of those to evaluate on, a tuple",
+    "FEATURE_LENGTHS": "tokens kept of `inputs` and `targets`, a dictionary",
+    "MODEL_DIR": "folder of the run",
+    "TRAIN_STEPS": "updates in all",
+    "BATCH_SIZE": "rows of a batch, over all devices",
+    "OPTIMIZER": "such as `@optimizers.adafactor()`",
+    "SEED": "of fresh adapters, dropout and the order of the data",
+    "DTYPE": "of activations, `float32` or `bfloat16`",
+    "FROZEN_DTYPE": "of the frozen weights in memory, `float32` or `bfloat16`",
+    "DROPOUT_RATE": "of the network while training, in [0, 1)",
+}
 
 _LITERALS = (bool, int, float, str, tuple, list, dict)
 
@@ -33,7 +51,7 @@ def check(
     2. A value has the wrong type for its parameter's annotation (simple types only).
     3. A value that `root` or anything it refers to requires is missing.
     4. A binding that nothing reads: not `root`, no other entry point, nothing they refer to, now
-       or before a later file replaced it. `DESCRIPTIVE_MACROS` are excepted.
+       or before a later file replaced it. One of `MACROS` that a file sets is excepted.
 
     Args:
       config: what was read.
@@ -281,7 +299,7 @@ def _check_used(config: gin_utils.Config, roots: Sequence[str]) -> None:
         binding
         for binding in config.all_bindings()
         if (binding.scope, binding.selector, binding.parameter) not in used
-        and not (binding.is_macro and binding.scope in DESCRIPTIVE_MACROS)
+        and not (binding.is_macro and binding.scope in MACROS and not binding.on_command_line)
     ]
     if not unused:
         return

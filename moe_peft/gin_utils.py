@@ -21,7 +21,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 import moe_peft
-from moe_peft import errors
+from moe_peft import errors, quiet
 
 # What the commands import, so that gin files need no `import` lines for the library itself.
 CONFIGURABLE_MODULES = (
@@ -52,6 +52,11 @@ class Binding:
     parameter: str
     value: Any
     where: str
+
+    @property
+    def on_command_line(self) -> bool:
+        """Whether a `--gin.` flag set it, rather than a file."""
+        return self.where.startswith("--gin.")
 
     @property
     def is_macro(self) -> bool:
@@ -237,7 +242,8 @@ def _line_of_reference(text: str, error: Exception, after: int) -> int | None:
 def _import(statement: config_parser.ImportStatement) -> None:
     # Through gin, which also writes the import into the resolved configuration.
     try:
-        gin.parse_config(statement.format())
+        with quiet.importing():
+            gin.parse_config(statement.format())
     except ImportError as error:
         raise ImportError(f"cannot import {statement.module}: {error.msg}") from error
 
@@ -318,5 +324,6 @@ def operative_text() -> str:
 
 def import_modules(names: Iterable[str]) -> None:
     """Imports modules so that what they register can be named in gin files."""
-    for name in names:
-        importlib.import_module(name)
+    with quiet.importing():
+        for name in names:
+            importlib.import_module(name)

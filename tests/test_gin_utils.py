@@ -157,6 +157,12 @@ def test_missing_file_offers_near_names():
         gin_utils.load([f"method/{name}"])
 
 
+def test_agreed_macro_may_be_set_in_a_file_but_not_in_vain_by_hand(tmp_path):
+    read(tmp_path, GOOD + "BATCH_SIZE = 3")
+    with pytest.raises(errors.UserError, match="reads it: BATCH_SIZE"):
+        read(tmp_path, GOOD + "BATCH_SIZE = 3", ["BATCH_SIZE=3"])
+
+
 def test_include_cycle_is_an_error(tmp_path):
     (tmp_path / "a.gin").write_text(f"include '{tmp_path}/a.gin'")
     with pytest.raises(errors.UserError, match="includes itself"):

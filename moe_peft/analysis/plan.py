@@ -117,7 +117,7 @@ def plan(
     Raises:
       UserError: a rule matches nothing, or two rules match one layer.
     """
-    shapes = {name: _TOKENS for name in _TOKEN_FEATURES}
+    shapes = dict.fromkeys(_TOKEN_FEATURES, _TOKENS)
     found = patching.matches(model, method.rules, shapes, enable_dropout=False)
     found.check()
 
