@@ -11,6 +11,7 @@ Registering is cheap. Rows are generated at first use and cached on disk
 """
 
 from collections.abc import Iterable, Mapping
+import dataclasses
 import functools
 
 import numpy as np
@@ -50,7 +51,7 @@ def _columns(inputs: Iterable[str], targets: Iterable[str]) -> store.Columns:
     columns = {}
     for name, texts in (("inputs", inputs), ("targets", targets)):
         column = rows.Ragged.of([_ids(text) for text in texts])
-        columns |= {f"{name}_flat": column.flat, f"{name}_ends": column.ends}
+        columns |= {f"{name}_flat": column.flat.astype(np.int16), f"{name}_ends": column.ends}
     return columns
 
 
@@ -93,8 +94,11 @@ def _instructions() -> dict[tuple[int, int], rows.Rows]:
     }
 
 
-def _load_task(task_id: int, split: str) -> rows.Rows:
-    return _instructions()[task_id, SPLITS.index(split)]
+@functools.cache
+def _load_task(task: suite.Task, split: str) -> rows.Rows:
+    found = _instructions()[task_ids()[task], SPLITS.index(split)]
+    choices = suite.answer_choices(task)
+    return dataclasses.replace(found, answer_choices=[choices] * len(found) if choices else ())
 
 
 def _denoise_columns(split: str) -> store.Columns:
@@ -111,12 +115,12 @@ def _load_denoise(split: str) -> rows.Rows:
 
 def register() -> None:
     """Adds every task and mixture to SeqIO's registries."""
-    for task, task_id in task_ids().items():
+    for task in task_ids():
         items = suite.split_items(task)
         seqio.TaskRegistry.add(
             task.name,
             source=rows.RowsSource(
-                functools.partial(_load_task, task_id),
+                functools.partial(_load_task, task),
                 {split: templates.NUM_TEMPLATES * len(names) for split, names in items.items()},
             ),
             preprocessors=[seqio.preprocessors.append_eos],

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, from any SeqIO task or mixture.
+"""Batches for training, from any SeqIO task or mixture; the door to the rest of `data`.
 
 Tasks over `rows.RowsSource` are read from memory: the example at any place of the stream is a pure
 function of the seed and the place, so a run resumes exactly where it stopped, at once. Everything
@@ -9,54 +9,26 @@ from collections.abc import Iterator, Mapping
 import itertools
 import logging
 
-import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import feature_converter, mixing, packing, rows
+from moe_peft.data import encoding, feature_converter, lookup, mixing, packing, rows
+from moe_peft.data.encoding import Batch
+from moe_peft.data.evaluation_data import EvalBatch, Example, eval_examples
+from moe_peft.data.lookup import check_vocabulary, get, num_tasks, tasks_of, vocabulary
 
-Batch = dict[str, np.ndarray]
-FEATURES = ("inputs", "targets")
-
-
-def get(name: str) -> seqio.Task | seqio.Mixture:
-    """The task or mixture of that name; a UserError with near names if there is none."""
-    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    if name not in known:
-        raise errors.UserError(
-            f"No task or mixture is called {name!r}.{errors.near(name, known)} "
-            "Import the module that registers it (for the CLDR suite, moe_peft.tasks.cldr)."
-        )
-    return seqio.get_mixture_or_task(name)
-
-
-def tasks_of(name: str) -> list[seqio.Task]:
-    """The tasks of a mixture, or the task itself, in order."""
-    return list(seqio.get_subtasks(get(name)))
-
-
-def num_tasks(name: str) -> int:
-    """How many tasks a mixture has."""
-    return len(tasks_of(name))
-
-
-def vocabulary(name: str) -> seqio.Vocabulary:
-    """The vocabulary of inputs and targets; they must agree."""
-    features = get(name).output_features
-    found = features["targets"].vocabulary
-    if features["inputs"].vocabulary != found:
-        raise errors.UserError(f"{name!r} uses different vocabularies for inputs and targets.")
-    return found
-
-
-def check_vocabulary(name: str, vocab_size: int) -> None:
-    """Refuses a mixture whose ids the model has no embedding for."""
-    needed = vocabulary(name).vocab_size
-    if needed > vocab_size:
-        raise errors.UserError(
-            f"{name!r} has token ids up to {needed - 1}, the model's vocab_size is {vocab_size}: "
-            f"the backbone was trained with another vocabulary than the tasks."
-        )
+__all__ = [
+    "Batch",
+    "EvalBatch",
+    "Example",
+    "check_vocabulary",
+    "eval_examples",
+    "get",
+    "num_tasks",
+    "tasks_of",
+    "train_batches",
+    "vocabulary",
+]
 
 
 def train_batches(
@@ -85,7 +57,7 @@ def train_batches(
       shard_count: number of hosts.
       split: of the tasks.
     """
-    lengths = check_lengths(feature_lengths)
+    lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
         raise errors.UserError(
             f"A batch of {batch_size} does not divide among {shard_count} hosts; "
@@ -95,7 +67,7 @@ def train_batches(
         raise errors.UserError(f"shard_index {shard_index} is outside 0..{shard_count - 1}.")
     if start_batch < 0:
         raise errors.UserError(f"start_batch is {start_batch}; expected 0 or more.")
-    tasks = tasks_with(mixture_or_task, split)
+    tasks = lookup.tasks_with(mixture_or_task, split)
     if all(isinstance(task.source, rows.RowsSource) for task in tasks):
         stream = mixing.Stream(
             [task.source.rows(split) for task in tasks], _rates(mixture_or_task, tasks), seed
@@ -110,70 +82,11 @@ def train_batches(
     return ({name: value[part] for name, value in batch.items()} for batch in batches)
 
 
-def check_lengths(feature_lengths: Mapping[str, int]) -> tuple[int, int]:
-    """(inputs, targets) tokens of a row."""
-    if set(feature_lengths) != set(FEATURES) or any(
-        not isinstance(length, int) or length < 2 for length in feature_lengths.values()
-    ):
-        raise errors.UserError(
-            f"feature_lengths is {dict(feature_lengths)}; expected whole numbers of at least 2 for "
-            "'inputs' and 'targets', for example {'inputs': 56, 'targets': 28}."
-        )
-    return feature_lengths["inputs"], feature_lengths["targets"]
-
-
-def tasks_with(mixture_or_task: str, split: str) -> list[seqio.Task]:
-    """Tasks of a mixture that have a split, none of them empty."""
-    tasks = tasks_of(mixture_or_task)
-    found = [task for task in tasks if split in task.splits]
-    if not found:
-        splits = sorted({split for task in tasks for split in task.splits})
-        raise errors.UserError(
-            f"{mixture_or_task!r} has no split {split!r}; it has {', '.join(splits) or 'none'}."
-            f"{errors.near(split, splits)}"
-        )
-    for task in found:
-        if task.num_input_examples(split) == 0:
-            raise errors.UserError(f"Task {task.name!r} has no examples in its {split!r} split.")
-    return found
-
-
 def _rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
-    provider = get(mixture_or_task)
+    provider = lookup.get(mixture_or_task)
     if isinstance(provider, seqio.Task):
         return [1.0]
     return [float(provider.get_rate(task)) for task in tasks]
-
-
-def _with_end(sequence: np.ndarray, limit: int) -> np.ndarray:
-    """The ids with the end mark 1, cut to the limit as SeqIO cuts: the mark survives."""
-    return np.append(sequence[: limit - 1], 1)
-
-
-def encode_rows(examples: list[tuple[rows.Rows, int]], lengths: tuple[int, int]) -> Batch:
-    """One example a row, padded."""
-    places = list(range(len(examples)))
-    encoder, decoder = (
-        packing.fill(
-            [_with_end(getattr(source, name)[index], limit) for source, index in examples],
-            places,
-            (len(examples), limit),
-        )
-        for name, limit in zip(FEATURES, lengths)
-    )
-    batch = _model_features(encoder, decoder)
-    for name in examples[0][0].scalars:
-        batch[name] = np.array([source.scalars[name][i] for source, i in examples], np.int32)
-    return batch
-
-
-def _model_features(encoder: Batch, decoder: Batch) -> Batch:
-    return {
-        "encoder_input_tokens": encoder["tokens"],
-        "decoder_target_tokens": decoder["tokens"],
-        "decoder_input_tokens": packing.shift_right(decoder["tokens"], decoder["segment_ids"]),
-        "decoder_loss_weights": (decoder["tokens"] > 0).astype(np.int32),
-    }
 
 
 def _padded(
@@ -182,7 +95,7 @@ def _padded(
     places = stream.places(start_batch * batch_size)
     while True:
         chosen = list(itertools.islice(places, batch_size))
-        yield encode_rows([(stream.sources[task], index) for task, index in chosen], lengths)
+        yield encoding.encode([(stream.sources[task], index) for task, index in chosen], lengths)
 
 
 def _packed(
@@ -195,28 +108,15 @@ def _packed(
         for task, index in measure:
             yield tuple(
                 min(int(stream.lengths[task][name][index]) + 1, limit)
-                for name, limit in zip(FEATURES, lengths)
+                for name, limit in zip(encoding.FEATURES, lengths)
             )
 
+    # Packing depends on all lengths before; replaying them is cheap, reading the rows is not.
     for number, assigned in enumerate(packer.batches(token_counts())):
         chosen = list(itertools.islice(places, len(assigned)))
-        if number < start_batch:
-            continue
-        encoder, decoder = (
-            packing.fill(
-                [_with_end(getattr(stream.sources[t], name)[i], limit) for t, i in chosen],
-                assigned,
-                (batch_size, limit),
-            )
-            for name, limit in zip(FEATURES, lengths)
-        )
-        yield {
-            **_model_features(encoder, decoder),
-            "encoder_segment_ids": encoder["segment_ids"],
-            "decoder_segment_ids": decoder["segment_ids"],
-            "encoder_positions": encoder["positions"],
-            "decoder_positions": decoder["positions"],
-        }
+        if number >= start_batch:
+            examples = [(stream.sources[task], index) for task, index in chosen]
+            yield encoding.encode(examples, lengths, assigned, batch_size)
 
 
 def _streamed(
@@ -229,14 +129,16 @@ def _streamed(
     split: str,
 ) -> Iterator[Batch]:
     """Any other SeqIO task, through tf.data."""
-    routed = set(feature_converter.ROUTING_FEATURES) <= set(get(mixture_or_task).output_features)
+    routed = set(feature_converter.ROUTING_FEATURES) <= set(
+        lookup.get(mixture_or_task).output_features
+    )
     if routed and not pack:
         converter = feature_converter.RoutingEncDecFeatureConverter()
     else:
         converter = seqio.EncDecFeatureConverter(pack=pack)
     dataset = seqio.get_dataset(
         mixture_or_task,
-        dict(zip(FEATURES, lengths)),
+        dict(zip(encoding.FEATURES, lengths)),
         converter,
         dataset_split=split,
         shuffle=True,

@@ -30,7 +30,7 @@ class Ragged:
     def of(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
         """Stores a list of sequences."""
         ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
-        return cls(np.concatenate([*sequences, np.zeros(0, np.int16)]).astype(np.int16), ends)
+        return cls(np.concatenate([*sequences, np.zeros(0, np.int32)]).astype(np.int32), ends)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -58,11 +58,13 @@ class Rows:
       inputs: ids of the inputs.
       targets: ids of the targets.
       scalars: further features, one number a row (`task_ids`, `template_ids`), int32.
+      answer_choices: texts to choose from, for each row; empty where answers are free text.
     """
 
     inputs: Ragged
     targets: Ragged
     scalars: Mapping[str, Int[np.ndarray, " rows"]] = dataclasses.field(default_factory=dict)
+    answer_choices: Sequence[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)

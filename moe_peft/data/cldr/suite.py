@@ -122,3 +122,9 @@ def examples(task: Task, split: str) -> list[Example]:
             )
             rows.append(Example(task, item, template_id, text, target))
     return rows
+
+
+def answer_choices(task: Task) -> tuple[str, ...]:
+    """Every answer of a closed function's task; empty for an open one."""
+    function = functions.FUNCTIONS[task.function]
+    return tuple(function.value(item, task.locale) for item in function.items)

@@ -1,0 +1,59 @@
+"""Rows of ids to the arrays a model reads."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_peft.data import packing, rows
+
+Batch = dict[str, np.ndarray]
+FEATURES = ("inputs", "targets")
+
+
+def with_end(sequence: np.ndarray, limit: int) -> np.ndarray:
+    """The ids with the end mark 1, cut to the limit as SeqIO cuts: the mark survives."""
+    return np.append(sequence[: limit - 1], 1)
+
+
+def encode(
+    examples: Sequence[tuple[rows.Rows, int]],
+    lengths: tuple[int, int],
+    places: Sequence[int] | None = None,
+    num_rows: int | None = None,
+) -> Batch:
+    """Model features of some examples.
+
+    Args:
+      examples: (rows, index) of each.
+      lengths: tokens of a row, (inputs, targets).
+      places: packed row of each example; None: one example a row.
+      num_rows: rows of the batch, if packed.
+
+    Returns:
+      T5X's encoder-decoder features; packed with segment ids and positions, otherwise with what
+      scalars the examples have.
+    """
+    is_packed = places is not None
+    places = places if is_packed else range(len(examples))
+    encoder, decoder = (
+        packing.fill(
+            [with_end(getattr(source, name)[index], limit) for source, index in examples],
+            places,
+            (num_rows if is_packed else len(examples), limit),
+        )
+        for name, limit in zip(FEATURES, lengths)
+    )
+    batch = {
+        "encoder_input_tokens": encoder["tokens"],
+        "decoder_target_tokens": decoder["tokens"],
+        "decoder_input_tokens": packing.shift_right(decoder["tokens"], decoder["segment_ids"]),
+        "decoder_loss_weights": (decoder["tokens"] > 0).astype(np.int32),
+    }
+    if is_packed:
+        for side, features in (("encoder", encoder), ("decoder", decoder)):
+            batch[f"{side}_segment_ids"] = features["segment_ids"]
+            batch[f"{side}_positions"] = features["positions"]
+        return batch
+    for name in examples[0][0].scalars:
+        batch[name] = np.array([source.scalars[name][i] for source, i in examples], np.int32)
+    return batch

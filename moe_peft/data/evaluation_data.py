@@ -1,0 +1,126 @@
+"""Examples to evaluate on, in order, each once, with what a report wants to know about them."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import itertools
+
+import numpy as np
+import seqio
+
+from moe_peft import errors
+from moe_peft.data import encoding, lookup, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What one row of a batch is.
+
+    Attributes:
+      task: name of its SeqIO task.
+      template_id: which wording, 0 if the task has one.
+      inputs: the instruction as text.
+      targets: the answer as text.
+      answer_choices: the texts to choose from; empty where the answer is free text.
+    """
+
+    task: str
+    template_id: int
+    inputs: str
+    targets: str
+    answer_choices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+    """Model features and the examples they come from.
+
+    Attributes:
+      features: arrays of `batch_size` rows; rows after the last example are zeros.
+      examples: one per real row.
+    """
+
+    features: encoding.Batch
+    examples: list[Example]
+
+
+def eval_examples(
+    mixture_or_task: str,
+    feature_lengths: Mapping[str, int],
+    split: str = "validation",
+    batch_size: int = 64,
+    max_examples_per_task: int | None = None,
+) -> Iterator[EvalBatch]:
+    """Every example of a split once, task after task.
+
+    Args:
+      mixture_or_task: a registered name.
+      feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included.
+      split: of the tasks; tasks without it are left out.
+      batch_size: rows of a batch.
+      max_examples_per_task: the first so many of each task; None for all. CLDR tasks hold an item's
+        four wordings together, so a multiple of four keeps templates balanced.
+    """
+    lengths = lookup.check_lengths(feature_lengths)
+    if batch_size < 1:
+        raise errors.UserError(f"batch_size is {batch_size}; expected 1 or more.")
+    tasks = lookup.tasks_with(mixture_or_task, split)
+    return _batches(tasks, lengths, split, batch_size, max_examples_per_task)
+
+
+def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
+    pairs = (
+        (task, source, index)
+        for task in tasks
+        for source in [_rows(task, split, limit)]
+        for index in range(len(source) if limit is None else min(limit, len(source)))
+    )
+    while chosen := list(itertools.islice(pairs, batch_size)):
+        features = encoding.encode([(source, index) for _, source, index in chosen], lengths)
+        padding = batch_size - len(chosen)
+        features = {
+            name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1))
+            for name, value in features.items()
+        }
+        yield EvalBatch(features, [_example(*place) for place in chosen])
+
+
+def _example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
+    def text(name: str) -> str:
+        ids = getattr(source, name)[index]
+        return task.output_features[name].vocabulary.decode(ids.tolist())
+
+    templates = source.scalars.get("template_ids")
+    return Example(
+        task=task.name,
+        template_id=0 if templates is None else int(templates[index]),
+        inputs=text("inputs"),
+        targets=text("targets"),
+        answer_choices=source.answer_choices[index] if source.answer_choices else (),
+    )
+
+
+def _rows(task: seqio.Task, split: str, limit: int | None) -> rows.Rows:
+    """The rows of a task, from memory or through SeqIO."""
+    if isinstance(task.source, rows.RowsSource):
+        return task.source.rows(split)
+    dataset = task.get_dataset(None, split, shuffle=False)
+    found = list(dataset.take(-1 if limit is None else limit).as_numpy_iterator())
+    if not found:
+        raise errors.UserError(f"Task {task.name!r} has no examples in its {split!r} split.")
+    scalars = {
+        name: np.array([row[name] for row in found], np.int32)
+        for name in ("task_ids", "template_ids")
+        if name in found[0]
+    }
+    ragged = {
+        name: rows.Ragged.of(
+            [row[name][:-1] if row[name][-1:] == [1] else row[name] for row in found]
+        )
+        for name in encoding.FEATURES
+    }
+    choices = [
+        tuple(choice.decode() for choice in row["answer_choices"])
+        for row in found
+        if "answer_choices" in row
+    ]
+    return rows.Rows(**ragged, scalars=scalars, answer_choices=choices)
