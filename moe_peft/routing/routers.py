@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_peft import errors
 from moe_peft.routing import context, losses
@@ -60,12 +60,13 @@ class SoftmaxRouter(Router):
     MoV and MoLoRA (appendix A.5 and released code). What x is, subclasses say.
 
     Attributes:
-        top_k: keep the k most probable experts, the others get weight 0 and no gradient; None merges
-            all of them (the papers' choice).
-        renormalize: divide the kept weights by their sum. Without it, as released, top-k scales MoV's
-            activations by the kept mass, so that a fresh MoV is not the identity. With k = 1 the
-            weight is then always 1 and teaches the router nothing: only router losses do.
-        jitter: in [0, 1); with an rng "routing", x is multiplied by uniform(1 - jitter, 1 + jitter).
+        top_k: keep the k most probable experts, the others get weight 0 and no gradient; None
+            merges all of them (the papers' choice).
+        renormalize: divide the kept weights by their sum. Without it, as released, top-k scales
+            MoV's activations by the kept mass, so that a fresh MoV is not the identity. With it and
+            k = 1 the weight is always 1 and teaches the router nothing: only router losses do.
+        jitter: in [0, 1); with an rng "routing", x is multiplied by uniform(1 - jitter, 1 + jitter)
+            in training.
     """
 
     top_k: int | None = None
@@ -88,7 +89,7 @@ class SoftmaxRouter(Router):
         self,
         x: Float[Array, "... i"],
         axis: str,
-        mask: Float[Array, "..."] | None,
+        mask: Bool[Array, "..."] | None,
         site: context.Site,
     ) -> Float[Array, "... e"]:
         """Returns the weights for inputs x, and sows the losses over decisions where `mask` is 1.
@@ -138,8 +139,8 @@ class SoftmaxRouter(Router):
     def _sow_losses(self, logits, probs, selected, mask):
         if not self.is_mutable_collection(losses.COLLECTION):
             raise errors.UserError(
-                f"{'/'.join(self.path)} has router losses, but nothing carries them out: the model's "
-                f"scan has to lift them (variable_axes={{'{losses.COLLECTION}': 0}})."
+                f"{'/'.join(self.path)} has router losses, but nothing carries them out: the "
+                f"model's scan has to lift them (variable_axes={{'{losses.COLLECTION}': 0}})."
             )
         mask = jnp.ones(probs.shape[:-1]) if mask is None else mask
         mask = mask.astype(jnp.float32).ravel()
@@ -188,8 +189,8 @@ class SentenceRouter(SoftmaxRouter):
         if x is None:
             raise errors.UserError(
                 f"{'/'.join(self.path)} routes by sentence, but the batch has no feature "
-                "'sentence_embeddings' [batch, width]. Add a sentence encoder to the data, or choose "
-                "routing='token'."
+                "'sentence_embeddings' [batch, width]. Add a sentence encoder to the data, or "
+                "choose routing='token'."
             )
         mask = None if site.mask is None else site.mask.any(axis=-1)
         weights = self.route(x, "unmodeled", mask, site)
