@@ -1,4 +1,4 @@
-"""The command line: `moe-peft plan | train | eval | infer | export`.
+"""The command line: `moe-peft plan | train | eval | infer | export | compare | files`.
 
 Only argument parsing happens in this module's own imports, so `--help` is instant. A command names
 the gin configurable that is its entry point; everything that configurable takes comes from gin.
@@ -120,6 +120,15 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--gin_search_paths", default="", metavar="A,B")
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    comparison = commands.add_parser(
+        "compare",
+        help="show evaluated runs side by side, as a table and a picture",
+        description="Shows runs that `moe-peft eval` evaluated side by side.",
+    )
+    comparison.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run")
+    comparison.add_argument(
+        "--out", default="results", metavar="FOLDER", help="where to write table and picture"
+    )
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
 
@@ -155,6 +164,12 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     if args.command == "files":
         folder = gin_utils.packaged_folder()
         print("\n".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.gin"))))
+        return 0
+
+    if args.command == "compare":
+        from moe_peft.analysis import compare
+
+        compare.compare(args.folders, args.out)
         return 0
 
     command = COMMANDS[args.command]

@@ -30,6 +30,7 @@ MACROS = {
     "TRAIN_STEPS": "updates in all",
     "BATCH_SIZE": "rows of a batch, over all devices",
     "OPTIMIZER": "such as `@optimizers.adafactor()`",
+    "LEARNING_RATE": "the peak of an experiment's schedule",
     "SEED": "of fresh adapters, dropout and the order of the data",
     "DTYPE": "of activations, `float32` or `bfloat16`",
     "FROZEN_DTYPE": "of the frozen weights in memory, `float32` or `bfloat16`",

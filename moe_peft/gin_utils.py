@@ -317,9 +317,9 @@ def resolved_text() -> str:
     return gin.config_str(max_line_length=100)
 
 
-def operative_text() -> str:
-    """What was really used so far, defaults included, as a gin file."""
-    return gin.operative_config_str(max_line_length=100)
+def write_config(folder: pathlib.Path) -> None:
+    """Writes the resolved configuration to `folder`/config.gin, for the record and to run again."""
+    (folder / "config.gin").write_text(resolved_text(), encoding="utf-8")
 
 
 def import_modules(names: Iterable[str]) -> None:
