@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, methods, patching
+from moe_peft import errors, gin_utils, methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import (
@@ -133,6 +133,9 @@ def train(
     """
     from moe_peft.data import pipeline  # Imports TensorFlow.
 
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is not None:
+        pipeline.check_vocabulary(mixture, vocab_size)
     loss = loss or encoder_decoder.LossConfig()
     network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
     data = {
@@ -236,10 +239,11 @@ def fit(
         frozen = jax.device_put(trees.frozen, everywhere)
         state = state_lib.create(trees.trainable, transform, settings.seed)
         state = jax.device_put(state, everywhere)
-        warnings = []
+        changed = ""
         if saved:
-            warnings = preparation.check_same_run(saved.description, description, folder)
+            preparation.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
+            changed = preparation.optimizer_changes(saved.description, description)
 
         run = _Run(
             settings=settings,
@@ -257,7 +261,7 @@ def fit(
             frozen=frozen,
             stop=stop,
         )
-        return run.go(folder, state, saved, itertools.chain([first_batch], batches), warnings)
+        return run.go(folder, state, saved, itertools.chain([first_batch], batches), changed)
 
 
 class _Run:
@@ -271,7 +275,7 @@ class _Run:
         self._frozen = frozen
         self._stop = stop
 
-    def go(self, folder, state, saved, batches, warnings) -> Result:
+    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
@@ -288,8 +292,10 @@ class _Run:
                 state_lib.leaf_names(state.trainable),
                 saved.record["unwritten_metrics"] if saved else (),
             )
-            for warning in warnings:
-                self._progress.say(f"WARNING: {warning}.")
+            if jax.process_index() == 0:
+                gin_utils.write_config(folder)
+            if changed_optimizer:
+                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
             if saved:
                 self._progress.say(f"going on from step {first_step} in {folder}")
             return self._loop(state, first_step, batches)

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import optax
 
-from moe_peft import patching
+from moe_peft import errors, patching
 from moe_peft.training import schedules as schedules_lib
 
 LearningRate = float | schedules_lib.Schedule
 GroupOf = Callable[[str], str]
+
+# What `Method.learning_rate_group` returns.
+GROUPS = ("adapters", "routers", "base")
 
 # Leaves of scanned layers: all layers of one stack in one array, the layer axis second.
 _STACK = re.compile(r"^(encoder/encoder|decoder/decoder)/")
@@ -45,12 +48,16 @@ class Optimizer:
     groups: Mapping[str, LearningRate] = dataclasses.field(default_factory=dict)
     clip_norm: float | None = None
 
-    def build(self, trainable: PyTree, group_of: GroupOf) -> optax.GradientTransformation:
-        """Returns the transformation for one tree; `group_of` names the group of a path.
+    def __post_init__(self):
+        for name in self.groups:
+            if name not in GROUPS:
+                raise errors.UserError(
+                    f"{self.name}.groups names {name!r}; there are {', '.join(GROUPS)}."
+                    f"{errors.near(name, GROUPS)}"
+                )
 
-        Raises:
-          UserError: `groups` names a group that no trainable leaf is in.
-        """
+    def build(self, trainable: PyTree, group_of: GroupOf) -> optax.GradientTransformation:
+        """Returns the transformation for one tree; `group_of` names the group of a path."""
         names = {group_of(path) for path in patching.flatten(trainable)}
         clip = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         return optax.chain(

@@ -1,6 +1,6 @@
 """What a run starts from: frozen and trainable trees, and whether a checkpoint is of this run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -115,26 +115,46 @@ def describe(
         "optimizer": optimizer.describe(),
         **described,
     }
-    return json.loads(json.dumps(description, default=str))
+    return as_json(description)
+
+
+def as_json(value: Any) -> Any:
+    """Returns `value` as it comes back from a json file, so that both can be compared."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def check_same_run(
-    saved: Mapping[str, Any], current: Mapping[str, Any], model_dir: pathlib.Path
-) -> list[str]:
-    """Refuses to go on with a checkpoint of another run; returns what merely deserves a warning.
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    model_dir: pathlib.Path | str,
+    parts: Sequence[str] = tuple(_MUST_AGREE),
+) -> None:
+    """Refuses checkpoints of another run.
+
+    Args:
+      saved: description in the checkpoint.
+      current: description of this run, at least its `parts`.
+      model_dir: for the message.
+      parts: what must agree: "method", "backbone", "model", "data".
 
     Raises:
-      UserError: method, backbone, model config or data differ; the message names the difference.
+      UserError: a part differs; the message names the difference.
     """
-    for part, name in _MUST_AGREE.items():
+    for part in parts:
         difference = _first_difference(saved[part], current[part])
         if difference:
             raise errors.UserError(
-                f"The checkpoints in {model_dir} are of a run with another {name}: {difference}. "
-                "Choose another MODEL_DIR, or go back to the settings of that run."
+                f"The checkpoints in {model_dir} are of a run with another {_MUST_AGREE[part]}: "
+                f"{difference}. Choose another MODEL_DIR, or go back to the settings of that run."
             )
-    difference = _first_difference(saved["optimizer"], current["optimizer"])
-    return [f"the optimiser's settings changed: {difference}"] if difference else []
+
+
+def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Returns what changed in the optimiser's settings, "" for nothing.
+
+    It is no reason to refuse: to train longer, or on at a lower rate, is legitimate.
+    """
+    return _first_difference(saved["optimizer"], current["optimizer"])
 
 
 def _first_difference(saved: Any, current: Any, path: str = "") -> str:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_peft import methods
+from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import loop, optimizers, preparation, schedules
 
 WIDTH = 6
@@ -109,6 +110,7 @@ def fit(model_dir, num_steps, method=ADAPTED, **overrides):
         "backbone": "random:7",
         "open_batches": open_batches,
         "optimizer": adamw(),
+        "mesh": mesh_lib.make_mesh(devices=jax.devices()[:1]),
         "described": {"model": {"width": WIDTH}, "data": {"seed": 0}},
     }
     return loop.fit(

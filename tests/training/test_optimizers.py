@@ -1,0 +1,193 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_peft import errors
+from moe_peft.training import optimizers
+
+RNG = np.random.default_rng(0)
+
+
+def _tree(**shapes):
+    return {name: RNG.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _one_group(path):
+    del path
+    return "adapters"
+
+
+def _train(optimizer, params, gradients, group_of=_one_group):
+    """Returns the parameters after one update per gradient."""
+    transform = optimizer.build(params, group_of)
+    update = jax.jit(transform.update)
+    state = transform.init(params)
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+        params = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
+    return params
+
+
+class NumpyAdafactor:
+    """Adafactor for one leaf, written from the paper (Shazeer and Stern 2018), in float64.
+
+    Algorithms 4 (matrices) and 5 (the rest) with relative step sizes, update clipping and
+    beta2_t = 1 - t^-0.8.
+    """
+
+    def __init__(self, param, lr, factored=False, scale=True, offset=0, threshold=1.0):
+        self.param = param.astype(np.float64)
+        self.lr, self.factored, self.scale, self.offset = lr, factored, scale, offset
+        self.threshold, self.t = threshold, 0
+        self.rows, self.columns, self.v = 0.0, 0.0, 0.0
+
+    def update(self, grad):
+        self.t += 1
+        beta = 1.0 - float(self.t + self.offset) ** -0.8
+        squares = grad.astype(np.float64) ** 2 + 1e-30
+        if self.factored:
+            self.rows = beta * self.rows + (1 - beta) * squares.sum(axis=1)
+            self.columns = beta * self.columns + (1 - beta) * squares.sum(axis=0)
+            v = np.outer(self.rows, self.columns) / self.rows.sum()
+        else:
+            v = self.v = beta * self.v + (1 - beta) * squares
+        u = grad / np.sqrt(v)
+        u /= max(1.0, _rms(u) / self.threshold)
+        size = max(_rms(self.param), 1e-3) if self.scale else 1.0
+        self.param = self.param - self.lr * size * u
+
+
+def _rms(x):
+    return np.sqrt(np.mean(np.square(x)))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("offset", [0, 1_100_000])
+def test_adafactor_is_the_papers(scale, offset):
+    params = _tree(matrix=(5, 4), vector=(7,), experts=(3, 5, 4)) | {"zeros": np.zeros((2, 3))}
+    params = {name: leaf.astype(np.float32) for name, leaf in params.items()}
+    gradients = [_tree(matrix=(5, 4), vector=(7,), experts=(3, 5, 4), zeros=(2, 3)) for _ in "123"]
+    optimizer = optimizers.adafactor(
+        0.1, resumed_step_offset=offset, multiply_by_parameter_scale=scale
+    )
+    found = _train(optimizer, params, gradients)
+    for name, param in params.items():
+        want = NumpyAdafactor(param, 0.1, scale=scale, offset=offset)
+        for grads in gradients:
+            want.update(grads[name])
+        np.testing.assert_allclose(found[name], want.param, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def test_adafactor_factors_large_matrices_only():
+    params = _tree(large=(9, 8), narrow=(9, 2))
+    gradients = [_tree(large=(9, 8), narrow=(9, 2)) for _ in range(3)]
+    optimizer = optimizers.adafactor(0.1, min_dim_size_to_factor=8)
+    found = _train(optimizer, params, gradients)
+    for name, is_factored in (("large", True), ("narrow", False)):
+        want = NumpyAdafactor(params[name], 0.1, factored=is_factored)
+        for grads in gradients:
+            want.update(grads[name])
+        np.testing.assert_allclose(found[name], want.param, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_resumed_offset_keeps_the_clip_at_work():
+    """With the offset v is nearly a sum: u starts near 1 / sqrt(1 - beta2) = 261 and is clipped."""
+    params, gradients = {"a": np.ones((4,), np.float32)}, [{"a": np.ones((4,), np.float32)}] * 2
+    for threshold, step in ((1.0, 1e-3), (1e9, 0.261)):
+        optimizer = optimizers.adafactor(
+            1e-3, resumed_step_offset=1_100_000, clipping_threshold=threshold
+        )
+        found = _train(optimizer, params, gradients[:1])
+        np.testing.assert_allclose(1.0 - found["a"], step, rtol=2e-3)
+
+
+def test_adafactor_treats_stacked_layers_one_by_one():
+    layers = [_tree(kernel=(9, 8), scale=(6,)) for _ in range(3)]
+    layers[1]["kernel"] *= 100.0  # One common RMS would be dominated by this layer.
+    gradients = [_tree(kernel=(9, 8), scale=(6,)) for _ in range(3)]
+
+    def stacked(trees):
+        return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *trees)
+
+    optimizer = optimizers.adafactor(0.1, min_dim_size_to_factor=8)
+    scanned = {"encoder": {"encoder": stacked(layers)}, "head": layers[0]}
+    scanned_grads = {"encoder": {"encoder": stacked(gradients)}, "head": gradients[0]}
+    found = _train(optimizer, scanned, [scanned_grads, scanned_grads])
+    want = [_train(optimizer, p, [g, g]) for p, g in zip(layers, gradients)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        found,
+        {"encoder": {"encoder": stacked(want)}, "head": want[0]},
+    )
+
+
+def test_stacks_of_different_depth_go_together():
+    params = {
+        "encoder": {"encoder": _tree(kernel=(3, 2, 4))},
+        "decoder": {"decoder": _tree(kernel=(3, 5, 4))},
+    }
+    found = _train(optimizers.adafactor(0.1), params, [params])
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, params)
+
+
+def test_adamw_decays_adapters_but_not_routers():
+    params = {"a": np.full(3, 2.0, np.float32), "router": np.full(3, 2.0, np.float32)}
+    grads = jax.tree.map(np.ones_like, params)
+    found = _train(
+        optimizers.adamw(0.1, weight_decay=0.5),
+        params,
+        [grads],
+        lambda path: "routers" if path == "router" else "adapters",
+    )
+    # The first Adam step is the sign of the gradient.
+    np.testing.assert_allclose(found["a"], 2.0 - 0.1 * (1.0 + 0.5 * 2.0), rtol=1e-5)
+    np.testing.assert_allclose(found["router"], 2.0 - 0.1, rtol=1e-5)
+
+
+def test_adamw_is_the_papers():
+    params, gradients = _tree(a=(4, 3)), [_tree(a=(4, 3)) for _ in range(4)]
+    found = _train(optimizers.adamw(0.1, b1=0.8, b2=0.9, epsilon=1e-3), params, gradients)
+    param, m, v = params["a"].astype(np.float64), 0.0, 0.0
+    for t, grads in enumerate(gradients, start=1):
+        m = 0.8 * m + 0.2 * grads["a"]
+        v = 0.9 * v + 0.1 * grads["a"] ** 2
+        param = param - 0.1 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+    np.testing.assert_allclose(found["a"], param, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router_rate", [0.5, lambda step: jnp.float32(0.05)])
+def test_groups_are_multipliers_or_schedules(router_rate):
+    params = {"a": np.ones(3, np.float32), "router": np.ones(3, np.float32)}
+    group_of = lambda path: "routers" if path == "router" else "adapters"
+    optimizer = optimizers.adamw(0.1, groups={"routers": router_rate})
+    found = _train(optimizer, params, [jax.tree.map(np.ones_like, params)], group_of)
+    np.testing.assert_allclose(found["a"], 0.9, rtol=1e-5)
+    np.testing.assert_allclose(found["router"], 0.95, rtol=1e-5)
+    rates = optimizer.learning_rates(params, group_of)(0)
+    assert {name: round(float(rate), 6) for name, rate in rates.items()} == {
+        "learning_rate/adapters": 0.1,
+        "learning_rate/routers": 0.05,
+    }
+
+
+def test_unknown_group_is_refused_with_a_near_name():
+    with pytest.raises(errors.UserError, match="'router'.*Did you mean 'routers'"):
+        optimizers.adamw(0.1, groups={"router": 0.5})
+
+
+def test_clipping_is_over_all_leaves():
+    params = {"a": np.zeros(3, np.float32), "b": np.zeros(4, np.float32)}
+    grads = {"a": np.full(3, 2.0, np.float32), "b": np.full(4, 2.0, np.float32)}
+    clipped = 2.0 / (2.0 * np.sqrt(7))
+    # Adam's epsilon dominates, so the size of the gradient is seen: g / (|g| + 1).
+    found = _train(optimizers.adamw(1.0, epsilon=1.0, clip_norm=1.0), params, [grads])
+    for leaf in found.values():
+        np.testing.assert_allclose(leaf, -clipped / (clipped + 1.0), rtol=1e-5)
+
+
+def test_schedule_counts_from_zero():
+    seen = lambda step: jnp.asarray([0.5, 0.25, 0.0])[jnp.minimum(step, 2)]
+    params = {"a": np.zeros(2, np.float32)}
+    found = _train(optimizers.adamw(seen), params, [jax.tree.map(np.ones_like, params)] * 2)
+    np.testing.assert_allclose(found["a"], -0.75, rtol=1e-5)
