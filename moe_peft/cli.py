@@ -88,9 +88,11 @@ COMMANDS = {
         entry_point="export",
         help="write the trained parameters of a run as one safetensors file",
         example=(
-            "  moe-peft export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
-            "    --gin.OUTPUTS=mov.safetensors"
+            "  moe-peft export --gin.MODEL_DIR=results/mov --gin.OUTPUTS=mov.safetensors\n"
+            "  moe-peft export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov "
+            "--gin.OUTPUTS=mov.safetensors"
         ),
+        defaults=("export.model_dir = %MODEL_DIR", "export.path = %OUTPUTS"),
     ),
 }
 
@@ -181,6 +183,8 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         from moe_peft.analysis import plan
 
         plan.show(result, as_json=args.json)
+    elif args.command == "export":
+        print(f"wrote {result}")
     return 0
 
 

@@ -27,6 +27,8 @@ MACROS = {
     "EVAL_MIXTURES": "names of those to evaluate on, a tuple",
     "FEATURE_LENGTHS": "tokens kept of `inputs` and `targets`, a dictionary",
     "MODEL_DIR": "folder of the run",
+    "INPUTS": "text file that `infer` reads, one question a line",
+    "OUTPUTS": "file that `infer` or `export` writes",
     "TRAIN_STEPS": "updates in all",
     "BATCH_SIZE": "rows of a batch, over all devices",
     "OPTIMIZER": "such as `@optimizers.adafactor()`",

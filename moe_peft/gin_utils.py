@@ -28,6 +28,8 @@ CONFIGURABLE_MODULES = (
     "moe_peft.models.t5",
     "moe_peft.models.encoder_decoder",
     "moe_peft.methods",
+    "moe_peft.training.loop",
+    "moe_peft.commands.export",
     "moe_peft.analysis.plan",
 )
 

@@ -1,0 +1,1 @@
+"""Entry points of the command line that belong to no other part of the library."""

@@ -1,0 +1,47 @@
+"""Exported files hold what the run trained, and say what the run was."""
+
+import gin
+import numpy as np
+import pytest
+
+from moe_peft import cli
+from moe_peft.training import backbone, checkpoints
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture
+def run_folder(monkeypatch):
+    saved = checkpoints.Saved(
+        step=7,
+        trainable={"encoder": {"adapter": {"vectors": np.arange(3, dtype=np.float32)}}},
+        position={},
+        record={"description": {"method": {"name": "mov"}}},
+    )
+
+    def load_trainable(folder, step):
+        assert (folder, step) == ("/some/run", None)
+        return saved
+
+    monkeypatch.setattr(checkpoints, "load_trainable", load_trainable)
+    return "/some/run"
+
+
+def test_export_writes_trained_leaves_and_metadata(run_folder, tmp_path, capsys):
+    path = tmp_path / "mov.safetensors"
+    assert cli.main(["export", f"--gin.MODEL_DIR={run_folder}", f"--gin.OUTPUTS={path}"]) == 0
+    np.testing.assert_array_equal(backbone.read(path)["encoder"]["adapter"]["vectors"], [0, 1, 2])
+    assert backbone.read_metadata(path) == {"method": {"name": "mov"}, "step": 7}
+    assert str(path) in capsys.readouterr().out
+
+
+def test_missing_run_and_wrong_name_are_one_line(tmp_path, capsys):
+    flags = [f"--gin.MODEL_DIR={tmp_path}/nowhere", f"--gin.OUTPUTS={tmp_path}/a.safetensors"]
+    assert cli.main(["export", *flags]) == cli.USER_ERROR
+    assert "nowhere" in capsys.readouterr().err
+    assert cli.main(["export", flags[0], "--gin.OUTPUTS=a.bin"]) == cli.USER_ERROR
+    assert "expected *.safetensors" in capsys.readouterr().err
