@@ -35,12 +35,14 @@ class Command:
       entry_point: the gin configurable that is called without arguments.
       help: one line.
       example: complete command lines that work.
+      modules: imported before any gin file is read, the entry point's module last.
       defaults: gin statements read before any file.
     """
 
     entry_point: str
     help: str
     example: str
+    modules: tuple[str, ...]
     defaults: tuple[str, ...] = ()
 
 
@@ -52,6 +54,7 @@ COMMANDS = {
             "  moe-peft plan --gin_file models/t5_1_1_xl.gin --gin_file methods/mov.gin\n"
             "  moe-peft plan --gin_file experiments/cldr/mov.gin --json"
         ),
+        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.analysis.plan"),
         defaults=(
             "NOMINAL_SIZE = None",
             "plan.model = %MODEL",
@@ -67,6 +70,7 @@ COMMANDS = {
             "  moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try "
             "--gin.TRAIN_STEPS=20"
         ),
+        modules=("moe_peft.training.loop",),
     ),
     "eval": Command(
         entry_point="evaluate",
@@ -75,6 +79,7 @@ COMMANDS = {
             "  moe-peft eval --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov\n"
             "  moe-peft eval --gin_file experiments/cldr/frozen.gin --gin.MODEL_DIR=results/frozen"
         ),
+        modules=("moe_peft.evaluation.evaluate",),
     ),
     "infer": Command(
         entry_point="infer",
@@ -83,6 +88,7 @@ COMMANDS = {
             "  moe-peft infer --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
             "    --gin.INPUTS=questions.txt --gin.OUTPUTS=answers.jsonl"
         ),
+        modules=("moe_peft.evaluation.infer",),
     ),
     "export": Command(
         entry_point="export",
@@ -92,6 +98,7 @@ COMMANDS = {
             "  moe-peft export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov "
             "--gin.OUTPUTS=mov.safetensors"
         ),
+        modules=("moe_peft.commands.export",),
         defaults=("export.model_dir = %MODEL_DIR", "export.path = %OUTPUTS"),
     ),
 }
@@ -204,7 +211,7 @@ def configure(
     from moe_peft import gin_checks, gin_utils
 
     command = COMMANDS[name]
-    gin_utils.import_modules(gin_utils.CONFIGURABLE_MODULES)
+    gin_utils.import_modules(command.modules)
     search_paths = [path for path in gin_search_paths.split(",") if path]
     config = gin_utils.load(gin_files, gin_bindings, search_paths, command.defaults)
     entry_points = [other.entry_point for other in COMMANDS.values()]

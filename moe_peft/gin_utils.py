@@ -23,16 +23,6 @@ from gin import config_parser
 import moe_peft
 from moe_peft import errors, quiet
 
-# What the commands import, so that gin files need no `import` lines for the library itself.
-CONFIGURABLE_MODULES = (
-    "moe_peft.models.t5",
-    "moe_peft.models.encoder_decoder",
-    "moe_peft.methods",
-    "moe_peft.training.loop",
-    "moe_peft.commands.export",
-    "moe_peft.analysis.plan",
-)
-
 # Configurables that library code calls itself, rather than by a reference from a gin file.
 CALLED_BY_LIBRARY = ()
 

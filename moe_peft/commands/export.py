@@ -18,8 +18,8 @@ def export(
     """Writes the trained parameters of a run as safetensors and returns the file's path.
 
     The file holds names such as "encoder/layers_0/attention/key/adapter/vectors", and what the run
-    was (method, backbone's fingerprint, model, data) as metadata. That of a run of the method `full`
-    is a backbone: `BACKBONE = "file:PATH"`.
+    was (method, backbone's fingerprint, model, data) as metadata. A run of the method `full` gives
+    a backbone: `BACKBONE = "file:PATH"`.
 
     Args:
       model_dir: folder of the run.
