@@ -40,7 +40,7 @@ def task_ids() -> Mapping[suite.Task, int]:
     }
 
 
-def _ids(text: str) -> np.ndarray:
+def encode(text: str) -> np.ndarray:
     """Ids of a text: its bytes, moved up by three; sentinels are the vocabulary's last ids."""
     ids = np.frombuffer(corpus.encode(text), np.uint8).astype(np.int16)
     sentinels = VOCABULARY.vocab_size - 1 - (ids - corpus.SENTINEL_BYTE)
@@ -50,7 +50,7 @@ def _ids(text: str) -> np.ndarray:
 def _columns(inputs: Iterable[str], targets: Iterable[str]) -> store.Columns:
     columns = {}
     for name, texts in (("inputs", inputs), ("targets", targets)):
-        column = rows.Ragged.of([_ids(text) for text in texts])
+        column = rows.Ragged.of([encode(text) for text in texts])
         columns |= {f"{name}_flat": column.flat.astype(np.int16), f"{name}_ends": column.ends}
     return columns
 
@@ -107,7 +107,8 @@ def _denoise_columns(split: str) -> store.Columns:
 
 
 @functools.cache
-def _load_denoise(split: str) -> rows.Rows:
+def denoise_rows(split: str) -> rows.Rows:
+    """Pre-training rows of a split."""
     name = f"cldr-denoise-{split}-{DENOISE_ROWS[split]}"
     columns = store.cached(name, functools.partial(_denoise_columns, split))
     return rows.Rows(_ragged(columns, "inputs"), _ragged(columns, "targets"))
@@ -133,7 +134,7 @@ def register() -> None:
         )
     seqio.TaskRegistry.add(
         "cldr_denoise",
-        source=rows.RowsSource(_load_denoise, DENOISE_ROWS),
+        source=rows.RowsSource(denoise_rows, DENOISE_ROWS),
         preprocessors=[seqio.preprocessors.append_eos],
         output_features=TEXT_FEATURES,
         metric_fns=[],

@@ -43,10 +43,12 @@ def encode(
         )
         for name, limit in zip(FEATURES, lengths)
     )
+    # As SeqIO has it: unpacked rows are shifted as a whole, end mark included.
+    segments = decoder["segment_ids"] if is_packed else np.ones_like(decoder["tokens"])
     batch = {
         "encoder_input_tokens": encoder["tokens"],
         "decoder_target_tokens": decoder["tokens"],
-        "decoder_input_tokens": packing.shift_right(decoder["tokens"], decoder["segment_ids"]),
+        "decoder_input_tokens": packing.shift_right(decoder["tokens"], segments),
         "decoder_loss_weights": (decoder["tokens"] > 0).astype(np.int32),
     }
     if is_packed:

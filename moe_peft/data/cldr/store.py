@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import tempfile
+import zipfile
 
 import babel
 import numpy as np
@@ -42,11 +43,11 @@ def cached(name: str, make: Callable[[], Columns]) -> Columns:
     """
     path = folder() / f"{name}-{fingerprint()}.npz"
     try:
-        with np.load(path) as stored:
+        with open(path, "rb") as file, np.load(file) as stored:
             return dict(stored)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError) as problem:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         logging.warning("Making %s again: %s", path, problem)
     columns = make()
     try:

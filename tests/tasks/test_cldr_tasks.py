@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import seqio
+
+from moe_peft.tasks import cldr
+
+
+def test_every_task_is_registered():
+    names = [name for name in seqio.TaskRegistry.names() if name.startswith("cldr_")]
+    assert len(names) == 301
+    assert {name for name in seqio.MixtureRegistry.names() if name.startswith("cldr_")} == {
+        "cldr_train",
+        "cldr_heldout",
+        "cldr_fewshot",
+    }
+
+
+def test_task_ids_number_training_tasks_first():
+    ids = cldr.task_ids()
+    assert list(ids.values()) == list(range(300))
+    assert [ids[task] for task in cldr.suite.tasks("train")] == list(range(201))
+
+
+def test_declared_sizes_are_the_rows():
+    for task in list(cldr.task_ids())[::29]:
+        source = seqio.TaskRegistry.get(task.name).source
+        for split in source.splits:
+            assert len(source.rows(split)) == source.num_input_examples(split)
+
+
+def test_sentinels_are_the_vocabularys_last_ids():
+    ids = cldr.encode("a" + cldr.corpus.SENTINELS[0] + cldr.corpus.SENTINELS[3])
+    assert ids.tolist() == [100, 271, 268]
+
+
+def test_registering_generates_nothing_and_is_fast(tmp_path):
+    code = (
+        "import time, seqio\n"
+        "start = time.process_time()\n"
+        "import moe_peft.tasks.cldr\n"
+        "print(time.process_time() - start)\n"
+    )
+    environment = {"MOE_PEFT_CACHE": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert float(done.stdout) < 2.0
+    assert not list(tmp_path.iterdir())
