@@ -7,11 +7,11 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe_peft import errors, patching, routing
 from moe_peft import methods as methods_lib
-from moe_peft.models import losses, scoring
+from moe_peft.models import decoding, losses, scoring, strategies
 
 Batch = losses.Batch
 LossConfig = losses.LossConfig
@@ -19,6 +19,7 @@ summarize = losses.summarize
 
 _REQUIRED = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 _PACKING = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
+_SEEN_WHILE_DECODING = ("encoder_input_tokens", "task_ids", "sentence_embeddings")
 _FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
 
 
@@ -109,6 +110,15 @@ class EncoderDecoder:
         """Log-likelihood of each row's target: sum of log p(token) times its loss weight."""
         return jnp.sum(self._target_log_probs(params, batch) * losses.token_weights(batch), axis=-1)
 
+    def exact_match(self, params: PyTree, batch: Batch) -> Bool[Array, "b"]:
+        """Whether greedy decoding would give each row's target, without decoding.
+
+        It would exactly when every argmax is right under teacher forcing: up to the first wrong
+        token both see the same prefix. The target must hold its end mark.
+        """
+        is_right = jnp.argmax(self.logits(params, batch), axis=-1) == batch["decoder_target_tokens"]
+        return jnp.all(is_right | (losses.token_weights(batch) == 0), axis=-1)
+
     def score_choices(self, params: PyTree, batch: Batch, num_choices: int) -> scoring.ChoiceScores:
         """Log-likelihoods of all answer choices of each example, its input encoded once.
 
@@ -130,6 +140,76 @@ class EncoderDecoder:
         return scoring.ChoiceScores(
             log_likelihood=scoring.sum_by_choice(log_probs, segment_ids, num_choices),
             num_tokens=scoring.sum_by_choice(is_real, segment_ids, num_choices),
+        )
+
+    def predict(
+        self,
+        params: PyTree,
+        batch: Batch,
+        strategy: strategies.Strategy,
+        rng: Array | None = None,
+    ) -> Int[Array, "b t"]:
+        """Answers: ids [b, max_decode_length] with the end mark, 0 after it.
+
+        The encoder and the decoder's keys and values of its output are computed once.
+
+        Args:
+          params: as everywhere.
+          batch: encoder_input_tokens [b, s] and what routers look at; targets are not read.
+          strategy: how, such as `strategies.Greedy(max_decode_length=32)`. Hashable, so it may be a
+            static argument of jit.
+          rng: key for random strategies.
+        """
+        if strategy.is_random and rng is None:
+            raise errors.UserError(f"{type(strategy).__name__} draws tokens and needs an rng.")
+        if "encoder_segment_ids" in batch:
+            raise errors.UserError("Answers are decoded for unpacked inputs, not for packed rows.")
+        variables = {"params": params}
+        inputs = jnp.asarray(batch["encoder_input_tokens"])
+        encoded = self.module.apply(
+            variables,
+            inputs,
+            enable_dropout=False,
+            method=self.module.encode,
+            **self._routing(batch),
+        )
+        times, axis = strategy.rows_per_example, int(self.module.config.scan_layers)
+
+        def decode(variables, encoded, batch, ids, mutable):
+            return self.module.apply(
+                variables,
+                encoded,
+                batch["encoder_input_tokens"],
+                ids,
+                ids,
+                enable_dropout=False,
+                decode=True,
+                max_decode_length=strategy.max_decode_length,
+                method=self.module.decode,
+                mutable=mutable,
+                **self._routing(batch),
+            )
+
+        seen = {k: v for k, v in batch.items() if k in _SEEN_WHILE_DECODING}
+        # Makes the empty cache and the keys and values of the encoded text. The compiler drops the
+        # rest of this call, whose logits nobody reads.
+        first = jnp.zeros((inputs.shape[0], 1), jnp.int32)
+        _, caches = decode(variables, encoded, seen, first, ["cache", "cross_cache"])
+        repeat = lambda tree, axis=0: decoding.repeat_rows(tree, times, axis)
+        encoded, seen, caches = repeat(encoded), repeat(seen), repeat(caches, axis)
+        # The beams of an example share its text: only "cache" follows them around.
+        constant = {**variables, **{k: v for k, v in caches.items() if k != "cache"}}
+
+        def tokens_to_logits(ids, cache):
+            logits, new = decode({**constant, "cache": cache}, encoded, seen, ids, ["cache"])
+            return logits[:, 0], new["cache"]
+
+        return strategy(
+            tokens_to_logits,
+            caches["cache"],
+            batch_size=inputs.shape[0],
+            cache_batch_axis=axis,
+            rng=rng,
         )
 
     def _target_log_probs(self, params: PyTree, batch: Batch) -> Float[Array, "b t"]:
@@ -169,11 +249,12 @@ class EncoderDecoder:
         """The keyword argument that tells a patched module what its routers may look at."""
         if not isinstance(self.module, patching.Patched):
             return {}
+        targets = batch.get("decoder_target_tokens")  # Not there while decoding.
         context = routing.RoutingContext(
             task_ids=batch.get("task_ids"),
             sentence_embeddings=batch.get("sentence_embeddings"),
             encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
-            decoder_mask=jnp.greater(batch["decoder_target_tokens"], 0),
+            decoder_mask=None if targets is None else jnp.greater(targets, 0),
         )
         return {"routing": context}
 

@@ -81,8 +81,12 @@ def random_params(model, seed=1):
         functools.partial(model.init, batch_shapes=shapes), jax.random.key(seed)
     )
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: (leaf.ndim == 1) + 0.4 * rng.normal(size=leaf.shape).astype(np.float32)
-    return jax.tree.map(draw, abstract)
+
+    def draw(path, leaf):
+        offset = path[-1].key == "scale"  # of norms
+        return offset + 0.4 * rng.normal(size=leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def make_model(method=None, loss_config=None, scan_layers=False):

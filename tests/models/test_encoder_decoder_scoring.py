@@ -35,8 +35,12 @@ def model_and_params(scan_layers=False):
     )
     abstract = jax.eval_shape(functools.partial(model.init, batch_shapes=shapes), jax.random.key(1))
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (leaf.ndim == 1) + 0.4 * rng.normal(size=leaf.shape).astype(np.float32)
-    return model, jax.tree.map(draw, abstract)
+
+    def draw(path, leaf):
+        offset = path[-1].key == "scale"  # of norms
+        return offset + 0.4 * rng.normal(size=leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def questions(seed=0, num_choices=(3, 1, 5, 2)):
