@@ -92,12 +92,18 @@ def check(params: PyTree, abstract_params: PyTree, spec: str) -> None:
             )
 
 
-def cast(params: PyTree, dtype: str) -> PyTree:
-    """Returns the tree with its floating-point leaves in "float32" or "bfloat16"."""
+def check_dtype(dtype: str) -> None:
+    """Raises UserError unless frozen weights can be stored so."""
     if dtype not in _FLOATS:
         raise errors.UserError(
             f"Frozen weights are stored as {' or '.join(_FLOATS)}, got {dtype!r}."
+            f"{errors.near(str(dtype), _FLOATS)}"
         )
+
+
+def cast(params: PyTree, dtype: str) -> PyTree:
+    """Returns the tree with its floating-point leaves in "float32" or "bfloat16"."""
+    check_dtype(dtype)
 
     def convert(leaf):
         return leaf.astype(_FLOATS[dtype]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

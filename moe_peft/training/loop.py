@@ -19,6 +19,7 @@ import moe_peft
 from moe_peft import errors, gin_utils, methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import (
     checkpoints,
     folders,
@@ -56,6 +57,7 @@ class Settings:
         for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
             if getattr(self, name) < 1:
                 raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        backbone_lib.check_dtype(self.frozen_dtype)
 
     def num_new_checkpoints(self, num_old: int) -> int:
         """Returns how many more there will be at once; one more than is kept while saving."""
@@ -298,7 +300,15 @@ class _Run:
                 self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
             if saved:
                 self._progress.say(f"going on from step {first_step} in {folder}")
-            return self._loop(state, first_step, batches)
+            try:
+                return self._loop(state, first_step, batches)
+            except logbook_lib.NonFiniteError as error:
+                self._checkpoints.wait()
+                kept = checkpoints.steps(folder)
+                last = f"that of step {kept[-1]}" if kept else "none"
+                raise logbook_lib.NonFiniteError(
+                    f"{error} The last good checkpoint is {last}, in {folder}."
+                ) from None
 
     def _loop(self, state, first_step, batches) -> Result:
         settings, line, started = self._settings, {}, time.monotonic()
