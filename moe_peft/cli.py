@@ -155,8 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if args.command in ("plan", "export"):
+        # They compute nothing, so they leave the accelerator to those who do.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return _run(args, gin_bindings)
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `moe-peft plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (errors.UserError, OSError) as error:
         from moe_peft import gin_utils
 
