@@ -24,14 +24,24 @@ def low_rank_delta(
         weights: of the experts; leading axes broadcast against those of x. None weighs each by 1.
     """
     width, experts, rank = lora_a.shape
-    hidden = x @ lora_a.reshape(width, experts * rank)
+    hidden = _matmul(x, lora_a.reshape(width, experts * rank))
     if weights is not None:
         hidden = hidden.reshape(*hidden.shape[:-1], experts, rank)
         hidden = hidden * (weights * scale).astype(hidden.dtype)[..., None]
         hidden = hidden.reshape(*hidden.shape[:-2], experts * rank)
     else:
         hidden = hidden * jnp.asarray(scale, hidden.dtype)
-    return hidden @ lora_b.reshape(experts * rank, -1)
+    return _matmul(hidden, lora_b.reshape(experts * rank, -1))
+
+
+def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """Returns x @ kernel as one product of two matrices.
+
+    With several token axes the gradient of the kernel would contract all of them at once; XLA's CPU
+    backend runs such a product many times slower than a plain one.
+    """
+    outputs = x.reshape(-1, x.shape[-1]) @ kernel
+    return outputs.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def molora_listing(

@@ -63,7 +63,9 @@ class Dense(nn.Module):
             axes=self.kernel_axes,
         )
         kernel = kernel.astype(self.dtype).reshape(matrix_shape)
-        outputs = inputs.astype(self.dtype).reshape(*batch_shape, width) @ kernel
+        # One product of two matrices: with several token axes the kernel's gradient would contract
+        # all of them at once, which XLA's CPU backend does many times slower.
+        outputs = inputs.astype(self.dtype).reshape(-1, width) @ kernel
         return outputs.reshape(*batch_shape, *self.features)
 
 
@@ -93,9 +95,9 @@ class Embed(nn.Module):
 
     def attend(self, decoded: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Returns float32 logits: inner products with every row of the table."""
-        return jnp.einsum(
-            "btd,vd->btv", decoded.astype(jnp.float32), self.embedding.astype(jnp.float32)
-        )
+        rows = decoded.astype(jnp.float32).reshape(-1, self.emb_dim)
+        logits = rows @ self.embedding.astype(jnp.float32).T
+        return logits.reshape(*decoded.shape[:-1], self.vocab_size)
 
 
 class LayerNorm(nn.Module):
