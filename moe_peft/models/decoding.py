@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from moe_peft import errors
 
 START_ID = 0
-CONVENTIONS = ("t5x", "transformers")
+LENGTH_PENALTIES = ("t5x", "transformers")
 
 Ids = Int[Array, "n 1"]
 Logits = Float[Array, "n v"]
@@ -144,7 +144,7 @@ def beam_search(
     max_decode_length: int,
     eos_id: int = 1,
     alpha: float = 0.6,
-    convention: str = "t5x",
+    length_penalty: str = "t5x",
     cache_batch_axis: int = 0,
 ) -> tuple[Int[Array, "b k t"], Float[Array, "b k"]]:
     """Returns the best finished sequences and their scores, best first.
@@ -160,7 +160,7 @@ def beam_search(
         cache: of that many rows.
         num_beams: at least 1.
         alpha: exponent of the penalty; 0 compares log probabilities, larger favours longer ones.
-        convention: "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an
+        length_penalty: "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an
             end-of-text id count. "transformers": n ** alpha; sequences that fill all of
             `max_decode_length` count as finished too, and end-of-text must be among the best
             `num_beams` candidates instead of twice that (`generate` with early_stopping="never").
@@ -168,15 +168,15 @@ def beam_search(
             without that axis (positions) belong to all rows.
     """
     _check(num_beams >= 1, "num_beams", num_beams, "a whole number of at least 1")
-    if convention not in CONVENTIONS:
+    if length_penalty not in LENGTH_PENALTIES:
         raise errors.UserError(
-            f"convention is {convention!r}; expected one of {', '.join(CONVENTIONS)}."
-            f"{errors.near(str(convention), CONVENTIONS)}"
+            f"length_penalty is {length_penalty!r}; expected one of {', '.join(LENGTH_PENALTIES)}."
+            f"{errors.near(str(length_penalty), LENGTH_PENALTIES)}"
         )
     num_candidates = 2 * num_beams
 
     def penalty(length):
-        base = (5.0 + length) / 6.0 if convention == "t5x" else length
+        base = (5.0 + length) / 6.0 if length_penalty == "t5x" else length
         return jnp.asarray(base, jnp.float32) ** alpha
 
     def step(state: _BeamState) -> _BeamState:
@@ -200,7 +200,7 @@ def beam_search(
 
         scores = candidate_log_probs / penalty(state.index + 1)
         counts = is_eos
-        if convention == "transformers":
+        if length_penalty == "transformers":
             is_full = state.index + 1 == max_decode_length
             counts = (is_eos | is_full) & (jnp.arange(num_candidates) < num_beams)[None]
         scores = jnp.where(counts, scores, -jnp.inf)
