@@ -6,13 +6,14 @@ from flax import linen as nn
 from flax.linen import partitioning
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_peft import errors, routing
 from moe_peft.adapters import low_rank, mov
 
 
-def mttl_uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def mttl_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Draws lora_a as the released code of Poly and MHR does: uniform within 1/sqrt(3 * inputs).
 
     Its standard deviation is 1 / (3 sqrt(inputs)), whatever the number of experts or heads.

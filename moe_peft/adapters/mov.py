@@ -1,7 +1,5 @@
 """(IA)3 and MoV: learned vectors that scale activations."""
 
-import functools
-
 from flax import linen as nn
 from flax.linen import partitioning
 import jax.numpy as jnp
@@ -46,7 +44,9 @@ class IA3(nn.Module):
         """
         del inputs
         features = outputs.shape[site.num_token_axes :]
-        experts, expert_axis = ((self.num_experts,), ("expert",)) if self.router_factory else ((), ())
+        experts, expert_axis = (
+            ((self.num_experts,), ("expert",)) if self.router_factory else ((), ())
+        )
         vectors = partitioning.param_with_axes(
             "vectors",
             nn.initializers.ones,

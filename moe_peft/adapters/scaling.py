@@ -10,7 +10,7 @@ def mix_vectors(
     """Returns `sum_e weights_e l_e`: [tokens..., *features].
 
     Args:
-        weights: [tokens..., e], or [tokens..., h, e] with a decision per head, the first feature axis.
+        weights: [tokens..., e], or [tokens..., h, e] with a decision per head (first feature).
         vectors: l, one set per expert.
         num_token_axes: tells the two apart.
     """
@@ -19,9 +19,7 @@ def mix_vectors(
     return jnp.einsum("...he,ehk->...hk", weights, vectors)
 
 
-def scale_features(
-    x: Float[Array, "..."], vectors: Float[Array, "..."]
-) -> Float[Array, "..."]:
+def scale_features(x: Float[Array, "..."], vectors: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns x * vectors in the dtype of x, multiplied in float32.
 
     Scales start at one, where bfloat16 resolves 0.4 %: rounding them first would hide training.

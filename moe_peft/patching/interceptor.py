@@ -30,7 +30,7 @@ _Frame = dict[str, _Call]
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a module is a linear map: it declares its output features and a kernel initialiser."""
+    """Whether a module is a linear map: it declares output features and a kernel initialiser."""
     return hasattr(module, "features") and hasattr(module, "kernel_init")
 
 
@@ -120,7 +120,7 @@ class Interceptor:
         return outputs
 
     def _adapt(self, rule, module, parent, call):
-        """Runs the rule's adapter in the scope of the frozen layer, on what `call` read and gave."""
+        """Runs the rule's adapter in the frozen layer's scope, on what `call` read and gave."""
         path = "/".join(module.path)
         num_token_axes = call.inputs.ndim - len(call.in_axes)
         router_input, router_axis = _router_input(rule, module, parent, call)
@@ -164,8 +164,8 @@ def _activated(name, module, parent):
     index = list(parent).index(name)
     if index >= len(activations):
         raise errors.UserError(
-            f"The adapter at {'/'.join(module.path)} routes on the activated output of {name!r}, but "
-            f"{type(module.parent).__name__} does not list that layer in `activations`."
+            f"The adapter at {'/'.join(module.path)} routes on the activated output of {name!r}, "
+            f"but {type(module.parent).__name__} does not list that layer in `activations`."
         )
     activation, call = activations[index], parent[name]
     if not callable(activation):

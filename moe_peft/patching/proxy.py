@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
-import flax.core
 from flax import linen as nn
+import flax.core
 import jax
 import jax.numpy as jnp
 

@@ -19,8 +19,8 @@ class Sibling:
     Attributes:
         name: of that layer.
         array: "inputs": what it read. "activated": its output after the parent's activation; the
-            i-th dense layer that a parent calls has the i-th entry of the parent's `activations`, as
-            in the feed-forward blocks of T5X and of this library, so that
+            i-th dense layer that a parent calls has the i-th entry of the parent's `activations`,
+            as in the feed-forward blocks of T5X and of this library, so that
             `Sibling("wi_0", "activated")` is gelu(wi_0 x) in T5 1.1.
     """
 
@@ -34,17 +34,17 @@ class Rule:
 
     Attributes:
         pattern: regular expression, matched against the whole path of the frozen layer:
-            'encoder/layers_0/attention/query', in a scanned model 'encoder/encoder/attention/query'.
+            'encoder/layers_0/attention/query', or 'encoder/encoder/attention/query' if scanned.
         adapter_factory: called as `adapter_factory(name="adapter")`; makes a linen module with
             `__call__(inputs, outputs, site)`.
         side: "outputs": the adapter changes what the layer returns. "inputs": it changes what the
             layer reads, and finds those inputs in the place of its outputs.
-        router_input: "inputs": what the frozen layer reads, feature axes joined. "outputs": what the
-            adapter changes; with two feature axes (heads, width of a head) one decision per head.
+        router_input: "inputs": what the frozen layer reads, feature axes joined. "outputs": what
+            the adapter changes; with two feature axes (heads, head width) one decision per head.
             Or something of a sibling.
         beside: matches only where the same parent called a dense layer of this name before.
-        site: rules with one `site` name are alternatives, of which a model needs only one (gated and
-            ungated feed-forward blocks); the pattern by default, so that each rule stands alone.
+        site: rules with one `site` name are alternatives, of which a model needs only one (gated
+            and ungated feed-forward blocks); the pattern by default: each rule stands alone.
     """
 
     pattern: str
@@ -65,7 +65,9 @@ class Rule:
         for field in ("side", "router_input"):
             value = getattr(self, field)
             if value not in ("inputs", "outputs") and not isinstance(value, Sibling):
-                raise errors.UserError(f"Rule {field} is {value!r}; expected 'inputs' or 'outputs'.")
+                raise errors.UserError(
+                    f"Rule {field} is {value!r}; expected 'inputs' or 'outputs'."
+                )
         if self.site is None:
             object.__setattr__(self, "site", self.pattern)
         self.adapter_factory(parent=None)
@@ -106,7 +108,9 @@ class Matches:
     def check(self) -> None:
         """Raises UserError if a rule matches nothing, or two rules match one layer."""
         for path in self.layers:
-            check_single(path, [r for r, p in zip(self.rules, self.paths, strict=True) if path in p])
+            check_single(
+                path, [r for r, p in zip(self.rules, self.paths, strict=True) if path in p]
+            )
         for rule in self.unused:
             raise errors.UserError(
                 f"The rule {rule.pattern!r} matches no layer of the model."

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.struct
 from jaxtyping import Array, Bool, Float
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -47,7 +48,7 @@ class Site:
     out_axes: tuple[str, ...] = ("embed",)
     router_input: Float[Array, "..."] | None = None
     router_axis: str = "embed"
-    mask: Bool[Array, "b t"] | None = None
+    mask: Bool[Array | np.ndarray, "b t"] | None = None
     context: RoutingContext = RoutingContext()
     num_token_axes: int = 2
     has_rng: bool = False

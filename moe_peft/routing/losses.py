@@ -67,6 +67,4 @@ def total(
     """
     found = means(collection)
     weights = {LOAD_BALANCING: load_balancing_weight, Z: z_weight}
-    return sum(
-        (weights[name] * value for name, value in found.items()), jnp.zeros((), jnp.float32)
-    )
+    return sum((weights[name] * value for name, value in found.items()), jnp.zeros((), jnp.float32))

@@ -1,0 +1,301 @@
+"""Every method on a whole network, from one table: unscanned, rematerialised, scanned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_peft import methods, patching, routing
+from moe_peft.models import t5
+
+SIZES = {"vocab_size": 32, "emb_dim": 8, "num_heads": 3, "head_dim": 4, "mlp_dim": 16}
+LAYOUTS = {
+    "unscanned": {},
+    "remat": {"remat_policy": "full"},
+    "scanned": {"scan_layers": True, "remat_policy": "minimal"},
+}
+# Compiling costs more here than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+METHODS = {
+    "ia3": methods.ia3,
+    "lora": functools.partial(methods.lora, rank=2),
+    "mov": functools.partial(methods.mov, num_experts=3),
+    "mov_in_paper_top2": functools.partial(
+        methods.mov, num_experts=3, router_input="as_in_paper", top_k=2
+    ),
+    "mov_sentence": functools.partial(methods.mov, num_experts=3, routing="sentence"),
+    "molora": functools.partial(methods.molora, num_experts=3, rank=2),
+}
+ENCODER_TOKENS = jnp.asarray([[5, 6, 7, 1, 0], [8, 9, 1, 0, 0]])
+DECODER_TOKENS = jnp.asarray([[0, 3, 4, 0], [0, 5, 0, 0]])
+TARGETS = jnp.asarray([[3, 4, 1, 0], [5, 1, 0, 0]])
+TOKENS = (ENCODER_TOKENS, DECODER_TOKENS, TARGETS)
+CONTEXT = routing.RoutingContext(
+    sentence_embeddings=jnp.asarray(np.random.default_rng(3).normal(size=(2, 5)), jnp.float32),
+    encoder_mask=ENCODER_TOKENS > 0,
+    decoder_mask=TARGETS > 0,
+)
+LOSSES = routing.losses.COLLECTION
+
+
+def network(num_layers=1, **options):
+    return t5.Transformer(
+        t5.T5Config(
+            **SIZES, num_encoder_layers=num_layers, num_decoder_layers=num_layers, **options
+        )
+    )
+
+
+def call(model, params, *args, method=None, rngs=None, mutable=False, **kwargs):
+    context = {"routing": CONTEXT} if isinstance(model, patching.Patched) else {}
+    return model.apply(
+        {"params": params},
+        *(args or TOKENS),
+        enable_dropout=False,
+        method=method,
+        rngs=rngs,
+        mutable=mutable,
+        **context,
+        **kwargs,
+    )
+
+
+def shapes_of(tree):
+    return {path: leaf.shape for path, leaf in patching.flatten(tree).items()}
+
+
+def numbers(shapes, fresh=False):
+    """Parameters for those shapes; `fresh` ones as adapters start."""
+    rng = np.random.default_rng(1)
+    start = {"vectors": 1.0, "scale": 1.0}
+
+    def draw(path, shape):
+        last = path.split("/")[-1]
+        size = 0.0 if fresh and last in ("vectors", "lora_b") else 0.3
+        return jnp.asarray(start.get(last, 0.0) + size * rng.normal(size=shape), jnp.float32)
+
+    return patching.trees.unflatten({path: draw(path, shape) for path, shape in shapes.items()})
+
+
+def abstract(model, **kwargs):
+    init = functools.partial(model.init, enable_dropout=False, **kwargs)
+    return jax.eval_shape(init, jax.random.key(0), *TOKENS)
+
+
+@functools.cache
+def base_params(layout):
+    return numbers(shapes_of(abstract(network(**LAYOUTS[layout]))["params"]))
+
+
+@functools.cache
+def adapted(name, layout):
+    """Method, patched model, abstract variables, fresh adapters, trained adapters."""
+    method = METHODS[name]()
+    patched = method.patch(network(**LAYOUTS[layout]))
+    variables = abstract(patched, routing=CONTEXT)
+    shapes = shapes_of(method.split(variables["params"])[1])
+    return method, patched, variables, numbers(shapes, fresh=True), numbers(shapes)
+
+
+@functools.cache
+def plain_outputs(layout):
+    return jit(functools.partial(entry_points, network(**LAYOUTS[layout])))(base_params(layout))
+
+
+def entry_points(model, params):
+    """Outputs of each method of the network."""
+    encoded = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 8)), jnp.float32)
+    return {
+        "call": call(model, params),
+        "encode": call(model, params, ENCODER_TOKENS, method=model.encode),
+        "decode": call(model, params, encoded, *TOKENS, method=model.decode),
+    }
+
+
+CASES = [(name, "unscanned") for name in METHODS] + [
+    (name, layout) for name in ("mov", "molora") for layout in ("remat", "scanned")
+]
+each_case = pytest.mark.parametrize(("name", "layout"), CASES)
+
+
+@each_case
+def test_base_tree_is_untouched_and_adapters_have_axes(name, layout):
+    method, _, variables, *_ = adapted(name, layout)
+    frozen, trainable = method.split(variables["params"])
+    assert shapes_of(frozen) == shapes_of(base_params(layout))
+    merged = patching.merge(frozen, trainable)
+    assert jax.tree.structure(merged) == jax.tree.structure(dict(variables["params"]))
+    axes = patching.flatten(variables["params_axes"])
+    assert trainable
+    for path, leaf in patching.flatten(trainable).items():
+        assert "/adapter/" in path
+        names = axes[f"{path}_axes"].names
+        assert len(names) == leaf.ndim, path
+        assert ("layers" in names) == (layout == "scanned")
+        assert "unmodeled" not in names or name == "mov_sentence"
+
+
+@each_case
+def test_outputs_gradients_and_entry_points(name, layout):
+    _, patched, _, fresh, trained = adapted(name, layout)
+    base, plain = base_params(layout), plain_outputs(layout)
+    run = jit(lambda adapter: entry_points(patched, patching.merge(base, adapter)))
+    for entry, output in run(fresh).items():
+        np.testing.assert_allclose(output, plain[entry], rtol=1e-4, atol=1e-5)
+    outputs = run(trained)
+    for entry, output in outputs.items():
+        assert jnp.abs(output - plain[entry]).max() > 1e-2, entry
+
+    def objective(adapter):
+        return jnp.sum(jnp.sin(call(patched, patching.merge(base, adapter))))
+
+    grads = jit(jax.grad(objective))(trained)
+    assert shapes_of(grads) == shapes_of(trained)
+    for path, grad in patching.flatten(grads).items():
+        assert jnp.abs(grad).max() > 0, path
+    if (name, layout) == ("ia3", "unscanned"):
+        eager = call(patched, patching.merge(base, trained))
+        np.testing.assert_allclose(eager, outputs["call"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_tree_eagerly_and_under_remat(name):
+    method, patched, variables, *_ = adapted(name, "unscanned")
+    expected = shapes_of(variables["params"])
+    remat = method.patch(network(**LAYOUTS["remat"]))
+    assert shapes_of(abstract(remat, routing=CONTEXT)["params"]) == expected
+    if name == "ia3":
+        eager = patched.init(jax.random.key(0), *TOKENS, enable_dropout=False)["params"]
+        assert shapes_of(eager) == expected
+        assert all(
+            (leaf == 1).all() for path, leaf in patching.flatten(eager).items() if "vectors" in path
+        )
+
+
+@pytest.mark.parametrize("name", ["mov", "molora"])
+def test_scanned_equals_unscanned(name):
+    """Same numbers, stacked: trees correspond, and so do outputs and router losses."""
+    method = METHODS[name]()
+    scanned = method.patch(network(2, **LAYOUTS["scanned"]))
+    unscanned = method.patch(network(2))
+    stacked = patching.flatten(numbers(shapes_of(abstract(scanned)["params"])))
+    for path, leaf in stacked.items():  # unscanned stacks share one position bias
+        if "relpos_bias" in path:
+            stacked[path] = jnp.repeat(leaf[:, :1], 2, axis=1)
+
+    def unstacked(path, shape):
+        stack, *rest = path.split("/")
+        if rest[0].startswith("layers_"):
+            layer = stacked["/".join((stack, stack, *rest[1:]))]
+            return layer[:, int(rest[0][-1])].reshape(shape)
+        if rest[0] == "relpos_bias":
+            return stacked["/".join((stack, *path.split("/")))][:, 0]
+        return stacked[path]
+
+    shapes = shapes_of(abstract(unscanned)["params"])
+    flat = {path: unstacked(path, shape) for path, shape in shapes.items()}
+    logits, sowed = jit(lambda p: call(scanned, p, mutable=[LOSSES]))(
+        patching.trees.unflatten(stacked)
+    )
+    expected, expected_sowed = jit(lambda p: call(unscanned, p, mutable=[LOSSES]))(
+        patching.trees.unflatten(flat)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    found, wanted = (routing.losses.means(s[LOSSES]) for s in (sowed, expected_sowed))
+    assert set(found) == {"load_balancing", "z"}
+    for loss, value in found.items():
+        np.testing.assert_allclose(value, wanted[loss], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mov", "mov_in_paper_top2", "molora"])
+def test_padding_does_not_reach_the_losses(name):
+    _, patched, _, _, trained = adapted(name, "unscanned")
+    params = patching.merge(base_params("unscanned"), trained)
+
+    @jit
+    def losses(decoder_tokens, context):
+        _, sowed = patched.apply(
+            {"params": params},
+            ENCODER_TOKENS,
+            decoder_tokens,
+            TARGETS,
+            enable_dropout=False,
+            mutable=[LOSSES],
+            routing=context,
+        )
+        return patching.flatten(sowed[LOSSES])
+
+    # A padded decoder position is seen by nothing but itself, and its decisions do not count.
+    changed = DECODER_TOKENS.at[0, 3].set(9).at[1, 2:].set(9)
+    before, after = losses(DECODER_TOKENS, CONTEXT), losses(changed, CONTEXT)
+    assert len(before) == {"mov": 16, "mov_in_paper_top2": 16, "molora": 32}[name]
+    for path, value in after.items():
+        np.testing.assert_allclose(value, before[path], rtol=1e-5, err_msg=path)
+    no_masks = routing.RoutingContext()
+    before, after = losses(DECODER_TOKENS, no_masks), losses(changed, no_masks)
+    assert max(abs(after[path] - before[path]) for path in before) > 1e-3
+
+
+def test_jitter_reaches_scanned_layers():
+    method = methods.mov(num_experts=3, jitter=0.3)
+    patched = method.patch(network(**LAYOUTS["scanned"]))
+    params = patching.merge(base_params("scanned"), adapted("mov", "scanned")[-1])
+    run = jit(lambda key: call(patched, params, rngs={"routing": key}))
+    one, two = run(jax.random.key(1)), run(jax.random.key(2))
+    assert jnp.abs(one - two).max() > 1e-3
+    np.testing.assert_array_equal(one, run(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_activations_stay_bfloat16(name):
+    method, _, variables, *_ = adapted(name, "unscanned")
+    seen = {}
+
+    class Spy(patching.interceptor.Interceptor):
+        def _adapt(self, rule, module, parent, call):
+            result = super()._adapt(rule, module, parent, call)
+            seen["/".join(module.path)] = (call.outputs.dtype, result.dtype)
+            return result
+
+    spy = Spy(method.rules, CONTEXT)
+
+    def run(params):
+        with patching.proxy.nn.intercept_methods(spy):
+            return network(dtype="bfloat16").apply(
+                {"params": params}, *TOKENS, enable_dropout=False
+            )
+
+    jax.eval_shape(run, variables["params"])
+    assert len(seen) == {"ia3": 8, "lora": 18, "molora": 16}.get(name, 8)
+    assert set(seen.values()) == {(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"))}
+
+
+def test_cached_decoding_equals_teacher_forcing():
+    _, patched, _, _, trained = adapted("molora", "unscanned")
+    params = patching.merge(base_params("unscanned"), trained)
+    encoded = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 8)), jnp.float32)
+    expected = jit(lambda p: call(patched, p, encoded, *TOKENS, method=patched.decode))(params)
+
+    def step(variables, tokens):
+        return patched.apply(
+            variables,
+            encoded,
+            ENCODER_TOKENS,
+            tokens,
+            tokens,
+            enable_dropout=False,
+            decode=True,
+            max_decode_length=4,
+            method=patched.decode,
+            mutable=["cache"],
+        )
+
+    first = jax.eval_shape(step, {"params": params}, DECODER_TOKENS[:, :1])[1]
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    step = jit(step)
+    for t in range(4):
+        logits, cache = step({"params": params, **cache}, DECODER_TOKENS[:, t : t + 1])
+        real = TARGETS[:, t] > 0  # only a whole sequence knows which of its keys are padding
+        np.testing.assert_allclose(logits[real, 0], expected[real, t], rtol=1e-4, atol=1e-4)
