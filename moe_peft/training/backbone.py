@@ -1,6 +1,7 @@
 """Backbones: where a model's own weights come from, what identifies them, how they are exported."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -140,7 +141,8 @@ def save(
         safetensors.numpy.save_file(flat, partial, metadata=header)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise errors.UserError(f"Cannot write {path}: {error}.") from error
     return path
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import time
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe_peft import errors
@@ -118,7 +119,8 @@ def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return sum(metrics[name] for metrics in steps)
 
     last = steps[-1]
-    sums = {name.removeprefix("sums/"): total(name) for name in last if name.startswith("sums/")}
+    names = [name for name in last if name.startswith("sums/")]
+    sums = {name.removeprefix("sums/"): jnp.float32(total(name)) for name in names}
     normalizer = total("normalizer")
     line = {
         "loss": total("loss_sum") / max(normalizer, 1e-9),

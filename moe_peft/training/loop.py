@@ -219,7 +219,7 @@ def fit(
         put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         source = open_batches(saved.step if saved else 0)
         batches = stack.enter_context(prefetch.Prefetch(source, put))
-        first_batch = _next(batches, 0)
+        first_batch = _next(batches, 1 + (saved.step if saved else 0))
         begin = start({name: rows.shape for name, rows in first_batch.items()})
 
         group_of = begin.method.learning_rate_group

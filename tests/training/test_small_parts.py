@@ -1,0 +1,97 @@
+"""Metrics file, prefetching, progress, signals and folders, one by one."""
+
+import json
+import shutil
+import threading
+import time
+
+import pytest
+import rich.console
+
+from moe_peft import errors
+from moe_peft.training import folders, metrics_writer, prefetch, progress
+
+
+def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / metrics_writer.FILE_NAME
+    lines = [json.dumps({"loss": float(step), "step": step}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"loss": 4.0, "st')
+    writer = metrics_writer.MetricsWriter(tmp_path, resumed_step=2)
+    writer.write(3, {"loss": 7.0})
+    writer.close()
+    assert [line["loss"] for line in metrics_writer.read(tmp_path)] == [1.0, 2.0, 7.0]
+    # No line lost its bytes: what was kept is as it was.
+    assert path.read_text().startswith("\n".join(lines[:2]) + "\n")
+
+
+def test_fresh_run_drops_everything(tmp_path):
+    (tmp_path / metrics_writer.FILE_NAME).write_text('{"step": 1}\n')
+    metrics_writer.MetricsWriter(tmp_path).close()
+    assert metrics_writer.read(tmp_path) == []
+
+
+def test_prefetch_keeps_order_and_ends():
+    with prefetch.Prefetch(iter(range(7)), lambda x: 2 * x) as batches:
+        assert list(batches) == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_prefetch_stays_few_batches_ahead():
+    taken = []
+
+    def source():
+        for index in range(100):
+            taken.append(index)
+            yield index
+
+    with prefetch.Prefetch(source(), lambda x: x, depth=2) as batches:
+        next(batches)
+        time.sleep(0.3)
+        assert len(taken) <= 4
+    threads = [thread for thread in threading.enumerate() if "_fill" in thread.name]
+    assert not threads
+
+
+def test_prefetch_raises_in_its_turn():
+    def source():
+        yield 1
+        raise errors.UserError("row 2 is empty")
+
+    with prefetch.Prefetch(source(), lambda x: x) as batches:
+        assert next(batches) == 1
+        with pytest.raises(errors.UserError, match="row 2"):
+            next(batches)
+
+
+def test_bar_shows_step_rate_time_left_and_loss():
+    console = rich.console.Console(force_terminal=True, width=120, record=True)
+    bar = progress.Bar(10, 100, console)
+    bar.update(11)
+    bar.report(40, 1.25, 2.0)
+    bar.say("half way [not markup]")
+    bar.close()
+    shown = console.export_text()
+    for words in ("40/100", "2.00/s", "0:30 left", "loss 1.2500", "half way [not markup]"):
+        assert words in shown
+
+
+def test_lines_show_the_same(capsys):
+    lines = progress.Lines(100)
+    lines.update(39)
+    lines.report(40, 1.25, 2.0)
+    lines.report(1, 1.25, 0.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 40/100  loss 1.2500  2.00 steps/s  0:30 left",
+        "step 1/100  loss 1.2500",
+    ]
+
+
+def test_space_is_checked_against_what_is_free(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    folders.check_space(tmp_path, 1_000, 3)
+    with pytest.raises(errors.UserError, match="2 checkpoints of .*GB need .*GB. Make room"):
+        folders.check_space(tmp_path, free, 2)
+
+
+def test_probe_leaves_only_the_lock(tmp_path):
+    with folders.opened(tmp_path / "new" / "run") as folder:
+        assert [path.name for path in folder.iterdir()] == [".lock"]
