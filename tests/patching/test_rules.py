@@ -25,7 +25,7 @@ class Block(nn.Module):
         names = ["wi"] if len(self.activations) == 1 else ["wi_0", "wi_1"]
         hidden = jnp.ones(())
         for name, activation in zip(names, self.activations, strict=True):
-            function = getattr(nn, activation, lambda h: h)
+            function = (lambda h: h) if activation == "linear" else getattr(nn, activation)
             hidden = jnp.multiply(hidden, function(nn.Dense(F, name=name)(x)))
         return nn.Dense(D, name="wo")(hidden)
 
