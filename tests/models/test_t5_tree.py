@@ -135,19 +135,20 @@ def test_t5x(is_scanned, activations, is_tied):
     options = {"mlp_activations": activations, "logits_via_embedding": is_tied}
     theirs = t5x_network(is_scanned, **options)
     ours = t5.Transformer(t5.T5Config(**SIZES, **options, scan_layers=is_scanned))
-    assert tree_of(ours) == tree_of(theirs)
+    with jax.numpy_rank_promotion("allow"):  # T5X relies on it
+        assert tree_of(ours) == tree_of(theirs)
 
-    variables = {"params": theirs.init(jax.random.key(1), *batch(), enable_dropout=False)["params"]}
-    segments = (
-        jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]]),
-        jnp.array([[1, 2, 2, 2], [1, 1, 0, 0]]),
-    )
-    for extra in ((), (encoder_segments, decoder_segments)):
-        expected = theirs.apply(variables, *batch(), *extra, enable_dropout=False)
-        actual = ours.apply(variables, *batch(), *extra, enable_dropout=False)
-        # T5X masks padding queries as well; nothing real sees them.
-        is_real = batch()[2] > 0
-        np.testing.assert_allclose(actual[is_real], expected[is_real], rtol=1e-5, atol=1e-5)
+        variables = {
+            "params": theirs.init(jax.random.key(1), *batch(), enable_dropout=False)["params"]
+        }
+        encoder_segments = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]])
+        decoder_segments = jnp.array([[1, 2, 2, 2], [1, 1, 0, 0]])
+        for extra in ((), (encoder_segments, decoder_segments)):
+            expected = theirs.apply(variables, *batch(), *extra, enable_dropout=False)
+            actual = ours.apply(variables, *batch(), *extra, enable_dropout=False)
+            # T5X masks padding queries as well; nothing real sees them.
+            is_real = batch()[2] > 0
+            np.testing.assert_allclose(actual[is_real], expected[is_real], rtol=1e-5, atol=1e-5)
 
 
 def test_initial_scales():
