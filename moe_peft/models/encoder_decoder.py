@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -162,6 +163,8 @@ class EncoderDecoder:
         """
         if strategy.is_random and rng is None:
             raise errors.UserError(f"{type(strategy).__name__} draws tokens and needs an rng.")
+        if strategy.max_decode_length is None:
+            raise errors.UserError(f"{type(strategy).__name__}.max_decode_length is not set.")
         if "encoder_segment_ids" in batch:
             raise errors.UserError("Answers are decoded for unpacked inputs, not for packed rows.")
         variables = {"params": params}
@@ -232,15 +235,20 @@ class EncoderDecoder:
         rngs = None
         if dropout_rng is not None:
             rngs = dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
-        logits, collected = self.module.apply(
+        call = functools.partial(
+            self.module.apply,
             {"params": params},
             *tokens,
             **packing,
             enable_dropout=dropout_rng is not None,
             rngs=rngs,
-            mutable=[routing.losses.COLLECTION],
             **self._routing(batch),
         )
+        # Router losses that count for nothing are not computed either: on a CPU they cost more than
+        # the routers themselves.
+        if not any(self._router_weights().values()):
+            return call().astype(jnp.float32), {}
+        logits, collected = call(mutable=[routing.losses.COLLECTION])
         return logits.astype(jnp.float32), routing.losses.means(
             collected.get(routing.losses.COLLECTION, {})
         )

@@ -18,12 +18,15 @@ class Strategy(Protocol):
     """Turns a one-token decoder into whole answers.
 
     Attributes:
-      max_decode_length: tokens of an answer at most, the end mark included.
+      max_decode_length: tokens of an answer at most, the end mark included. None leaves it to the
+        caller of `predict`, who must set it: evaluation takes the length of targets.
+      eos_id: the end mark.
       rows_per_example: rows that the decoder sees for each example.
       is_random: whether it needs an rng.
     """
 
-    max_decode_length: int
+    max_decode_length: int | None
+    eos_id: int
     rows_per_example: int
     is_random: bool
 
@@ -53,7 +56,7 @@ class Strategy(Protocol):
 class Greedy:
     """The most probable token every time; see `decoding.greedy`."""
 
-    max_decode_length: int
+    max_decode_length: int | None = None
     eos_id: int = 1
 
     rows_per_example = 1
@@ -79,7 +82,7 @@ class Greedy:
 class Sample:
     """Draws every token; see `decoding.sample` for the options."""
 
-    max_decode_length: int
+    max_decode_length: int | None = None
     eos_id: int = 1
     temperature: float = 1.0
     top_k: int | None = None
@@ -112,7 +115,7 @@ class Sample:
 class BeamSearch:
     """The best of several beams; see `decoding.beam_search` for the options."""
 
-    max_decode_length: int
+    max_decode_length: int | None = None
     eos_id: int = 1
     num_beams: int = 4
     alpha: float = 0.6
@@ -147,7 +150,7 @@ class BeamSearch:
 
 def _check_length(strategy: Strategy) -> None:
     length = strategy.max_decode_length
-    if not isinstance(length, int) or length < 1:
+    if length is not None and (not isinstance(length, int) or length < 1):
         raise errors.UserError(
             f"{type(strategy).__name__}.max_decode_length is {length!r}; expected a whole number "
             "of at least 1."

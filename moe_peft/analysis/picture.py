@@ -1,0 +1,90 @@
+"""The results picture: one cluster of bars per group, all tasks set apart at the right."""
+
+from collections.abc import Sequence
+import pathlib
+
+from matplotlib import figure, ticker
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.analysis import report
+
+# Grey is kept for runs that train nothing. Told apart in print and by the colour-blind (Okabe-Ito).
+_UNTRAINED = "#9aa0a6"
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+_INK = "#333333"
+
+
+def draw(runs: Sequence[report.Run], path: pathlib.Path | str) -> None:
+    """Writes the picture: bars are means over templates, short lines medians.
+
+    Args:
+      runs: comparable ones, in the order of the bars.
+      path: a .png, .pdf or .svg file.
+    """
+    groups = list(runs[0].lines)
+    # The last cluster, all tasks, stands apart and is wider: its bars carry numbers.
+    places = np.arange(len(groups), dtype=float)
+    places[-1] += 0.75
+    scales = np.where(np.arange(len(groups)) == len(groups) - 1, 1.75, 1.0)
+    widths = 0.8 / len(runs) * scales
+
+    fig = figure.Figure(figsize=(max(6.5, 1.6 + 0.72 * len(groups)), 4.4), layout="constrained")
+    axes = fig.add_subplot()
+    for number, (run, color) in enumerate(zip(runs, _colors(runs), strict=True)):
+        means = [100 * line["mean"] for line in run.lines.values()]
+        medians = [100 * line["median"] for line in run.lines.values()]
+        x = places + (number - (len(runs) - 1) / 2) * widths
+        label = f"{run.name}   {_size(run)}"
+        axes.bar(x, means, widths * 0.92, color=color, label=label, zorder=2)
+        half = widths * 0.36
+        axes.hlines(medians, x - half, x + half, color=_INK, linewidth=1, zorder=3)
+        top = max(means[-1], medians[-1])
+        axes.annotate(
+            f"{means[-1]:.1f}",
+            (x[-1], top),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=_INK,
+        )
+    axes.axvline(places[-2] + 0.6, color="#dddddd", linewidth=1, zorder=1)
+
+    axes.set_xticks(places, groups, rotation=30, ha="right", rotation_mode="anchor")
+    axes.get_xticklabels()[-1].set_fontweight("bold")
+    axes.set_xlim(places[0] - 0.6, places[-1] + 0.85)
+    axes.set_ylim(0, None)
+    axes.margins(y=0.08)
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
+    axes.yaxis.grid(True, color="#e6e6e6", linewidth=0.8, zorder=0)
+    axes.tick_params(length=0, colors=_INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+    axes.set_title(
+        report.title(runs).replace(", per cent", ""), loc="left", fontsize=11, color=_INK, pad=10
+    )
+    fig.legend(
+        loc="outside lower center",
+        ncols=min(len(runs), 3),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_INK,
+        title="bar: mean, line: median over templates; trainable parameters beside the name",
+        title_fontsize=8,
+    )
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=160)
+    except OSError as error:
+        raise errors.UserError(f"{path} cannot be written: {error}.") from error
+
+
+def _colors(runs: Sequence[report.Run]) -> list[str]:
+    trained = [run for run in runs if run.trainable]
+    by_name = {run.name: _COLORS[i % len(_COLORS)] for i, run in enumerate(trained)}
+    return [by_name.get(run.name, _UNTRAINED) for run in runs]
+
+
+def _size(run: report.Run) -> str:
+    return run.size() if run.trainable else "nothing trained"

@@ -1,0 +1,234 @@
+"""Asks a model many questions: batches of similar length, over all local devices, in order.
+
+Three kinds of question: would greedy decoding give this target (`exact_match`), what is the answer
+(`generate`), which of these choices is the most likely (`score_choices`). No TensorFlow here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.evaluation import tracking
+from moe_peft.models import encoder_decoder, scoring, strategies
+from moe_peft.partitioning import mesh as mesh_lib
+
+Batch = dict[str, np.ndarray]
+
+# Inputs shorter than this share one length: a shorter batch saves less than its compilation costs.
+_SHORTEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One input and what is to be found out about it; ids as the model reads them.
+
+    Attributes:
+      inputs: ids of the input.
+      targets: ids of the answer, end mark included; empty where nobody knows it.
+      choices: ids of each answer choice, end mark included; empty for free text.
+      features: further arrays of this row, such as task_ids.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    choices: tuple[np.ndarray, ...] = ()
+    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceScore:
+    """What the model thinks of the choices of one question.
+
+    Attributes:
+      best: number of the most likely choice, the first of equal ones.
+      log_likelihoods: of each choice, summed over its tokens.
+      num_tokens: of each choice.
+    """
+
+    best: int
+    log_likelihoods: list[float]
+    num_tokens: list[int]
+
+
+class Answerer:
+    """A model with its compiled functions; parameters come with every call.
+
+    Batches have `batch_size` rows, the last ones filled up with empty rows. Inputs are padded to a
+    few lengths only (the limit, its half, its quarter, ...), each compiled once.
+    """
+
+    def __init__(
+        self,
+        model: encoder_decoder.EncoderDecoder,
+        batch_size: int,
+        feature_lengths: Mapping[str, int],
+        mesh: jax.sharding.Mesh,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          model: patched or not.
+          batch_size: rows of a batch, over all devices.
+          feature_lengths: tokens of "inputs" and "targets" at most.
+          mesh: devices; batches are split over its data axes.
+
+        Raises:
+          UserError: the batch size does not divide among the devices.
+        """
+        mesh_lib.check_batch_size(batch_size, 1, mesh)
+        if jax.process_count() > 1:
+            raise errors.UserError(
+                f"Evaluation runs on one host, this is one of {jax.process_count()} processes."
+            )
+        self._batch_size, self._lengths = batch_size, dict(feature_lengths)
+        self._sharding = mesh_lib.batch_sharding(mesh)
+        self._exact_match = jax.jit(model.exact_match)
+        self._predict = jax.jit(model.predict, static_argnums=2)
+
+        def choose(params, batch, num_choices, is_length_normalized):
+            scores = model.score_choices(params, batch, num_choices)
+            best = scores.best(is_length_normalized=is_length_normalized)
+            return best, scores.log_likelihood, scores.num_tokens
+
+        self._choose = jax.jit(choose, static_argnums=(2, 3))
+
+    def exact_match(
+        self, params: PyTree, questions: Sequence[Question], progress: tracking.Progress
+    ) -> list[bool]:
+        """Whether greedy decoding would give each target, by one forward pass instead."""
+        length = self._lengths["targets"]
+
+        def decoder(members: Sequence[Question]) -> Batch:
+            targets = [question.targets for question in members]
+            return {
+                "decoder_input_tokens": self._pad([[0, *ids[:-1]] for ids in targets], length),
+                "decoder_target_tokens": self._pad(targets, length),
+            }
+
+        ask = functools.partial(self._exact_match, params)
+        return self._ask(questions, decoder, lambda batch, number: ask(batch), progress)
+
+    def generate(
+        self,
+        params: PyTree,
+        questions: Sequence[Question],
+        strategy: strategies.Strategy,
+        progress: tracking.Progress,
+        seed: int = 0,
+    ) -> list[np.ndarray]:
+        """Ids of each answer, without end mark and padding.
+
+        Random strategies draw by seed and place of the batch: equal questions in equal order give
+        equal answers.
+        """
+
+        def ask(batch, number):
+            rng = jax.random.fold_in(jax.random.key(seed), number) if strategy.is_random else None
+            return self._predict(params, batch, strategy, rng)
+
+        answers = self._ask(questions, lambda members: {}, ask, progress)
+        return [_until_end(ids, strategy.eos_id) for ids in answers]
+
+    def score_choices(
+        self,
+        params: PyTree,
+        questions: Sequence[Question],
+        progress: tracking.Progress,
+        *,
+        is_length_normalized: bool = False,
+    ) -> list[ChoiceScore]:
+        """Scores of every choice of every question, each input encoded once."""
+        most = max((len(question.choices) for question in questions), default=1)
+
+        def decoder(members: Sequence[Question]) -> Batch:
+            needed = max(sum(map(len, question.choices)) for question in members)
+            length = 1 << (needed - 1).bit_length()
+            return self._fill_up(
+                scoring.pack_choices([question.choices for question in members], length)
+            )
+
+        def ask(batch, number):
+            del number
+            return self._choose(params, batch, most, is_length_normalized)
+
+        def readable(question, row):
+            best, log_likelihoods, num_tokens = row
+            count = len(question.choices)
+            return ChoiceScore(
+                int(best),
+                [float(x) for x in log_likelihoods[:count]],
+                [int(x) for x in num_tokens[:count]],
+            )
+
+        rows = self._ask(questions, decoder, ask, progress)
+        return [readable(*pair) for pair in zip(questions, rows, strict=True)]
+
+    def _ask(
+        self,
+        questions: Sequence[Question],
+        decoder: Callable[[Sequence[Question]], Batch],
+        ask: Callable[[Any, int], Any],
+        progress: tracking.Progress,
+    ) -> list[Any]:
+        """Asks batch by batch; returns row i's part of the answers at place i."""
+        answers: list[Any] = [None] * len(questions)
+        with jax.set_mesh(self._sharding.mesh):
+            for number, (length, places) in enumerate(self._places(questions)):
+                members = [questions[place] for place in places]
+                batch = {**self._encoder(members, length), **decoder(members)}
+                found = ask(mesh_lib.put_batch(batch, self._sharding), number)
+                found = jax.tree.map(np.asarray, found)
+                for row, place in enumerate(places):
+                    answers[place] = jax.tree.map(lambda rows: rows[row], found)  # noqa: B023
+                progress.advance(len(places))
+        return answers
+
+    def _places(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[int]]]:
+        """(input length, places of the questions) of each batch."""
+        by_length: dict[int, list[int]] = {}
+        order = sorted(range(len(questions)), key=lambda place: len(questions[place].inputs))
+        for place in order:
+            length = padded_length(len(questions[place].inputs), self._lengths["inputs"])
+            by_length.setdefault(length, []).append(place)
+        for length, places in by_length.items():
+            for start in range(0, len(places), self._batch_size):
+                yield length, places[start : start + self._batch_size]
+
+    def _encoder(self, members: Sequence[Question], length: int) -> Batch:
+        batch = {"encoder_input_tokens": self._pad([q.inputs for q in members], length)}
+        for name in members[0].features:
+            batch[name] = np.stack([question.features[name] for question in members])
+        return self._fill_up(batch)
+
+    def _pad(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+        """[batch_size, length], zeros where there is nothing."""
+        padded = np.zeros((self._batch_size, length), np.int32)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        return padded
+
+    def _fill_up(self, batch: Batch) -> Batch:
+        """Adds empty rows up to the batch size."""
+        fill = lambda rows: [(0, self._batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        return {name: np.pad(rows, fill(rows)) for name, rows in batch.items()}
+
+
+def padded_length(length: int, limit: int) -> int:
+    """The shortest of limit, limit / 2, limit / 4, ... that holds `length`, but not under 16."""
+    if length > limit:
+        raise ValueError(f"An input of {length} tokens is longer than the limit of {limit}.")
+    padded = limit
+    while padded // 2 >= max(length, _SHORTEST):
+        padded //= 2
+    return padded
+
+
+def _until_end(ids: np.ndarray, eos_id: int) -> np.ndarray:
+    ends = np.flatnonzero(ids == eos_id)
+    return ids[: ends[0]] if len(ends) else ids

@@ -1,0 +1,183 @@
+"""One model over all tasks of some mixtures: every example asked, answered and scored.
+
+Examples with answer choices may be classified by rank. All others are answered by decoding or, when
+only exact match is wanted, checked by one forward pass (`EncoderDecoder.exact_match`).
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+
+import gin
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.evaluation import aggregation, answering, metrics, suites, tracking
+from moe_peft.models import encoder_decoder, strategies
+
+
+@gin.register(module="evaluation")
+class Evaluator:
+    """What is asked, how answers are found, and how they are scored.
+
+    Called by `evaluate` and, as `train.evaluator`, by training every few steps.
+    """
+
+    def __init__(
+        self,
+        mixtures: Sequence[str] = gin.REQUIRED,
+        feature_lengths: Mapping[str, int] = gin.REQUIRED,
+        task_group: str = gin.REQUIRED,
+        split: str = "validation",
+        batch_size: int = 64,
+        metric: str = "exact_match",
+        decoding: strategies.Strategy | None = None,
+        rank_choices: bool = False,
+        length_normalized_choices: bool = False,
+        max_examples_per_task: int | None = None,
+        seed: int = 0,
+    ):
+        """Reads no data yet.
+
+        Args:
+          mixtures: names of SeqIO mixtures or tasks.
+          feature_lengths: tokens of "inputs" and "targets".
+          task_group: regular expression whose first parenthesis finds, in a task's name, what it is
+            reported under: "cldr_([a-z]+)_.*" reports "cldr_month_fr" under "month".
+          split: of the tasks.
+          batch_size: rows of a batch, over all devices.
+          metric: of answers in free text; see `metrics`.
+          decoding: how answers are decoded. None decodes nothing, which only exact match allows;
+            the results are those of greedy decoding (up to texts that several ids spell).
+          rank_choices: where an example has answer choices, take the most likely of them and score
+            it by accuracy (T0, MoV, T-Few, MHR); otherwise choices are not looked at.
+          length_normalized_choices: rank choices by their log-likelihood per token (T-Few, MHR),
+            not by its sum (T0, MoV).
+          max_examples_per_task: the first so many of each task; None for all.
+          seed: of random decoding.
+        """
+        self._metric = metrics.get(metric)
+        if decoding is None and metric != "exact_match":
+            raise errors.UserError(
+                f"The metric {metric!r} needs answers in text: give Evaluator.decoding, such as "
+                "@decoding.Greedy()."
+            )
+        self.mixtures = (mixtures,) if isinstance(mixtures, str) else tuple(mixtures)
+        if not self.mixtures:
+            raise errors.UserError("Evaluator.mixtures is empty; name at least one mixture.")
+        self._group = suites.compile_group(task_group)
+        self._lengths, self._batch_size = dict(feature_lengths), batch_size
+        self._split, self._limit, self._seed = split, max_examples_per_task, seed
+        self._decoding = decoding
+        if decoding is not None and decoding.max_decode_length is None:
+            length = self._lengths["targets"]
+            self._decoding = dataclasses.replace(decoding, max_decode_length=length)
+        self._rank_choices = rank_choices
+        self._is_length_normalized = length_normalized_choices
+        self.settings = {
+            "split": split,
+            "metric": metric,
+            "decoding": repr(self._decoding) if decoding else "none (one forward pass)",
+            "rank_choices": rank_choices,
+            "length_normalized_choices": length_normalized_choices,
+            "max_examples_per_task": max_examples_per_task,
+            "feature_lengths": self._lengths,
+            "seed": seed,
+        }
+        self._suites: dict[str, suites.Suite] = {}
+        self._answerer: tuple[object, answering.Answerer] | None = None
+
+    def __call__(
+        self, model: encoder_decoder.EncoderDecoder, step: int, params: PyTree
+    ) -> dict[str, float]:
+        """The overall numbers while training: shares "<mixture>/mean" and "<mixture>/median"."""
+        del step
+        found = {}
+        for mixture in self.mixtures:
+            overall = aggregation.aggregate(self.predict(model, params, mixture)).overall
+            found[f"{mixture}/mean"], found[f"{mixture}/median"] = overall.mean, overall.median
+        return found
+
+    def batch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a batch's features, for initialisation."""
+        question = self.suite(self.mixtures[0]).questions[0]
+        rows, lengths = self._batch_size, self._lengths
+        return {
+            "encoder_input_tokens": (rows, lengths["inputs"]),
+            "decoder_input_tokens": (rows, lengths["targets"]),
+            "decoder_target_tokens": (rows, lengths["targets"]),
+            **{name: (rows, *np.shape(value)) for name, value in question.features.items()},
+        }
+
+    def suite(self, mixture: str) -> suites.Suite:
+        """The questions of a mixture, read once."""
+        if mixture not in self._suites:
+            self._suites[mixture] = suites.read(
+                mixture,
+                self._lengths,
+                self._group,
+                split=self._split,
+                max_examples_per_task=self._limit,
+                with_choices=self._rank_choices,
+            )
+        return self._suites[mixture]
+
+    def predict(
+        self,
+        model: encoder_decoder.EncoderDecoder,
+        params: PyTree,
+        mixture: str,
+        progress: tracking.Progress | None = None,
+    ) -> list[suites.Row]:
+        """Rows of `suite(mixture)` with "prediction" and "score" in [0, 1], in order.
+
+        "prediction" is None where nothing was decoded. Rows with choices also get
+        "log_likelihoods" and "num_tokens", a number for each choice.
+        """
+        suite, progress = self.suite(mixture), progress or tracking.Silent()
+        answerer = self._answerer_of(model, params)
+        found: list[suites.Row] = [{}] * len(suite.rows)
+
+        ranked = [i for i, question in enumerate(suite.questions) if question.choices]
+        scores = answerer.score_choices(
+            params,
+            [suite.questions[i] for i in ranked],
+            progress,
+            is_length_normalized=self._is_length_normalized,
+        )
+        for i, score in zip(ranked, scores, strict=True):
+            found[i] = _choice_row(suite.rows[i], score)
+
+        free = [i for i, question in enumerate(suite.questions) if not question.choices]
+        questions = [suite.questions[i] for i in free]
+        if self._decoding is None:
+            are_right = answerer.exact_match(params, questions, progress)
+            for i, is_right in zip(free, are_right, strict=True):
+                score = float(is_right and not suite.is_cut[i])
+                found[i] = {"prediction": None, "score": score}
+        else:
+            answers = answerer.generate(params, questions, self._decoding, progress, self._seed)
+            for i, ids in zip(free, answers, strict=True):
+                text = suite.vocabulary.decode(ids.tolist())
+                score = self._metric(text, [suite.rows[i]["targets"]])
+                found[i] = {"prediction": text, "score": score}
+        return [{**row, **found[i]} for i, row in enumerate(suite.rows)]
+
+    def _answerer_of(self, model, params) -> answering.Answerer:
+        """The compiled functions of this model, kept from call to call."""
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        if self._answerer is None or self._answerer[0] is not model:
+            made = answering.Answerer(model, self._batch_size, self._lengths, mesh)
+            self._answerer = model, made
+        return self._answerer[1]
+
+
+def _choice_row(row: suites.Row, score: answering.ChoiceScore) -> suites.Row:
+    chosen = row["choices"][score.best]
+    return {
+        "prediction": chosen,
+        "score": float(chosen.strip() == row["targets"].strip()),
+        "log_likelihoods": score.log_likelihoods,
+        "num_tokens": score.num_tokens,
+    }

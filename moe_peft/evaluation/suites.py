@@ -1,0 +1,124 @@
+"""What is asked: the examples of a mixture as questions to a model and rows of a report."""
+
+from collections.abc import Mapping
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.evaluation import answering
+
+Row = dict[str, Any]
+
+_ROUTING_FEATURES = ("task_ids", "sentence_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A mixture, ready to be asked.
+
+    Attributes:
+      questions: as the model reads them.
+      rows: what is known about each: task, group, template, index, inputs, targets, and choices
+        where it has some.
+      is_cut: whether the question's target did not fit and was cut.
+      vocabulary: turns ids into text.
+    """
+
+    questions: list[answering.Question]
+    rows: list[Row]
+    is_cut: list[bool]
+    vocabulary: Any
+
+
+def read(
+    mixture: str,
+    feature_lengths: Mapping[str, int],
+    group: re.Pattern,
+    *,
+    split: str,
+    max_examples_per_task: int | None = None,
+    with_choices: bool = False,
+) -> Suite:
+    """Returns every example of a split, task after task.
+
+    Args:
+      mixture: name of a SeqIO mixture or task.
+      feature_lengths: tokens of "inputs" and "targets".
+      group: see `compile_group`.
+      split: of the tasks.
+      max_examples_per_task: the first so many of each task; None for all.
+      with_choices: keep answer choices where examples have some.
+
+    Raises:
+      UserError: no such mixture or split, a task without group, a target that is no choice.
+    """
+    from moe_peft.data import encoding, evaluation_data, lookup  # Imports TensorFlow.
+
+    vocabulary, limit = lookup.vocabulary(mixture), feature_lengths["targets"]
+    suite = Suite([], [], [], vocabulary)
+    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
+    batches = evaluation_data.eval_examples(
+        mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
+    )
+    for batch in batches:
+        for i, example in enumerate(batch.examples):
+            features = {name: value[i] for name, value in batch.features.items()}
+            choices = example.answer_choices if with_choices else ()
+            question = answering.Question(
+                inputs=_unpad(features["encoder_input_tokens"]),
+                targets=_unpad(features["decoder_target_tokens"]),
+                choices=tuple(encoding.with_end(encode(choice), limit) for choice in choices),
+                features={k: v for k, v in features.items() if k in _ROUTING_FEATURES},
+            )
+            is_full = len(question.targets) == limit
+            suite.questions.append(question)
+            suite.rows.append(_row(example, len(suite.rows), group, list(choices)))
+            suite.is_cut.append(is_full and len(encode(example.targets)) >= limit)
+    return suite
+
+
+def compile_group(task_group: str) -> re.Pattern:
+    """The pattern whose first parenthesis finds a task's group in its name."""
+    try:
+        pattern = re.compile(task_group)
+    except re.error as error:
+        raise errors.UserError(
+            f"task_group {task_group!r} is no regular expression: {error}."
+        ) from error
+    if pattern.groups < 1:
+        raise errors.UserError(
+            f"task_group {task_group!r} has no parenthesis that says what to report under."
+        )
+    return pattern
+
+
+def _row(example: Any, index: int, group: re.Pattern, choices: list[str]) -> Row:
+    match = group.fullmatch(example.task)
+    if match is None:
+        raise errors.UserError(
+            f"The task {example.task!r} does not match task_group {group.pattern!r}, so it has "
+            "nothing to be reported under."
+        )
+    row = {
+        "task": example.task,
+        "group": match[1],
+        "template": example.template_id,
+        "index": index,
+        "inputs": example.inputs,
+        "targets": example.targets,
+    }
+    if not choices:
+        return row
+    if example.targets.strip() not in [choice.strip() for choice in choices]:
+        raise errors.UserError(
+            f"Example {index} of {example.task!r} cannot be answered: its target "
+            f"{example.targets!r} is none of its choices {choices}."
+        )
+    return {**row, "choices": choices}
+
+
+def _unpad(ids: np.ndarray) -> np.ndarray:
+    return ids[: np.max(np.flatnonzero(ids), initial=-1) + 1]
