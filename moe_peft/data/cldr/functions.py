@@ -76,14 +76,25 @@ def _plain(text: str) -> str:
     return " ".join(text.translate({0x200E: None, 0x200F: None}).split())
 
 
+def _unused_tables(locale: str) -> dict:
+    """A locale's tables as stored, whatever babel did to its copies in memory."""
+    in_memory = dict(localedata._cache)
+    localedata._cache.clear()
+    try:
+        return localedata.load(locale)
+    finally:
+        localedata._cache.clear()
+        localedata._cache.update(in_memory)
+
+
 @functools.cache
 def _names(kind: str, locale: str) -> dict[int, str]:
     """Nominative month or weekday names.
 
-    Read from the raw tables: babel resolves the stand-alone alias inside a table that locales
-    share, so after the first locale every other one would get its names.
+    Read from tables that babel has not used yet: it resolves the stand-alone alias inside a table
+    that locales share, so names would depend on which locale was formatted first.
     """
-    tables = localedata.load(locale)[kind]
+    tables = _unused_tables(locale)[kind]
     alone = tables["stand-alone"]["wide"]
     own = alone[1] if isinstance(alone, tuple) else alone if isinstance(alone, dict) else {}
     return {**tables["format"]["wide"], **own}
