@@ -22,7 +22,7 @@ from moe_peft.data.cldr import corpus, store, suite, templates
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=13)  # 272 ids, a multiple of 16
 SPLITS = ("train", "validation")
-DENOISE_ROWS = {"train": 600_000, "validation": 4_000}
+DENOISE_ROWS = {"train": 300_000, "validation": 4_000}
 
 _text = seqio.Feature(VOCABULARY, add_eos=True)
 _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)

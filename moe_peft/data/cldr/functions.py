@@ -23,19 +23,32 @@ MONTHS = (
     *("August", "September", "October", "November", "December"),
 )
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-TERRITORIES = ("DE", "FR", "IT", "ES", "PT", "SE", "DK", "FI", "PL", "HU", "GR", "CN")
-LANGUAGES = ("de", "fr", "it", "es", "pt", "sv", "da", "fi", "pl", "hu", "el", "zh")
+TERRITORIES = (
+    *("DE", "FR", "IT", "ES", "PT", "SE", "NO", "DK"),
+    *("FI", "PL", "HU", "GR", "TR", "JP", "CN", "IN"),
+)
+LANGUAGES = (
+    *("de", "fr", "it", "es", "pt", "sv", "da", "fi"),
+    *("pl", "hu", "el", "tr", "ja", "zh", "hi", "ar"),
+)
 CURRENCIES = ("EUR", "USD", "JPY")
 UNITS = (
     "mass-kilogram",
+    "mass-gram",
     "length-kilometer",
     "length-meter",
+    "length-centimeter",
     "volume-liter",
     "duration-minute",
 )
-PERIODS = {"day": 86400, "week": 604800, "year": 31536000}
+PERIODS = {
+    "day": 86400,
+    "week": 604800,
+    "month": 2592000,
+    "year": 31536000,
+}  # seconds, as babel has them
 NAMES = ("Ana", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Ida", "Lea", "Jan", "Kim", "Zoe")
-MAX_AMOUNT = 12  # of units and periods; enough for every plural form
+MAX_AMOUNT = 20  # of units and periods; enough for every plural form
 
 
 @dataclasses.dataclass(frozen=True)
