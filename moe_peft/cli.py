@@ -182,9 +182,12 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         return 0
 
     if args.command == "compare":
-        from moe_peft.analysis import compare
+        from moe_peft.analysis import report
 
-        compare.compare(args.folders, args.out)
+        for runs in report.load(args.folders).values():
+            report.show(runs)
+            for path in report.write(runs, args.out):
+                print(f"wrote {path}")
         return 0
 
     command = COMMANDS[args.command]

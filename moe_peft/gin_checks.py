@@ -25,12 +25,14 @@ MACROS = {
     "`run:/a/run/of/full`, `random:0`",
     "MIXTURE": "name of the SeqIO mixture or task to train on",
     "EVAL_MIXTURES": "names of those to evaluate on, a tuple",
+    "TASK_GROUP": "regular expression: what in a task's name it is reported under",
     "FEATURE_LENGTHS": "tokens kept of `inputs` and `targets`, a dictionary",
     "MODEL_DIR": "folder of the run",
     "INPUTS": "text file that `infer` reads, one question a line",
     "OUTPUTS": "file that `infer` or `export` writes",
     "TRAIN_STEPS": "updates in all",
     "BATCH_SIZE": "rows of a batch, over all devices",
+    "EVAL_BATCH_SIZE": "rows of a batch in evaluation, over all devices",
     "OPTIMIZER": "such as `@optimizers.adafactor()`",
     "LEARNING_RATE": "the peak of an experiment's schedule",
     "SEED": "of fresh adapters, dropout and the order of the data",
@@ -50,7 +52,7 @@ def check(
 ) -> None:
     """Raises UserError for the first thing that is wrong, in this order.
 
-    1. A macro that is read has no value.
+    1. A macro that `root` or anything it refers to reads has no value.
     2. A value has the wrong type for its parameter's annotation (simple types only).
     3. A value that `root` or anything it refers to requires is missing.
     4. A binding that nothing reads: not `root`, no other entry point, nothing they refer to, now
@@ -64,7 +66,7 @@ def check(
     """
     root = _full_name(root)
     roots = [root, *(_full_name(name) for name in (*entry_points, *called) if _is_known(name))]
-    _check_macros(config)
+    _check_macros(config, root)
     _check_types(config)
     _check_required(config, root)
     _check_used(config, roots)
@@ -108,21 +110,34 @@ def _is_known(name: str) -> bool:
 # Macros
 
 
-def _check_macros(config: gin_utils.Config) -> None:
-    for binding in config.all_bindings():
-        for reference in references(binding.value):
-            name = macro_name(reference)
-            if name is None:
-                continue
-            value = config.macro(name)
-            if value is not None and value.value is not gin.REQUIRED:
-                continue
-            defined = [key[0] for key in config.bindings if key[1] == "gin.macro"]
-            raise errors.UserError(
-                f"{name} has no value, and {binding} needs one ({binding.where})."
-                f"{errors.near(name, [other for other in defined if other != name])}"
-                f" Set it in a gin file or with --gin.{name}=VALUE."
-            )
+def _check_macros(config: gin_utils.Config, root: str) -> None:
+    for *_, own in _reachable(config.bindings, root):
+        for binding in own.values():
+            for reference in references(binding.value):
+                name = macro_name(reference)
+                if name is not None and _is_missing(config.macro(name)):
+                    raise errors.UserError(_no_value(config, name, binding))
+
+
+def _is_missing(binding: gin_utils.Binding | None) -> bool:
+    """Whether nothing is bound, or gin.REQUIRED, or `%gin.REQUIRED` as a gin file writes it."""
+    if binding is None or binding.value is gin.REQUIRED:
+        return True
+    value = binding.value
+    return (
+        isinstance(value, gin_config.ConfigurableReference)
+        and value.configurable.selector == "gin.constant"
+        and "/".join(value.scopes) == "gin.REQUIRED"
+    )
+
+
+def _no_value(config: gin_utils.Config, name: str, binding: gin_utils.Binding) -> str:
+    defined = [key[0] for key in config.bindings if key[1] == "gin.macro" and key[0] != name]
+    return (
+        f"{name} has no value, and {binding} needs one ({binding.where})."
+        f"{errors.near(name, defined) if name not in MACROS else ''}"
+        f" Set it in a gin file or with --gin.{name}=VALUE."
+    )
 
 
 # Types
@@ -136,10 +151,10 @@ def _check_types(config: gin_utils.Config) -> None:
         if hint is None:
             continue
         value, where = _resolve(config, binding.value), binding.where
-        name = macro_name(binding.value)
-        if name is not None:
-            where = config.macro(name).where
         if not _fits(value, hint):
+            name = macro_name(binding.value)
+            if name is not None:
+                where = config.macro(name).where
             came = f"{value!r} ({type(value).__name__})"
             by = f", by way of {name}" if name is not None else ""
             raise errors.UserError(
@@ -154,7 +169,8 @@ def _resolve(config: gin_utils.Config, value: Any, depth: int = 0) -> Any:
     if name is not None:
         if depth > 50:
             raise errors.UserError(f"The macro {name} refers to itself.")
-        return _resolve(config, config.macro(name).value, depth + 1)
+        binding = config.macro(name)
+        return gin.REQUIRED if _is_missing(binding) else _resolve(config, binding.value, depth + 1)
     if isinstance(value, dict):
         return {
             _resolve(config, key, depth): _resolve(config, item, depth)
@@ -280,7 +296,7 @@ def _check_required(config: gin_utils.Config, root: str) -> None:
             needed = parameter.default is gin.REQUIRED or (
                 is_called and parameter.default is parameter.empty
             )
-            if name in own and own[name].value is not gin.REQUIRED or not needed:
+            if not needed or not _is_missing(own.get(name)):
                 continue
             short = gin_config._REGISTRY.minimal_selector(selector)
             raise errors.UserError(

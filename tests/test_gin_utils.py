@@ -91,6 +91,10 @@ MISTAKES = {
         None,
         "LOAD has no value, and cart.load needs one",
     ),
+    "macro left to be set": (GOOD, "LOAD=%gin.REQUIRED", "LOAD has no value, and cart.load"),
+    "parameter left to be set": (GOOD, "cart.load=%gin.REQUIRED", "cart.load is required"),
+    "macro of a macro": (GOOD + "SPOKES = %HUB", None, "HUB has no value, and SPOKES needs one"),
+    "macro that is itself": (GOOD + "SPOKES = %SPOKES", None, "SPOKES refers to itself"),
     "configurable misspelt": (
         GOOD + "toys.Weel.spokes = 1",
         None,
@@ -161,6 +165,12 @@ def test_agreed_macro_may_be_set_in_a_file_but_not_in_vain_by_hand(tmp_path):
     read(tmp_path, GOOD + "BATCH_SIZE = 3")
     with pytest.raises(errors.UserError, match="reads it: BATCH_SIZE"):
         read(tmp_path, GOOD + "BATCH_SIZE = 3", ["BATCH_SIZE=3"])
+
+
+def test_what_only_another_command_needs_may_be_missing(tmp_path):
+    read(tmp_path, GOOD + "toys.unused_ride.speed = %SPEED")
+    with pytest.raises(errors.UserError, match="SPEED has no value"):
+        read(tmp_path, GOOD + "toys.unused_ride.speed = %SPEED", root="toys.unused_ride")
 
 
 def test_include_cycle_is_an_error(tmp_path):
