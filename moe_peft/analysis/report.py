@@ -1,17 +1,15 @@
 """Results of several runs side by side: a table, Markdown, JSON and a picture.
 
-    python -m moe_peft.analysis.report results/frozen results/ia3 results/mov --output results
+    moe-peft compare results/frozen results/ia3 results/mov --out results
 
 reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's folder. Numbers are
 per cent; mean and median are over the templates of a task, then averaged over tasks.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
 import rich.box
@@ -200,23 +198,6 @@ def write(runs: Sequence[Run], folder: pathlib.Path | str) -> list[pathlib.Path]
     return paths
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Compare evaluated runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluated run")
-    parser.add_argument("--output", metavar="FOLDER", help="write .md, .json and .png there")
-    args = parser.parse_args(argv)
-    try:
-        for runs in load(args.runs).values():
-            show(runs)
-            for path in write(runs, args.output) if args.output else ():
-                print(path)
-    except errors.UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def _console() -> rich.console.Console:
     """Standard output; a file or a pipe gets lines wide enough for many runs."""
     console = rich.console.Console()
@@ -234,7 +215,3 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise errors.UserError(f"{path} cannot be read: {error}.") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

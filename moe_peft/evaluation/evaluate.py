@@ -49,8 +49,11 @@ def evaluate(
     Raises:
       UserError: a setting, the run, the data or the folder is wrong.
     """
+    from moe_peft.data import lookup  # Imports TensorFlow.
+
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     for mixture in evaluator.mixtures:  # Mistakes in data show before anything is loaded.
+        lookup.check_vocabulary(mixture, model.config.vocab_size)
         evaluator.suite(mixture)
     shapes = evaluator.batch_shapes()
     restored = restore.restore(

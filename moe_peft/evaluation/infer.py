@@ -65,6 +65,7 @@ def infer(
     from moe_peft.data import encoding, lookup  # Imports TensorFlow.
 
     limits = dict(zip(("inputs", "targets"), lookup.check_lengths(feature_lengths), strict=True))
+    lookup.check_vocabulary(mixture, model.config.vocab_size)
     vocabulary = lookup.vocabulary(mixture)
     rows = _read(pathlib.Path(inputs))
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)

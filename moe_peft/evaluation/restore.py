@@ -1,19 +1,17 @@
-"""The model of a finished run: its backbone with the leaves it trained."""
+"""The model of a finished run on the devices that will be asked."""
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 from jaxtyping import PyTree
 
-from moe_peft import errors, methods, patching
+from moe_peft import methods
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints
+from moe_peft.training import preparation, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,61 +55,24 @@ def restore(
     Raises:
       UserError: the checkpoint is missing or damaged, or is of another method, backbone or model.
     """
-    loss = encoder_decoder.LossConfig()
-    base = encoder_decoder.EncoderDecoder(module, loss)
-    model = encoder_decoder.EncoderDecoder(method.patch(module), loss, method)
-    init_base = functools.partial(base.init, batch_shapes=batch_shapes)
-    init = functools.partial(model.init, batch_shapes=batch_shapes)
-    loaded = backbone_lib.load(backbone, jax.eval_shape(init_base, jax.random.key(0)), init_base)
-    frozen, trainable = method.split(jax.eval_shape(init, jax.random.key(0)))
-    names = patching.flatten(frozen).keys()
-    base_leaves = patching.flatten(loaded.params)
-    frozen = patching.trees.unflatten({name: base_leaves[name] for name in names})
-
+    base = encoder_decoder.EncoderDecoder(module)
+    model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
+    start = preparation.Start(model, base, method, batch_shapes)
+    shapes = jax.eval_shape(lambda rng: model.init(rng, batch_shapes), jax.random.key(0))
+    frozen, trainable = map(_count, method.split(shapes))
+    params, step = trained.load(
+        start, backbone, model_dir if trainable else None, step, frozen_dtype
+    )
     run = {
-        "method": method.describe(),
-        "backbone": {"spec": loaded.spec, "fingerprint": loaded.fingerprint},
+        "method": preparation.as_json(method.describe()),
+        "backbone": backbone,
         "model_dir": str(model_dir),
-        "step": 0,
-        "trainable_parameters": _count(trainable),
-        "total_parameters": _count(trainable) + _count(frozen),
+        "step": step,
+        "trainable_parameters": trainable,
+        "total_parameters": trainable + frozen,
     }
-    learned: PyTree = {}
-    if trainable:
-        saved = checkpoints.load_trainable(model_dir, step)
-        _check(saved, run, trainable, model_dir)
-        learned, run["step"] = saved.trainable, saved.step
-    params = patching.merge(backbone_lib.cast(frozen, frozen_dtype), learned)
     return Restored(model, jax.device_put(params, mesh_lib.replicated(mesh)), run)
 
 
 def _count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _check(
-    saved: checkpoints.Saved, run: Mapping[str, Any], trainable: PyTree, model_dir: str
-) -> None:
-    """Refuses a checkpoint of another method, backbone or model, naming what differs."""
-    was, now = saved.description["method"], run["method"]
-    if was != now:
-        parts = [part for part in now if was.get(part) != now[part]] or sorted(was.keys() - now)
-        raise errors.UserError(
-            f"{model_dir} was trained with another method: {parts[0]} is {was.get(parts[0])} there "
-            f"and {now.get(parts[0])} here."
-        )
-    was, now = saved.description["backbone"]["fingerprint"], run["backbone"]["fingerprint"]
-    if was != now:
-        raise errors.UserError(
-            f"{model_dir} was trained on another backbone: {saved.description['backbone_spec']!r} "
-            f"(fingerprint {was[:12]}) there, {run['backbone']['spec']!r} ({now[:12]}) here."
-        )
-    want = {name: leaf.shape for name, leaf in patching.flatten(trainable).items()}
-    have = {name: leaf.shape for name, leaf in patching.flatten(saved.trainable).items()}
-    differing = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
-    if differing:
-        name = differing[0]
-        raise errors.UserError(
-            f"The checkpoint in {model_dir} does not fit the model: {len(differing)} leaves "
-            f"differ, the first is {name} ({have.get(name)} saved, {want.get(name)} in the model)."
-        )

@@ -1,0 +1,339 @@
+"""Whole evaluations of a random model on tasks made from its own answers, so that every score is
+known beforehand."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import seqio
+
+from moe_peft import errors, methods
+from moe_peft.data import rows as rows_lib
+from moe_peft.evaluation import answering, evaluate, evaluator, infer, predictions, tracking
+from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints, digest
+from moe_peft.training import state as state_lib
+
+LENGTHS = {"inputs": 40, "targets": 8}
+FIRST, LETTERS = 3, "abcdefghijklmnop"  # ids 0, 1, 2: padding, end, unknown
+VOCAB = FIRST + len(LETTERS)
+
+
+class Letters(seqio.Vocabulary):
+    """One id per letter: any answer without special ids can be spelled and read back."""
+
+    _base_vocab_size = VOCAB
+    bos_id, eos_id, unk_id = None, 1, 2
+
+    def __init__(self):
+        super().__init__()
+
+    def _encode(self, s):
+        return [FIRST + LETTERS.index(letter) for letter in s]
+
+    def _decode(self, ids):
+        return "".join(LETTERS[i - FIRST] for i in ids if i >= FIRST)
+
+    def _encode_tf(self, s):
+        raise NotImplementedError
+
+    def _decode_tf(self, ids):
+        raise NotImplementedError
+
+    def __eq__(self, other):
+        return isinstance(other, Letters)
+
+    __hash__ = seqio.Vocabulary.__hash__
+
+
+MODULE = t5.Transformer(
+    t5.T5Config(
+        vocab_size=VOCAB,
+        emb_dim=8,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        dropout_rate=0.0,
+    )
+)
+SHAPES = {
+    "encoder_input_tokens": (1, LENGTHS["inputs"]),
+    "decoder_input_tokens": (1, LENGTHS["targets"]),
+    "decoder_target_tokens": (1, LENGTHS["targets"]),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """Spec of random weights that make answers differ from input to input."""
+    model = encoder_decoder.EncoderDecoder(MODULE, losses.LossConfig())
+    abstract = jax.eval_shape(functools.partial(model.init, batch_shapes=SHAPES), jax.random.key(0))
+    rng = np.random.default_rng(3)  # one with which answers end
+
+    def draw(path, leaf):
+        offset = path[-1].key == "scale"  # of norms
+        return offset + 0.5 * rng.normal(size=leaf.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    path = tmp_path_factory.mktemp("backbone") / "weights.safetensors"
+    return f"file:{backbone_lib.save(params, path)}"
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return mesh_lib.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def model_and_params(backbone, mesh):
+    model = encoder_decoder.EncoderDecoder(MODULE, losses.LossConfig())
+    params = backbone_lib.read(backbone.removeprefix("file:"))
+    return model, jax.device_put(params, mesh_lib.replicated(mesh))
+
+
+@pytest.fixture(scope="module")
+def asked(model_and_params):
+    """(inputs, greedy answers) as texts; every answer ends and has letters only."""
+    model, params = model_and_params
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list(LETTERS), 1 + i % 38)) for i in range(600)]
+    tokens = np.zeros((len(texts), LENGTHS["inputs"]), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text) + 1] = [*Letters().encode(text), 1]
+    ids = np.asarray(
+        jax.jit(model.predict, static_argnums=2)(
+            params, {"encoder_input_tokens": tokens}, strategies.Greedy(LENGTHS["targets"])
+        )
+    )
+    found = {}
+    for text, answer in zip(texts, ids, strict=True):
+        length = int(np.argmax(answer == 1))
+        if length > 0 and np.all(answer[:length] >= FIRST):
+            found[text] = Letters().decode(answer[:length].tolist())
+    assert len(found) >= 24, len(found)
+    assert len(set(found.values())) >= 4
+    return list(found.items())[:24]
+
+
+def spoil(text):
+    """Another answer of the same length."""
+    return ("b" if text[0] == "a" else "a") + text[1:]
+
+
+def add_task(name, inputs, targets, choices=()):
+    seqio.TaskRegistry.remove(name)
+    encode = lambda texts: rows_lib.Ragged.of([Letters().encode(text) for text in texts])
+    scalars = {
+        "task_ids": np.zeros(len(inputs), np.int32),
+        "template_ids": np.arange(len(inputs), dtype=np.int32) % 2,
+    }
+    found = rows_lib.Rows(encode(inputs), encode(targets), scalars, choices)
+    seqio.TaskRegistry.add(
+        name,
+        source=rows_lib.RowsSource(lambda split: found, {"validation": len(inputs)}),
+        preprocessors=[],
+        output_features={k: seqio.Feature(Letters()) for k in ("inputs", "targets")},
+    )
+
+
+@pytest.fixture(scope="module")
+def suite(asked):
+    """A mixture of two tasks. Right: all of x's even rows, and every other odd one; none of y."""
+    inputs, answers = zip(*asked, strict=True)
+    half = len(inputs) // 2
+    spoilt = [spoil(a) if i % 4 == 3 else a for i, a in enumerate(answers[:half])]
+    add_task("toy_x_1", inputs[:half], spoilt)
+    add_task("toy_y_1", inputs[half:], list(map(spoil, answers[half:])))
+    seqio.MixtureRegistry.remove("toy")
+    seqio.MixtureRegistry.add("toy", ["toy_x_1", "toy_y_1"], default_rate=1.0)
+    return "toy"
+
+
+def make_evaluator(mixture, **kwargs):
+    return evaluator.Evaluator((mixture,), LENGTHS, "toy_([a-z]+)_.*", batch_size=8, **kwargs)
+
+
+def test_one_forward_pass_and_greedy_decoding_find_the_known_scores(suite, model_and_params):
+    want = [float(i % 4 != 3) for i in range(12)] + [0.0] * 12
+    passing = make_evaluator(suite)
+    by_pass = passing.predict(*model_and_params, suite)
+    decoded = make_evaluator(suite, decoding=strategies.Greedy())
+    by_decoding = decoded.predict(*model_and_params, suite)
+    assert [row["score"] for row in by_pass] == want
+    assert [row["score"] for row in by_decoding] == want
+    assert [row["prediction"] == row["targets"] for row in by_decoding] == [w == 1 for w in want]
+    assert [row["index"] for row in by_pass] == list(range(24))
+    assert {len(q.inputs) <= 20 for q in decoded.suite(suite).questions} == {True, False}
+    # While training: 12 rows of x, templates 0 and 1 alternating; y has nothing right.
+    means = passing(model_and_params[0], 7, model_and_params[1])
+    assert means == {"toy/mean": (1.0 + 0.5) / 2 / 2, "toy/median": (1.0 + 0.5) / 2 / 2}
+
+
+def test_choices_are_ranked_as_if_scored_one_by_one(asked, model_and_params):
+    model, params = model_and_params
+    rng = np.random.default_rng(1)
+    inputs = [text for text, _ in asked[:9]]
+    draw = lambda: "".join(rng.choice(list(LETTERS), rng.integers(1, 7)))
+    choices = [tuple(draw() for _ in range(2 + i % 3)) for i in range(9)]
+    pairs = [(i, choice) for i, options in enumerate(choices) for choice in options]
+    rows = scoring.pack_choices([[[*Letters().encode(c), 1]] for _, c in pairs], length=8)
+    del rows["decoder_segment_ids"]
+    rows["encoder_input_tokens"] = np.zeros((len(pairs), LENGTHS["inputs"]), np.int32)
+    for row, (i, _) in zip(rows["encoder_input_tokens"], pairs, strict=True):
+        row[: len(inputs[i]) + 1] = [*Letters().encode(inputs[i]), 1]
+    alone = np.asarray(jax.jit(model.score)(params, rows))
+    scores = [
+        [float(s) for s, (j, _) in zip(alone, pairs, strict=True) if j == i] for i in range(9)
+    ]
+    best = [choices[i][int(np.argmax(s))] for i, s in enumerate(scores)]
+    per_token = [
+        choices[i][int(np.argmax([x / (len(c) + 1) for x, c in zip(s, choices[i], strict=True)]))]
+        for i, s in enumerate(scores)
+    ]
+    assert best != per_token
+
+    add_task("toy_z_1", inputs, best, choices)
+    by_sum = make_evaluator("toy_z_1", rank_choices=True).predict(model, params, "toy_z_1")
+    for row, want in zip(by_sum, scores, strict=True):
+        np.testing.assert_allclose(row["log_likelihoods"], want, rtol=1e-5)
+        assert row["num_tokens"] == [len(choice) + 1 for choice in row["choices"]]
+    assert [row["prediction"] for row in by_sum] == best
+    assert [row["score"] for row in by_sum] == [1.0] * 9
+    by_mean = make_evaluator("toy_z_1", rank_choices=True, length_normalized_choices=True)
+    found = by_mean.predict(model, params, "toy_z_1")
+    assert [row["prediction"] for row in found] == per_token
+
+
+def save_run(folder, method, backbone):
+    """What a training run of `method` leaves, vectors of 3 instead of ones."""
+    model = encoder_decoder.EncoderDecoder(method.patch(MODULE), losses.LossConfig(), method)
+    shapes = jax.eval_shape(functools.partial(model.init, batch_shapes=SHAPES), jax.random.key(0))
+    trainable = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 3, np.float32), method.split(shapes)[1]
+    )
+    state = state_lib.create(jax.tree.map(jax.numpy.asarray, trainable), optax.sgd(0.1), 0)
+    state = state.replace(step=jax.numpy.asarray(5, jax.numpy.int32))
+    fingerprint = digest.of_tree(backbone_lib.read(backbone.removeprefix("file:")))
+    description = {
+        "method": json.loads(json.dumps(method.describe())),
+        "backbone": {"fingerprint": fingerprint},
+        "backbone_spec": backbone,
+    }
+    with checkpoints.Checkpoints(folder, keep=1) as saver:
+        saver.save(state, {"step": 5, "description": description})
+
+
+def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, capsys):
+    run = functools.partial(evaluate.evaluate, MODULE, evaluator=make_evaluator(suite))
+    frozen = run(methods.frozen(), backbone, str(tmp_path / "frozen"))["toy"]
+    assert frozen["results"]["overall"]["mean"] == 0.375
+    assert frozen["run"]["trainable_parameters"] == 0
+    assert "37.5/37.5" in capsys.readouterr().out
+    folder = tmp_path / "frozen" / "eval" / "toy"
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(frozen))
+    assert len(list(predictions.read_jsonl(folder / "predictions.jsonl"))) == 24
+
+    with pytest.raises(errors.UserError, match="no training checkpoint"):
+        run(methods.ia3(), backbone, str(tmp_path / "ia3"))
+    save_run(tmp_path / "ia3", methods.ia3(), backbone)
+    adapted = run(methods.ia3(), backbone, str(tmp_path / "ia3"))["toy"]
+    assert adapted["run"]["step"] == 5
+    # Per layer: 8 keys and values in three attentions, 16 hidden units in two feed-forward blocks.
+    assert adapted["run"]["trainable_parameters"] == 3 * 2 * 8 + 2 * 16
+    assert adapted["results"]["overall"]["mean"] != 0.375
+    with pytest.raises(errors.UserError, match="another method: .*ia3.*mov"):
+        run(methods.mov(num_experts=2), backbone, str(tmp_path / "ia3"))
+    with pytest.raises(errors.UserError, match="another backbone"):
+        run(methods.ia3(), "random:1", str(tmp_path / "ia3"))
+    with pytest.raises(errors.UserError, match="no checkpoint of step 4"):
+        run(methods.ia3(), backbone, str(tmp_path / "ia3"), step=4)
+
+
+def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
+    run = functools.partial(
+        infer.infer,
+        MODULE,
+        methods.frozen(),
+        backbone,
+        "",
+        suite,
+        LENGTHS,
+        outputs=str(tmp_path / "out.jsonl"),
+        decoding=strategies.Greedy(),
+        batch_size=8,
+    )
+    text = tmp_path / "in.txt"
+    text.write_text("\n\n".join(question for question, _ in asked[:3]) + "\n")
+    run(inputs=str(text))
+    found = list(predictions.read_jsonl(tmp_path / "out.jsonl"))
+    assert [(row["inputs"], row["prediction"]) for row in found] == asked[:3]
+
+    lines = tmp_path / "in.jsonl"
+    (one, answer), (two, _) = asked[0], asked[1]
+    rows = [{"inputs": two, "choices": ["a", answer], "id": 7}, {"inputs": one}]
+    predictions.write_jsonl(lines, rows)
+    ranked, free = run(inputs=str(lines))
+    assert ranked["prediction"] in rows[0]["choices"]
+    assert ranked["id"] == 7
+    assert len(ranked["log_likelihoods"]) == 2
+    assert free["prediction"] == answer
+
+    lines.write_text('{"question": "a"}\n')
+    with pytest.raises(errors.UserError, match='object 1 has no text under "inputs"; it has quest'):
+        run(inputs=str(lines))
+    text.write_text("\n")
+    with pytest.raises(errors.UserError, match="holds no questions"):
+        run(inputs=str(text))
+
+
+def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, mesh):
+    with pytest.raises(errors.UserError, match="'rouge_l' needs answers in text"):
+        make_evaluator(suite, metric="rouge_l")
+    with pytest.raises(errors.UserError, match="has no parenthesis"):
+        evaluator.Evaluator((suite,), LENGTHS, "toy_.*")
+    with pytest.raises(errors.UserError, match="'toy_x_1' does not match task_group"):
+        evaluator.Evaluator((suite,), LENGTHS, "t0_(.*)").suite(suite)
+    with pytest.raises(errors.UserError, match="No task or mixture is called 'toj'. Did you mean"):
+        make_evaluator("toj").suite("toj")
+    with pytest.raises(errors.UserError, match="divided evenly over 8 devices"):
+        answering.Answerer(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
+    add_task("toy_w_1", [asked[0][0]], ["abc"], [("a", "b")])
+    with pytest.raises(errors.UserError, match="its target 'abc' is none of its choices"):
+        make_evaluator("toy_w_1", rank_choices=True).suite("toy_w_1")
+    small = t5.Transformer(dataclasses.replace(MODULE.config, vocab_size=8))
+    with pytest.raises(errors.UserError, match="another vocabulary"):
+        evaluate.evaluate(small, methods.frozen(), backbone, "", make_evaluator(suite))
+
+
+def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
+    """The first tokens of a long target may all be right; the target is not."""
+    text, answer = asked[0]
+    lengths = {**LENGTHS, "targets": 3}
+    add_task("toy_v_1", [text], [answer[:2] + "aaaa"])
+    cut = evaluator.Evaluator(("toy_v_1",), lengths, "toy_([a-z]+)_.*", batch_size=8)
+    assert cut.suite("toy_v_1").is_cut == [True]
+    (row,) = cut.predict(*model_and_params, "toy_v_1")
+    assert row["score"] == 0
+
+
+def test_few_input_lengths():
+    lengths = [answering.padded_length(n, 56) for n in (1, 16, 28, 29, 56)]
+    assert lengths == [28, 28, 28, 56, 56]
+    assert answering.padded_length(3, 1024) == 16
+    assert answering.padded_length(3, 10) == 10
+    with pytest.raises(ValueError, match="longer than the limit"):
+        answering.padded_length(11, 10)
+
+
+def test_progress_lines_name_what_is_done(capsys):
+    with tracking.shown("toy", 3) as progress:
+        progress.advance(3)
+    assert "toy: 3/3 in" in capsys.readouterr().err
