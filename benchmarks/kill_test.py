@@ -28,10 +28,10 @@ from moe_peft.training import checkpoints, metrics_writer
 TRAINER = pathlib.Path(__file__).parent / "kill_test_run.py"
 
 
-def start(folder: pathlib.Path, num_steps: int) -> subprocess.Popen:
+def start(trainer: str, folder: pathlib.Path, num_steps: int) -> subprocess.Popen:
     """Starts, or goes on with, the run in `folder`."""
     log = (folder.parent / f"{folder.name}.log").open("a")
-    command = [sys.executable, str(TRAINER), str(folder), str(num_steps)]
+    command = [sys.executable, trainer, str(folder), str(num_steps)]
     # Compile once; twenty times would only prove patience.
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -44,12 +44,17 @@ def num_lines(folder: pathlib.Path) -> int:
 
 
 def run_with_kills(
-    folder: pathlib.Path, num_steps: int, kills: int, number: signal.Signals, rng: random.Random
+    trainer: str,
+    folder: pathlib.Path,
+    num_steps: int,
+    kills: int,
+    number: signal.Signals,
+    rng: random.Random,
 ) -> tuple[int, list[int]]:
     """Returns (kills that hit a living run, newest checkpoint after each of them)."""
     reached = []
     while True:
-        process = start(folder, num_steps)
+        process = start(trainer, folder, num_steps)
         if len(reached) == kills:
             break
         before = num_lines(folder)
@@ -94,6 +99,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--trainer", default=str(TRAINER), help="script: FOLDER STEPS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default=None, help="keep the runs there")
     args = parser.parse_args()
@@ -102,8 +108,10 @@ def main():
     began = time.monotonic()
     number = getattr(signal, f"SIG{args.signal}")
     rng = random.Random(args.seed)
-    hits, reached = run_with_kills(root / "killed", args.steps, args.kills, number, rng)
-    if start(root / "whole", args.steps).wait():
+    hits, reached = run_with_kills(
+        args.trainer, root / "killed", args.steps, args.kills, number, rng
+    )
+    if start(args.trainer, root / "whole", args.steps).wait():
         raise SystemExit("the uninterrupted run failed; see whole.log")
     found = differences(root / "killed", root / "whole")
     damaged = list((root / "killed").glob(f"{checkpoints.DAMAGED_FOLDER}/*"))

@@ -8,6 +8,7 @@ weights are never saved; their fingerprint is.
 from collections.abc import Mapping
 import dataclasses
 import errno
+import logging
 import os
 import pathlib
 import shutil
@@ -51,7 +52,10 @@ class Saved:
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run into `model_dir`/checkpoints."""
+    """Writes the checkpoints of one run into `model_dir`/checkpoints; a context manager.
+
+    Leaving it waits for the last save.
+    """
 
     def __init__(self, model_dir: pathlib.Path | str, keep: int):
         if keep < 1:
@@ -61,6 +65,21 @@ class Checkpoints:
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            with self._explained():
+                self._manager.close()
+        except errors.UserError:
+            # An error that is already on its way must not be hidden by what it led to.
+            if error is None:
+                raise
+        finally:
+            logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
     def save(self, state: state_lib.TrainState, record: Mapping[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
@@ -85,13 +104,13 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits and releases the threads."""
-        with self._explained():
-            self._manager.close()
-
     def _explained(self) -> "_Explained":
         return _Explained(self._folder)
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """Errors of background saves come to us as exceptions; their tracebacks need not be printed."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class _Explained:

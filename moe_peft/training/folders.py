@@ -10,6 +10,7 @@ import shutil
 from moe_peft import errors
 
 _MARGIN = 1.05
+_SMALL_FILES = 500_000  # bytes: some fifty files of metadata, a disk block or more each
 _LOCK = ".lock"
 
 
@@ -46,7 +47,7 @@ def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
 
 def check_space(folder: pathlib.Path, checkpoint_bytes: int, num_checkpoints: int) -> None:
     """Raises UserError unless so many more checkpoints of that size fit on the disk."""
-    needed = int(checkpoint_bytes * num_checkpoints * _MARGIN)
+    needed = int(checkpoint_bytes * _MARGIN + _SMALL_FILES) * num_checkpoints
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise errors.UserError(

@@ -43,8 +43,11 @@ class Logbook:
 
     @property
     def unwritten(self) -> list[dict[str, float]]:
-        """Metrics of the steps since the last line, as numbers; `collect` first."""
-        return self._on_host
+        """Metrics of the steps since the last line, as numbers; `collect` first.
+
+        A copy: checkpoints are written in the background while the next steps add theirs.
+        """
+        return list(self._on_host)
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Takes the metrics of a step without waiting for them."""

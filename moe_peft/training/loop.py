@@ -284,10 +284,10 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self._progress = progress_lib.make(first_step, settings.num_steps)
             stack.callback(self._progress.close)
-            self._writer = metrics_writer.MetricsWriter(folder, first_step)
-            stack.callback(self._writer.close)
-            self._checkpoints = checkpoints.Checkpoints(folder, settings.keep)
-            stack.callback(self._checkpoints.close)
+            writer = metrics_writer.MetricsWriter(folder, first_step)
+            self._writer = stack.enter_context(writer)
+            saver = checkpoints.Checkpoints(folder, settings.keep)
+            self._checkpoints = stack.enter_context(saver)
             self._logbook = logbook_lib.Logbook(
                 self._writer,
                 self._progress,

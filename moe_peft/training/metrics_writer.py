@@ -1,10 +1,15 @@
 """Metrics of a run: `metrics.jsonl`, identical for an interrupted run, and TensorBoard."""
 
 from collections.abc import Mapping
+import contextlib
 import json
 import pathlib
+import time
 
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
+
+from moe_peft import errors
 
 FILE_NAME = "metrics.jsonl"
 
@@ -18,29 +23,71 @@ class MetricsWriter:
 
     def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
         """Opens the files and drops what was written after `resumed_step`."""
-        model_dir = pathlib.Path(model_dir)
+        self._model_dir = model_dir = pathlib.Path(model_dir)
         path = model_dir / FILE_NAME
         _drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(model_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
-        )
+        self._board = _Board(model_dir / "tensorboard", resumed_step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):  # Every write was flushed and checked.
+            self._file.close()
+        self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line and the same scalars to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **metrics}, sort_keys=True) + "\n")
-        self._file.flush()
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **metrics}, sort_keys=True) + "\n")
+            self._file.flush()
         self.write_to_board(step, metrics)
 
     def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes scalars to TensorBoard only."""
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        with self._explained():
+            self._board.write(step, metrics)
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except OSError as error:
+            raise errors.UserError(
+                f"Cannot write metrics to {self._model_dir}: {error.strerror}. Checkpoints are "
+                "intact. Make room or mend the folder, then run the same command to go on."
+            ) from error
+
+
+class _Board:
+    """TensorBoard's file, written in place: the library's own writer adds a thread and a queue.
+
+    Those outlive errors, and complain at exit about a disk that was full.
+    """
+
+    def __init__(self, folder: pathlib.Path, resumed_step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = event_file_writer.EventsWriter(str(folder / "events"))
+        # Tells TensorBoard to forget what an earlier life wrote beyond this step.
+        status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.write_event(
+            event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=status)
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+        ]
+        summary = summary_pb2.Summary(value=values)
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+        self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def read(model_dir: pathlib.Path | str) -> list[dict[str, float]]:

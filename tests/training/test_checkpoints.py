@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from moe_peft import errors
@@ -23,10 +24,10 @@ def _state(toy, step):
 
 
 def _save(toy, folder, steps, keep=3):
-    writer = checkpoints.Checkpoints(folder, keep)
-    for step in steps:
-        writer.save(_state(toy, step), {"step": step, "description": {"method": {"name": "toy"}}})
-    writer.close()
+    with checkpoints.Checkpoints(folder, keep) as writer:
+        for step in steps:
+            record = {"step": step, "description": {"method": {"name": "toy"}}}
+            writer.save(_state(toy, step), record)
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +123,17 @@ def test_load_trainable_names_what_exists(two_saved, tmp_path):
 
 def test_failed_save_is_one_line_and_leaves_earlier_checkpoints(toy, tmp_path, monkeypatch):
     _save(toy, tmp_path, [1])
-    writer = checkpoints.Checkpoints(tmp_path, 3)
 
     def fail(*args, **kwargs):
         del args, kwargs
         (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer._manager, "save", fail)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
     with pytest.raises(errors.UserError, match="No space left on device. .* steps 1") as caught:
-        writer.save(_state(toy, 2), {"step": 2, "description": {}})
+        with checkpoints.Checkpoints(tmp_path, 3) as writer:
+            writer.save(_state(toy, 2), {"step": 2, "description": {}})
     assert "\n" not in str(caught.value)
-    writer.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 

@@ -1,6 +1,8 @@
+import contextlib
 import os
 import shutil
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -233,6 +235,38 @@ def test_full_disk_is_seen_before_anything_is_loaded(toy, tmp_path, monkeypatch)
     monkeypatch.setattr(backbone, "load", _never)
     with pytest.raises(errors.UserError, match="has 0.1 kB left, but 4 checkpoints"):
         toy.fit(tmp_path, STEPS)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of three megabytes."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+# A save that fails leaves tasks in orbax's event loop; Python reports them when it collects them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_disk_that_fills_up_while_saving(toy, small_disk, capfd):
+    def batches(start):
+        for index, batch in enumerate(toy.open_batches(start), start=start):
+            if index == 14:
+                with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+                        file.flush()
+            yield batch
+
+    with pytest.raises(errors.UserError, match="No space left on device") as caught:
+        toy.fit(small_disk / "run", 30, open_batches=batches, log_period=100, keep=1)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+    (small_disk / "filler").unlink()
+    left = checkpoints.steps(small_disk / "run")
+    assert left
+    assert checkpoints.load_newest(small_disk / "run").step == left[-1]
 
 
 def test_one_process_at_a_time(tmp_path):

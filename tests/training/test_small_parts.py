@@ -16,9 +16,8 @@ def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
     path = tmp_path / metrics_writer.FILE_NAME
     lines = [json.dumps({"loss": float(step), "step": step}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"loss": 4.0, "st')
-    writer = metrics_writer.MetricsWriter(tmp_path, resumed_step=2)
-    writer.write(3, {"loss": 7.0})
-    writer.close()
+    with metrics_writer.MetricsWriter(tmp_path, resumed_step=2) as writer:
+        writer.write(3, {"loss": 7.0})
     assert [line["loss"] for line in metrics_writer.read(tmp_path)] == [1.0, 2.0, 7.0]
     # No line lost its bytes: what was kept is as it was.
     assert path.read_text().startswith("\n".join(lines[:2]) + "\n")
@@ -26,7 +25,8 @@ def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
 
 def test_fresh_run_drops_everything(tmp_path):
     (tmp_path / metrics_writer.FILE_NAME).write_text('{"step": 1}\n')
-    metrics_writer.MetricsWriter(tmp_path).close()
+    with metrics_writer.MetricsWriter(tmp_path):
+        pass
     assert metrics_writer.read(tmp_path) == []
 
 

@@ -125,12 +125,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir")
     parser.add_argument("num_steps", type=int)
-    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--delay", type=float, default=0.003, help="seconds a batch takes")
     args = parser.parse_args()
     fit(
         args.model_dir,
         args.num_steps,
         open_batches=lambda start: open_batches(start, args.delay),
+        checkpoint_period=20,
+        log_period=15,
+        eval_period=25,
         eval_hook=lambda step, params: {"norm": float(jnp.linalg.norm(params["first"]["kernel"]))},
     )
     return 0

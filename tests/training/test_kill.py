@@ -1,0 +1,28 @@
+"""Real processes, really killed."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+KILL_TEST = HERE.parents[1] / "benchmarks" / "kill_test.py"
+
+
+def _kill_test(tmp_path, *args):
+    command = [sys.executable, str(KILL_TEST), "--folder", str(tmp_path), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "final state and metrics: bit-identical" in done.stdout
+
+
+@pytest.mark.parametrize("signal", ["KILL", "TERM"])
+def test_two_kills_leave_no_trace(tmp_path, signal):
+    trainer = ["--trainer", str(HERE / "toy.py"), "--steps", "400"]
+    _kill_test(tmp_path, "--kills", "2", "--signal", signal, *trainer)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_t5_leave_no_trace(tmp_path):
+    _kill_test(tmp_path)
