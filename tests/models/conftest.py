@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
@@ -75,6 +76,7 @@ def to_scanned():
     """A function from an unscanned tree to the scanned one of the same network."""
 
     def convert(params, head_dim):
+        params = jax.tree.map(np.asarray, params)  # numpy: nothing to compile
         for stack in ("encoder", "decoder"):
             old = params[stack]
             names = sorted(name for name in old if name.startswith("layers_"))
@@ -87,9 +89,9 @@ def to_scanned():
                 for name in names
             ]
             new = {k: v for k, v in old.items() if k not in (*names, "relpos_bias")}
-            new[stack] = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *layers)
+            new[stack] = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *layers)
             params = {**params, stack: new}
-        return params
+        return jax.tree.map(jnp.asarray, params)
 
     return convert
 
