@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import itertools
 
+import gin
 import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import encoding, lookup, rows
+from moe_peft.data import encoding, lookup, rows, sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,14 @@ class EvalBatch:
     examples: list[Example]
 
 
+@gin.configurable(module="data")
 def eval_examples(
     mixture_or_task: str,
     feature_lengths: Mapping[str, int],
     split: str = "validation",
     batch_size: int = 64,
     max_examples_per_task: int | None = None,
+    sentence_encoder: sentences.Encoder | None = None,
 ) -> Iterator[EvalBatch]:
     """Every example of a split once, task after task.
 
@@ -59,12 +62,20 @@ def eval_examples(
       batch_size: rows of a batch.
       max_examples_per_task: the first so many of each task; None for all. CLDR tasks hold an item's
         four wordings together, so a multiple of four keeps templates balanced.
+      sentence_encoder: adds `sentence_embeddings`, see `sentences`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1:
         raise errors.UserError(f"batch_size is {batch_size}; expected 1 or more.")
     tasks = lookup.tasks_with(mixture_or_task, split)
-    return _batches(tasks, lengths, split, batch_size, max_examples_per_task)
+    batches = _batches(tasks, lengths, split, batch_size, max_examples_per_task)
+    if sentence_encoder is None:
+        return batches
+    ids = lookup.vocabulary(mixture_or_task)
+    return (
+        dataclasses.replace(batch, features=sentences.add(batch.features, ids, sentence_encoder))
+        for batch in batches
+    )
 
 
 def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 import itertools
 import logging
 
+import gin
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import encoding, feature_converter, lookup, mixing, packing, rows
+from moe_peft.data import encoding, feature_converter, lookup, mixing, packing, rows, sentences
 from moe_peft.data.encoding import Batch
 from moe_peft.data.evaluation_data import EvalBatch, Example, eval_examples
 from moe_peft.data.lookup import check_vocabulary, get, num_tasks, tasks_of, vocabulary
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@gin.configurable(module="data")
 def train_batches(
     mixture_or_task: str,
     batch_size: int,
@@ -41,6 +43,7 @@ def train_batches(
     shard_index: int = 0,
     shard_count: int = 1,
     split: str = "train",
+    sentence_encoder: sentences.Encoder | None = None,
 ) -> Iterator[Batch]:
     """Endless batches; the same arguments give the same batches on every machine.
 
@@ -56,6 +59,7 @@ def train_batches(
         batch.
       shard_count: number of hosts.
       split: of the tasks.
+      sentence_encoder: adds `sentence_embeddings`, see `sentences`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
@@ -79,7 +83,11 @@ def train_batches(
     part = slice(
         shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count
     )
-    return ({name: value[part] for name, value in batch.items()} for batch in batches)
+    batches = ({name: value[part] for name, value in batch.items()} for batch in batches)
+    if sentence_encoder is None:
+        return batches
+    ids = vocabulary(mixture_or_task)
+    return (sentences.add(batch, ids, sentence_encoder) for batch in batches)
 
 
 def _rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:

@@ -274,3 +274,25 @@ def test_other_seqio_tasks_stream_and_resume():
     ).examples
     assert [(e.inputs, e.targets) for e in examples[:2]] == [("in 0", "out 0"), ("in 1", "out 1")]
     seqio.TaskRegistry.remove("streamed_task")
+
+
+def test_converter_carries_embeddings_for_t5x():
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensors(
+        {
+            "inputs": [5, 6, 1],
+            "targets": [7, 1],
+            "task_ids": 3,
+            "template_ids": 1,
+            "sentence_embeddings": [0.5, 0.25],
+        }
+    )
+    converter = feature_converter.RoutingEncDecFeatureConverter(sentence_embeddings=True)
+    (row,) = converter(
+        dataset, {"inputs": 4, "targets": 3, "sentence_embeddings": 2}
+    ).as_numpy_iterator()
+    np.testing.assert_array_equal(row["encoder_input_tokens"], [5, 6, 1, 0])
+    np.testing.assert_array_equal(row["decoder_input_tokens"], [0, 7, 1])
+    np.testing.assert_array_equal(row["sentence_embeddings"], [0.5, 0.25])
+    assert (row["task_ids"], row["template_ids"]) == (3, 1)
