@@ -86,8 +86,8 @@ class LoRA(nn.Module):
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not self.has_rng("dropout"))
         delta = low_rank.low_rank_delta(
             x.reshape(*tokens, -1),
-            lora_a.astype(x.dtype),
-            lora_b.astype(x.dtype),
+            lora_a,
+            lora_b,
             self.alpha / self.rank,
             weights,
         )

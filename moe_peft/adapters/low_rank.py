@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_peft import thin
+
 
 def low_rank_delta(
     x: Float[Array, "... i"],
@@ -18,30 +20,20 @@ def low_rank_delta(
 
     Args:
         x: inputs of the frozen layer.
-        lora_a: down-projections, in the dtype of x.
-        lora_b: up-projections, in the dtype of x.
+        lora_a: down-projections, in the dtype of x or in float32.
+        lora_b: up-projections, likewise.
         scale: alpha / rank.
         weights: of the experts; leading axes broadcast against those of x. None weighs each by 1.
     """
     width, experts, rank = lora_a.shape
-    hidden = _matmul(x, lora_a.reshape(width, experts * rank))
+    hidden = thin.thin_product(x, lora_a.reshape(width, experts * rank))
     if weights is not None:
         hidden = hidden.reshape(*hidden.shape[:-1], experts, rank)
         hidden = hidden * (weights * scale).astype(hidden.dtype)[..., None]
         hidden = hidden.reshape(*hidden.shape[:-2], experts * rank)
     else:
         hidden = hidden * jnp.asarray(scale, hidden.dtype)
-    return _matmul(hidden, lora_b.reshape(experts * rank, -1))
-
-
-def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """Returns x @ kernel as one product of two matrices.
-
-    With several token axes the gradient of the kernel would contract all of them at once; XLA's CPU
-    backend runs such a product many times slower than a plain one.
-    """
-    outputs = x.reshape(-1, x.shape[-1]) @ kernel
-    return outputs.reshape(*x.shape[:-1], kernel.shape[-1])
+    return thin.thin_product(hidden, lora_b.reshape(experts * rank, -1))
 
 
 def molora_listing(

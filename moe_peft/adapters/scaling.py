@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_peft import thin
+
 
 def mix_vectors(
     weights: Float[Array, "... e"], vectors: Float[Array, "e *features"], num_token_axes: int
@@ -15,7 +17,8 @@ def mix_vectors(
         num_token_axes: tells the two apart.
     """
     if weights.ndim == num_token_axes + 1:
-        return jnp.tensordot(weights, vectors, axes=1)
+        mixed = thin.thin_product(weights, vectors.reshape(vectors.shape[0], -1))
+        return mixed.reshape(*weights.shape[:-1], *vectors.shape[1:])
     return jnp.einsum("...he,ehk->...hk", weights, vectors)
 
 

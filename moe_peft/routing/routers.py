@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moe_peft import errors
+from moe_peft import errors, thin
 from moe_peft.routing import context, losses
 
 RouterFactory = Callable[..., "Router"]
@@ -108,7 +108,7 @@ class SoftmaxRouter(Router):
             axes=(axis, "expert"),
         )
         x = self._jittered(x.astype(jnp.float32), site)
-        logits = jnp.dot(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        logits = thin.thin_product(x, kernel.astype(jnp.float32), jax.lax.Precision.HIGHEST)
         probs = jax.nn.softmax(logits)
         selected = self._selected(probs)
         if site.wants_losses and self.num_experts > 1 and not self.is_initializing():
