@@ -1,6 +1,7 @@
 """Rows of ids to the arrays a model reads."""
 
 from collections.abc import Sequence
+import logging
 
 import numpy as np
 
@@ -13,6 +14,18 @@ FEATURES = ("inputs", "targets")
 def with_end(sequence: np.ndarray, limit: int) -> np.ndarray:
     """The ids with the end mark 1, cut to the limit as SeqIO cuts: the mark survives."""
     return np.append(sequence[: limit - 1], 1)
+
+
+def warn_if_cut(name: str, source: rows.Rows, lengths: tuple[int, int]) -> None:
+    """Logs how many examples are longer than a row; they are cut from the right."""
+    for feature, limit in zip(FEATURES, lengths):
+        needed = getattr(source, feature).lengths + 1
+        if np.any(needed > limit):
+            logging.warning(
+                "%s: %d of %d examples have more than %d tokens of %s and are cut; the longest has "
+                "%d. Raise feature_lengths.",
+                *(name, np.sum(needed > limit), len(needed), limit, feature, needed.max()),
+            )
 
 
 def encode(

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import itertools
 
-import gin
 import numpy as np
 import seqio
 
@@ -44,7 +43,6 @@ class EvalBatch:
     examples: list[Example]
 
 
-@gin.configurable(module="data")
 def eval_examples(
     mixture_or_task: str,
     feature_lengths: Mapping[str, int],
@@ -62,13 +60,15 @@ def eval_examples(
       batch_size: rows of a batch.
       max_examples_per_task: the first so many of each task; None for all. CLDR tasks hold an item's
         four wordings together, so a multiple of four keeps templates balanced.
-      sentence_encoder: adds `sentence_embeddings`, see `sentences`.
+      sentence_encoder: adds `sentence_embeddings`; by default what gin sets, see
+        `sentences.configured`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1:
         raise errors.UserError(f"batch_size is {batch_size}; expected 1 or more.")
     tasks = lookup.tasks_with(mixture_or_task, split)
     batches = _batches(tasks, lengths, split, batch_size, max_examples_per_task)
+    sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches
     ids = lookup.vocabulary(mixture_or_task)
@@ -82,7 +82,7 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
     pairs = (
         (task, source, index)
         for task in tasks
-        for source in [_rows(task, split, limit)]
+        for source in [_rows(task, split, limit, lengths)]
         for index in range(len(source) if limit is None else min(limit, len(source)))
     )
     while chosen := list(itertools.islice(pairs, batch_size)):
@@ -110,9 +110,10 @@ def _example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
     )
 
 
-def _rows(task: seqio.Task, split: str, limit: int | None) -> rows.Rows:
+def _rows(task: seqio.Task, split: str, limit: int | None, lengths: tuple[int, int]) -> rows.Rows:
     """The rows of a task, from memory or through SeqIO."""
     if isinstance(task.source, rows.RowsSource):
+        encoding.warn_if_cut(task.name, task.source.rows(split), lengths)
         return task.source.rows(split)
     dataset = task.get_dataset(None, split, shuffle=False)
     found = list(dataset.take(-1 if limit is None else limit).as_numpy_iterator())

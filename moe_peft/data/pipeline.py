@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 import itertools
 import logging
 
-import gin
 import seqio
 
 from moe_peft import errors
@@ -32,7 +31,6 @@ __all__ = [
 ]
 
 
-@gin.configurable(module="data")
 def train_batches(
     mixture_or_task: str,
     batch_size: int,
@@ -59,7 +57,8 @@ def train_batches(
         batch.
       shard_count: number of hosts.
       split: of the tasks.
-      sentence_encoder: adds `sentence_embeddings`, see `sentences`.
+      sentence_encoder: adds `sentence_embeddings`; by default what gin sets, see
+        `sentences.configured`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
@@ -73,9 +72,10 @@ def train_batches(
         raise errors.UserError(f"start_batch is {start_batch}; expected 0 or more.")
     tasks = lookup.tasks_with(mixture_or_task, split)
     if all(isinstance(task.source, rows.RowsSource) for task in tasks):
-        stream = mixing.Stream(
-            [task.source.rows(split) for task in tasks], _rates(mixture_or_task, tasks), seed
-        )
+        sources = [task.source.rows(split) for task in tasks]
+        for task, source in zip(tasks, sources):
+            encoding.warn_if_cut(task.name, source, lengths)
+        stream = mixing.Stream(sources, _rates(mixture_or_task, tasks), seed)
         make = _packed if pack else _padded
         batches = make(stream, batch_size, lengths, start_batch)
     else:
@@ -84,6 +84,7 @@ def train_batches(
         shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count
     )
     batches = ({name: value[part] for name, value in batch.items()} for batch in batches)
+    sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches
     ids = vocabulary(mixture_or_task)

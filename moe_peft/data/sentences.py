@@ -42,6 +42,15 @@ def minilm(device: str = "cpu") -> Encoder:
     )
 
 
+@gin.configurable(module="sentences")
+def configured(encoder: Encoder | None = None) -> Encoder | None:
+    """The encoder all batches use: `configured.encoder = @sentences.minilm()`; None for none.
+
+    Separate from `train_batches`, whose errors gin would wrap in several lines.
+    """
+    return encoder
+
+
 def remembering(encode: Encoder) -> Encoder:
     """The same encoder, asked about each text once as long as it is remembered."""
     known: dict[str, np.ndarray] = {}

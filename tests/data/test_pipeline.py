@@ -296,3 +296,24 @@ def test_converter_carries_embeddings_for_t5x():
     np.testing.assert_array_equal(row["decoder_input_tokens"], [0, 7, 1])
     np.testing.assert_array_equal(row["sentence_embeddings"], [0.5, 0.25])
     assert (row["task_ids"], row["template_ids"]) == (3, 1)
+
+
+def test_cut_examples_are_announced(caplog):
+    with caplog.at_level("WARNING"):
+        (batch,) = take(1, "cldr_day_pl", lengths={"inputs": 40, "targets": 10})
+    assert "have more than 10 tokens of targets" in caplog.text
+    # The end mark survives the cut.
+    assert all(1 in row for row in batch["decoder_target_tokens"].tolist())
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        take(1, "cldr_day_pl")
+    assert not caplog.text
+
+
+def test_feature_lengths_of_the_suite_cut_nothing():
+    for task in cldr.task_ids():
+        source = seqio.TaskRegistry.get(task.name).source
+        for split in source.splits:
+            found = source.rows(split)
+            assert found.inputs.lengths.max() < LENGTHS["inputs"]
+            assert found.targets.lengths.max() < LENGTHS["targets"]

@@ -36,14 +36,21 @@ def test_evaluation_carries_it_too():
     np.testing.assert_array_equal(batch.features["sentence_embeddings"][8:], 0)
 
 
+@gin.register(module="test_sentences")
+def stand_in():
+    return encode
+
+
 def test_gin_can_set_the_encoder():
-    with gin.unlock_config():
-        gin.parse_config("train_batches.sentence_encoder = @sentences.minilm()")
+    gin.parse_config("configured.encoder = @test_sentences.stand_in()")
     try:
-        bound = gin.query_parameter("train_batches.sentence_encoder")
-        assert bound.configurable.name == "minilm"
+        batch = next(pipeline.train_batches("cldr_train", 4, LENGTHS, 0))
+        assert batch["sentence_embeddings"].shape == (4, 2)
+        batch = next(pipeline.eval_examples("cldr_weekday_de", LENGTHS))
+        assert batch.features["sentence_embeddings"].shape == (64, 2)
     finally:
         gin.clear_config()
+    assert "sentence_embeddings" not in next(pipeline.train_batches("cldr_train", 4, LENGTHS, 0))
 
 
 def test_packed_rows_have_none():
