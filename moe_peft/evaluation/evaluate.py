@@ -52,7 +52,8 @@ def evaluate(
     from moe_peft.data import lookup  # Imports TensorFlow.
 
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    for mixture in evaluator.mixtures:  # Mistakes in data show before anything is loaded.
+    for mixture in evaluator.mixtures:  # Mistakes show before anything is loaded.
+        predictions.check_writable(_folder(model_dir, mixture))
         lookup.check_vocabulary(mixture, model.config.vocab_size)
         evaluator.suite(mixture)
     shapes = evaluator.batch_shapes()
@@ -72,7 +73,7 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
             "results": aggregation.aggregate(rows).to_json(),
         }
-        folder = pathlib.Path(model_dir) / "eval" / mixture
+        folder = _folder(model_dir, mixture)
         predictions.write_jsonl(folder / "predictions.jsonl", rows)
         predictions.write_json(folder / "results.json", found[mixture])
         runs = [report.Run(method.name, found[mixture])]
@@ -87,3 +88,7 @@ def evaluate(
             )
         print(f"Written to {folder}.", file=sys.stderr)
     return found
+
+
+def _folder(model_dir: str, mixture: str) -> pathlib.Path:
+    return pathlib.Path(model_dir).expanduser() / "eval" / mixture

@@ -39,6 +39,18 @@ def write_text(path: pathlib.Path | str, text: str) -> None:
     _write_atomically(pathlib.Path(path), [text.rstrip("\n")])
 
 
+def check_writable(folder: pathlib.Path | str) -> None:
+    """Makes a folder and tries to write into it; raises UserError before work is done in vain."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise errors.UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+
+
 def read_jsonl(path: pathlib.Path | str) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSON-lines file; blank lines are skipped.
 

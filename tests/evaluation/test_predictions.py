@@ -52,3 +52,7 @@ def test_unreadable_files_name_the_line(tmp_path):
     folder.write_text("")
     with pytest.raises(errors.UserError, match="cannot be written"):
         predictions.write_jsonl(folder / "p.jsonl", ROWS)
+    with pytest.raises(errors.UserError, match="Cannot write to .*file/eval: Not a directory"):
+        predictions.check_writable(folder / "eval")
+    predictions.check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
