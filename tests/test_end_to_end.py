@@ -73,6 +73,34 @@ def test_every_command(tmp_path, capsys):
     assert "mov" in table
 
 
+ENCODER = """
+import gin
+import numpy as np
+
+@gin.register(module="mine")
+def lengths():
+    return lambda texts: np.array([[len(text), 1.0, -1.0] for text in texts], np.float32)
+"""
+
+
+@pytest.mark.slow
+def test_sentence_routing_trains_evaluates_and_answers(tmp_path, monkeypatch):
+    (tmp_path / "my_encoder.py").write_text(ENCODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    method = "import my_encoder\ninclude 'methods/mov_sentence.gin'\ninclude 'data/sentence_embeddings.gin'\n"
+    encoder = "sentences.configured.encoder = @mine.lengths()\n"
+    optimizer = "include 'optimizers/adafactor.gin'\n"
+    (tmp_path / "settings.gin").write_text(SETTINGS + method + encoder + optimizer)
+    (tmp_path / "questions.txt").write_text("Name the month May in German.\nAnd June?\n")
+    flags = ["--gin_file", str(tmp_path / "settings.gin"), f"--gin.MODEL_DIR={tmp_path}/run"]
+    assert cli.main(["train", *flags]) == 0
+    assert cli.main(["eval", *flags]) == 0
+    answers = tmp_path / "answers.jsonl"
+    files = (f"--gin.INPUTS={tmp_path}/questions.txt", f"--gin.OUTPUTS={answers}")
+    assert cli.main(["infer", *flags, *files]) == 0
+    assert len(answers.read_text().splitlines()) == 2
+
+
 @pytest.mark.slow
 def test_another_method_in_the_same_folder_is_refused(tmp_path, capsys):
     (tmp_path / "settings.gin").write_text(SETTINGS)

@@ -62,7 +62,7 @@ def infer(
     Raises:
       UserError: a file, a line of it, the run or a setting is wrong.
     """
-    from moe_peft.data import encoding, lookup  # Imports TensorFlow.
+    from moe_peft.data import encoding, lookup, sentences  # Imports TensorFlow.
 
     limits = dict(zip(("inputs", "targets"), lookup.check_lengths(feature_lengths), strict=True))
     lookup.check_vocabulary(mixture, model.config.vocab_size)
@@ -80,6 +80,13 @@ def infer(
         )
         for ids, row in zip(encoded, rows, strict=True)
     ]
+    sentence_encoder = sentences.configured()
+    if sentence_encoder is not None:
+        texts = [vocabulary.decode(question.inputs.tolist()) for question in questions]
+        questions = [
+            dataclasses.replace(question, features={"sentence_embeddings": embedding})
+            for question, embedding in zip(questions, sentence_encoder(texts), strict=True)
+        ]
     num_cut = sum(len(ids) >= limits["inputs"] for ids in encoded)
     if num_cut:
         print(
@@ -95,6 +102,7 @@ def infer(
         "encoder_input_tokens": (batch_size, limits["inputs"]),
         "decoder_input_tokens": (batch_size, limits["targets"]),
         "decoder_target_tokens": (batch_size, limits["targets"]),
+        **{name: (batch_size, *np.shape(v)) for name, v in questions[0].features.items()},
     }
     restored = restore.restore(
         model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
