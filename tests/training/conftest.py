@@ -4,6 +4,8 @@ import importlib.util
 import pathlib
 import sys
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 
@@ -19,3 +21,23 @@ def _load():
 @pytest.fixture(scope="session")
 def toy():
     return _load()
+
+
+def _configure(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Keeps compiled programs on disk: dozens of runs of the toy compile the same three."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    yield
+    _configure(before)

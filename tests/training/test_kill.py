@@ -17,9 +17,10 @@ def _kill_test(tmp_path, *args):
     assert "final state and metrics: bit-identical" in done.stdout
 
 
-@pytest.mark.parametrize("signal", ["KILL", "TERM"])
+# SIGTERM is tested in the process of test_loop.py too.
+@pytest.mark.parametrize("signal", ["KILL", pytest.param("TERM", marks=pytest.mark.slow)])
 def test_two_kills_leave_no_trace(tmp_path, signal):
-    trainer = ["--trainer", str(HERE / "toy.py"), "--steps", "400"]
+    trainer = ["--trainer", str(HERE / "toy.py"), "--steps", "300"]
     _kill_test(tmp_path, "--kills", "2", "--signal", signal, *trainer)
 
 

@@ -21,6 +21,8 @@ from moe_peft.training import (
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEPS = 11  # Not a multiple of any period.
 
 
@@ -33,7 +35,7 @@ def _metrics(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(toy, tmp_path_factory):
+def whole(toy, tmp_path_factory, compiled_once):
     """A run that was never interrupted: (folder, result)."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, toy.fit(folder, STEPS, eval_hook=_hook)
