@@ -87,7 +87,8 @@ def lengths():
 def test_sentence_routing_trains_evaluates_and_answers(tmp_path, monkeypatch):
     (tmp_path / "my_encoder.py").write_text(ENCODER)
     monkeypatch.syspath_prepend(tmp_path)
-    method = "import my_encoder\ninclude 'methods/mov_sentence.gin'\ninclude 'data/sentence_embeddings.gin'\n"
+    method = "import my_encoder\ninclude 'methods/mov_sentence.gin'\n"
+    method += "include 'data/sentence_embeddings.gin'\n"
     encoder = "sentences.configured.encoder = @mine.lengths()\n"
     optimizer = "include 'optimizers/adafactor.gin'\n"
     (tmp_path / "settings.gin").write_text(SETTINGS + method + encoder + optimizer)
