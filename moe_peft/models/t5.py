@@ -190,12 +190,13 @@ def _attention_bias(
     return by_distance if decode else layers.expand_distances(by_distance)
 
 
-def _apply_layers(layer_class, config, num_layers, scanned_name, x, *args, **fields):
-    """Runs `num_layers` layers in the calling module, looped or unrolled, with rematerialisation.
+def _apply_layers(stack, layer_class, num_layers, scanned_name, x, *args, **fields):
+    """Runs `num_layers` layers in the module `stack`, looped or unrolled, with rematerialisation.
 
     What layers sow ("intermediates", "router_losses") and the caches are stacked at axis 0 by the
     loop; parameters made in a layer, whoever makes them, at axis 1.
     """
+    config = stack.config
     if config.remat_policy != "none":
         minimal = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
         layer_class = nn.remat(
@@ -207,7 +208,7 @@ def _apply_layers(layer_class, config, num_layers, scanned_name, x, *args, **fie
         for i in range(num_layers):
             x, _ = layer_class(config, **fields, name=f"layers_{i}")(x, *args)
         return x
-    is_initializing = nn.module._context.module_stack[-1].is_mutable_collection("params")
+    is_initializing = stack.is_mutable_collection("params")
     scanned = partitioning.scan_with_axes(
         layer_class,
         variable_axes={
@@ -253,8 +254,8 @@ class Encoder(_Stack):
         if not cfg.scan_layers:
             bias = _attention_bias(cfg, tokens.shape[1], bidirectional=True)
         x = _apply_layers(
+            self,
             EncoderLayer,
-            cfg,
             cfg.num_encoder_layers,
             "encoder",
             x,
@@ -288,8 +289,8 @@ class Decoder(_Stack):
             length = max_decode_length or tokens.shape[1]
             bias = _attention_bias(cfg, length, bidirectional=False, decode=decode)
         x = _apply_layers(
+            self,
             DecoderLayer,
-            cfg,
             cfg.num_decoder_layers,
             "decoder",
             x,
