@@ -60,7 +60,8 @@ def main() -> None:
     timings = measure.paired(calls, reference="shared encoder", rounds=options.rounds)
     low, median, high = timings["one row per choice"].ratio
     print(
-        f"{measure.hardware()}: {EXAMPLES} inputs of {INPUT_TOKENS} tokens, {options.choices} choices of "
+        f"{measure.hardware()}\n"
+        f"{EXAMPLES} inputs of {INPUT_TOKENS} tokens, {options.choices} choices of "
         f"{CHOICE_TOKENS}: sharing the encoder is {median:.2f}x ({low:.2f} to {high:.2f}) as fast "
         f"as one row per choice; largest relative difference of scores {gap:.1e}"
     )
