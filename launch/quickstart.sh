@@ -11,14 +11,15 @@ case "$results" in /*) ;; *) results="$here/$results" ;; esac
 
 venv="${MOE_PEFT_VENV:-.venv-quickstart}"
 steps="${STEPS:-300}"
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 python="${PYTHON:-}"
 if [ -z "$python" ]; then
-  for python in python3.13 python3.12 python3.11 python3; do
-    command -v "$python" >/dev/null && break
+  for python in python3 python3.13 python3.12 python3.11; do
+    is_new_enough "$python" && break
   done
 fi
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "launch/quickstart.sh: Python 3.11 or newer is needed, got $("$python" --version 2>&1); set PYTHON=/path/to/python3.11" >&2
+is_new_enough "$python" || {
+  echo "launch/quickstart.sh: no Python 3.11 or newer was found; set PYTHON=/path/to/python3.11" >&2
   exit 2
 }
 
