@@ -89,6 +89,11 @@ def test_counts_at_every_size(name):
     assert tuple(count(method, size) for size in SIZES) == expected
 
 
+def test_router_on_block_inputs_at_large():
+    # 282,624 vectors; routers 72 * 2 * 1024 on keys and values, 48 * 1024 in feed-forward blocks.
+    assert count(methods.mov(num_experts=1, router_input="as_in_paper"), "large") == 479_232
+
+
 # Published, as printed -> size, method, exact count, and how the print follows from the count:
 # "K" and "M" truncated or rounded counts, "%" of the nominal size (770M, 3B, 11B), truncated.
 NOMINAL = {"large": 770e6, "xl": 3e9, "xxl": 11e9}
