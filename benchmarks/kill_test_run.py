@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_peft import methods
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import loop, optimizers, preparation, schedules
+from moe_peft.training import loop, optimizers, preparation, run, schedules
 
 BATCH_SIZE = 4
 CONFIG = t5.T5Config(
@@ -43,7 +43,7 @@ def main():
         ),
         model_dir=sys.argv[1],
         described={"model": {}, "data": {}},
-        settings=loop.Settings(num_steps, BATCH_SIZE, checkpoint_period=40, log_period=15),
+        settings=run.Settings(num_steps, BATCH_SIZE, checkpoint_period=40, log_period=15),
     )
 
 

@@ -1,83 +1,32 @@
 """`train`: adapts a frozen backbone on a mixture, or goes on where an earlier run stopped."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
 import itertools
 import pathlib
-import time
 from typing import Any
 
 from flax import linen as nn
 import gin
 import jax
 from jaxtyping import PyTree
-import numpy as np
 
-import moe_peft
-from moe_peft import errors, gin_utils, methods, patching
+from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import (
     checkpoints,
     folders,
-    metrics_writer,
     optimizers,
     prefetch,
     preparation,
     signals,
 )
-from moe_peft.training import logbook as logbook_lib
-from moe_peft.training import progress as progress_lib
+from moe_peft.training import run as run_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
-
-Batches = Iterator[Mapping[str, np.ndarray]]
-EvalHook = Callable[[int, PyTree], Mapping[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Numbers of a run; see `train`. `use_dropout` False also switches stochastic routing off."""
-
-    num_steps: int
-    batch_size: int
-    seed: int = 0
-    num_microbatches: int = 1
-    frozen_dtype: str = "float32"
-    checkpoint_period: int = 1_000
-    keep: int = 3
-    log_period: int = 100
-    eval_period: int = 1_000
-    use_dropout: bool = True
-
-    def __post_init__(self):
-        for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        backbone_lib.check_dtype(self.frozen_dtype)
-
-    def num_new_checkpoints(self, num_old: int) -> int:
-        """Returns how many more there will be at once; one more than is kept while saving."""
-        planned = -(-self.num_steps // self.checkpoint_period)
-        return max(min(self.keep, planned) + 1 - num_old, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-      state: after the last step.
-      frozen: the tree beside it.
-      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
-    """
-
-    state: state_lib.TrainState
-    frozen: PyTree
-    metrics: Mapping[str, float]
 
 
 @gin.register(module="training")
@@ -102,7 +51,7 @@ def train(
     evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
     eval_period: int = 1_000,
     mesh: jax.sharding.Mesh | None = None,
-) -> Result:
+) -> run_lib.Result:
     """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
 
     Run again with the same settings, it goes on from the newest checkpoint, to the very same
@@ -148,7 +97,7 @@ def train(
         "seed": seed,
     }
 
-    def open_batches(start_batch: int) -> Batches:
+    def open_batches(start_batch: int) -> run_lib.Batches:
         return pipeline.train_batches(
             mixture,
             batch_size,
@@ -168,7 +117,7 @@ def train(
         optimizer=optimizer,
         model_dir=model_dir,
         described={"model": _describe_model(model, loss), "data": data},
-        settings=Settings(
+        settings=run_lib.Settings(
             num_steps=num_steps,
             batch_size=batch_size,
             seed=seed,
@@ -187,14 +136,14 @@ def train(
 def fit(
     start: Callable[[Mapping[str, tuple[int, ...]]], preparation.Start],
     backbone: str,
-    open_batches: Callable[[int], Batches],
+    open_batches: Callable[[int], run_lib.Batches],
     optimizer: optimizers.Optimizer,
     model_dir: str | pathlib.Path,
     described: Mapping[str, Any],
-    settings: Settings,
-    eval_hook: EvalHook | None = None,
+    settings: run_lib.Settings,
+    eval_hook: run_lib.EvalHook | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> Result:
+) -> run_lib.Result:
     """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
 
     Args:
@@ -219,7 +168,7 @@ def fit(
         put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         source = open_batches(saved.step if saved else 0)
         batches = stack.enter_context(prefetch.Prefetch(source, put))
-        first_batch = _next(batches, 1 + (saved.step if saved else 0))
+        first_batch = run_lib.next_batch(batches, 1 + (saved.step if saved else 0))
         begin = start({name: rows.shape for name, rows in first_batch.items()})
 
         group_of = begin.method.learning_rate_group
@@ -247,7 +196,7 @@ def fit(
             state = checkpoints.restore(saved, state)
             changed = preparation.optimizer_changes(saved.description, description)
 
-        run = _Run(
+        run = run_lib.Run(
             settings=settings,
             description=description,
             train_step=step_lib.make_train_step(
@@ -264,111 +213,6 @@ def fit(
             stop=stop,
         )
         return run.go(folder, state, saved, itertools.chain([first_batch], batches), changed)
-
-
-class _Run:
-    """One process's part of a run, from the restored state to the last step or a signal."""
-
-    def __init__(self, settings, description, train_step, eval_hook, frozen, stop):
-        self._settings = settings
-        self._description = description
-        self._train_step = train_step
-        self._eval_hook = eval_hook
-        self._frozen = frozen
-        self._stop = stop
-
-    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
-        """Makes the steps that are left."""
-        settings = self._settings
-        first_step = saved.step if saved else 0
-        with contextlib.ExitStack() as stack:
-            self._progress = progress_lib.make(first_step, settings.num_steps)
-            stack.callback(self._progress.close)
-            writer = metrics_writer.MetricsWriter(folder, first_step)
-            self._writer = stack.enter_context(writer)
-            saver = checkpoints.Checkpoints(folder, settings.keep)
-            self._checkpoints = stack.enter_context(saver)
-            self._logbook = logbook_lib.Logbook(
-                self._writer,
-                self._progress,
-                state_lib.leaf_names(state.trainable),
-                saved.record["unwritten_metrics"] if saved else (),
-            )
-            if jax.process_index() == 0:
-                gin_utils.write_config(folder)
-            if changed_optimizer:
-                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
-            if saved:
-                self._progress.say(f"going on from step {first_step} in {folder}")
-            try:
-                return self._loop(state, first_step, batches)
-            except logbook_lib.NonFiniteError as error:
-                self._checkpoints.wait()
-                kept = checkpoints.steps(folder)
-                last = f"that of step {kept[-1]}" if kept else "none"
-                raise logbook_lib.NonFiniteError(
-                    f"{error} The last good checkpoint is {last}, in {folder}."
-                ) from None
-
-    def _loop(self, state, first_step, batches) -> Result:
-        settings, line, started = self._settings, {}, time.monotonic()
-        for step in range(first_step + 1, settings.num_steps + 1):
-            state, metrics = self._train_step(state, self._frozen, _next(batches, step))
-            if step == first_step + 1:
-                jax.block_until_ready(metrics)
-                took = time.monotonic() - started
-                self._progress.say(f"compiled and made the first step in {took:.1f} s")
-                self._logbook.start(step)
-            self._logbook.add(step, metrics)
-            is_last = step == settings.num_steps
-            if is_last or step % settings.log_period == 0:
-                line = self._logbook.write(step)
-                self._checkpoints.check()
-            if self._eval_hook and (is_last or step % settings.eval_period == 0):
-                self._evaluate(step, state)
-            is_stopping = self._stop.received and not is_last
-            if is_last or is_stopping or step % settings.checkpoint_period == 0:
-                self._save(step, state)
-            if is_stopping:
-                self._exit(step)
-        self._checkpoints.wait()
-        return Result(state, self._frozen, line)
-
-    def _save(self, step, state):
-        self._logbook.collect()
-        with self._logbook.pause():
-            self._checkpoints.save(
-                state,
-                {
-                    "step": step,
-                    "batches_consumed": step,
-                    "description": self._description,
-                    "unwritten_metrics": self._logbook.unwritten,
-                    "gin_config": gin.config_str(),
-                    "moe_peft_version": moe_peft.__version__,
-                },
-            )
-
-    def _evaluate(self, step, state):
-        with self._logbook.pause():
-            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
-        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
-
-    def _exit(self, step):
-        self._checkpoints.wait()
-        self._progress.say(
-            f"{self._stop.received.name}: saved step {step}; the same command goes on from there."
-        )
-        raise SystemExit(self._stop.exit_code)
-
-
-def _next(batches, step: int):
-    try:
-        return next(batches)
-    except StopIteration:
-        raise errors.UserError(
-            f"The data ended before step {step}: is the task or mixture empty?"
-        ) from None
 
 
 def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from moe_peft.training import (
     checkpoints,
     folders,
     logbook,
-    loop,
     metrics_writer,
     optimizers,
     preparation,
+    run,
     trained,
 )
 
@@ -210,7 +210,7 @@ def test_error_of_the_data_arrives(toy, tmp_path):
 @pytest.mark.parametrize("name", ["num_steps", "keep", "log_period", "checkpoint_period"])
 def test_zero_is_refused(name):
     with pytest.raises(errors.UserError, match=f"{name} must be at least 1, got 0"):
-        loop.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
+        run.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
 
 
 def _never(*args):

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_peft import methods
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import loop, optimizers, preparation, schedules
+from moe_peft.training import loop, optimizers, preparation, run, schedules
 
 WIDTH = 6
 ROWS = 8
@@ -102,7 +102,7 @@ def adamw(**kwargs):
 
 def fit(model_dir, num_steps, method=ADAPTED, **overrides):
     """Trains the toy; `overrides` go to `loop.fit` or into its settings."""
-    names = {field.name for field in dataclasses.fields(loop.Settings)}
+    names = {field.name for field in dataclasses.fields(run.Settings)}
     settings = {"batch_size": ROWS, "checkpoint_period": 4, "log_period": 3, "eval_period": 5}
     settings |= {k: overrides.pop(k) for k in list(overrides) if k in names}
     model = overrides.pop("model", BASE_MODEL if method.name == "full" else MODEL)
@@ -116,7 +116,7 @@ def fit(model_dir, num_steps, method=ADAPTED, **overrides):
     return loop.fit(
         start=lambda shapes: preparation.Start(model, BASE_MODEL, method, shapes),
         model_dir=model_dir,
-        settings=loop.Settings(num_steps=num_steps, **settings),
+        settings=run.Settings(num_steps=num_steps, **settings),
         **(defaults | overrides),
     )
 

@@ -1,0 +1,170 @@
+"""The steps of one process's part of a run, and what happens between them."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import time
+
+import gin
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+import moe_peft
+from moe_peft import errors, patching
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training import logbook as logbook_lib
+from moe_peft.training import progress as progress_lib
+from moe_peft.training import state as state_lib
+
+Batches = Iterator[Mapping[str, np.ndarray]]
+EvalHook = Callable[[int, PyTree], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Numbers of a run; see `loop.train`. No dropout means no stochastic routing either."""
+
+    num_steps: int
+    batch_size: int
+    seed: int = 0
+    num_microbatches: int = 1
+    frozen_dtype: str = "float32"
+    checkpoint_period: int = 1_000
+    keep: int = 3
+    log_period: int = 100
+    eval_period: int = 1_000
+    use_dropout: bool = True
+
+    def __post_init__(self):
+        for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        backbone_lib.check_dtype(self.frozen_dtype)
+
+    def num_new_checkpoints(self, num_old: int) -> int:
+        """Returns how many more there will be at once; one more than is kept while saving."""
+        planned = -(-self.num_steps // self.checkpoint_period)
+        return max(min(self.keep, planned) + 1 - num_old, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      state: after the last step.
+      frozen: the tree beside it.
+      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
+    """
+
+    state: state_lib.TrainState
+    frozen: PyTree
+    metrics: Mapping[str, float]
+
+
+class Run:
+    """One process's part of a run, from the restored state to the last step or a signal."""
+
+    def __init__(self, settings, description, train_step, eval_hook, frozen, stop):
+        self._settings = settings
+        self._description = description
+        self._train_step = train_step
+        self._eval_hook = eval_hook
+        self._frozen = frozen
+        self._stop = stop
+
+    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
+        """Makes the steps that are left."""
+        settings = self._settings
+        first_step = saved.step if saved else 0
+        with contextlib.ExitStack() as stack:
+            self._progress = progress_lib.make(first_step, settings.num_steps)
+            stack.callback(self._progress.close)
+            writer = metrics_writer.MetricsWriter(folder, first_step)
+            self._writer = stack.enter_context(writer)
+            saver = checkpoints.Checkpoints(folder, settings.keep)
+            self._checkpoints = stack.enter_context(saver)
+            self._logbook = logbook_lib.Logbook(
+                self._writer,
+                self._progress,
+                state_lib.leaf_names(state.trainable),
+                saved.record["unwritten_metrics"] if saved else (),
+            )
+            if jax.process_index() == 0:
+                gin_utils.write_config(folder)
+            if changed_optimizer:
+                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
+            if saved:
+                self._progress.say(f"going on from step {first_step} in {folder}")
+            try:
+                return self._loop(state, first_step, batches)
+            except logbook_lib.NonFiniteError as error:
+                self._checkpoints.wait()
+                kept = checkpoints.steps(folder)
+                last = f"that of step {kept[-1]}" if kept else "none"
+                raise logbook_lib.NonFiniteError(
+                    f"{error} The last good checkpoint is {last}, in {folder}."
+                ) from None
+
+    def _loop(self, state, first_step, batches) -> Result:
+        settings, line, started = self._settings, {}, time.monotonic()
+        for step in range(first_step + 1, settings.num_steps + 1):
+            state, metrics = self._train_step(state, self._frozen, next_batch(batches, step))
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                took = time.monotonic() - started
+                self._progress.say(f"compiled and made the first step in {took:.1f} s")
+                self._logbook.start(step)
+            self._logbook.add(step, metrics)
+            is_last = step == settings.num_steps
+            if is_last or step % settings.log_period == 0:
+                line = self._logbook.write(step)
+                self._checkpoints.check()
+            if self._eval_hook and (is_last or step % settings.eval_period == 0):
+                self._evaluate(step, state)
+            is_stopping = self._stop.received and not is_last
+            if is_last or is_stopping or step % settings.checkpoint_period == 0:
+                self._save(step, state)
+            if is_stopping:
+                self._exit(step)
+        self._checkpoints.wait()
+        return Result(state, self._frozen, line)
+
+    def _save(self, step, state):
+        self._logbook.collect()
+        with self._logbook.pause():
+            self._checkpoints.save(
+                state,
+                {
+                    "step": step,
+                    "batches_consumed": step,
+                    "description": self._description,
+                    "unwritten_metrics": self._logbook.unwritten,
+                    "gin_config": gin.config_str(),
+                    "moe_peft_version": moe_peft.__version__,
+                },
+            )
+
+    def _evaluate(self, step, state):
+        with self._logbook.pause():
+            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
+        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def _exit(self, step):
+        self._checkpoints.wait()
+        self._progress.say(
+            f"{self._stop.received.name}: saved step {step}; the same command goes on from there."
+        )
+        raise SystemExit(self._stop.exit_code)
+
+
+def next_batch(batches: Batches, step: int) -> Mapping[str, np.ndarray]:
+    """Returns the batch of `step`; raises UserError if there is none."""
+    try:
+        return next(batches)
+    except StopIteration:
+        raise errors.UserError(
+            f"The data ended before step {step}: is the task or mixture empty?"
+        ) from None
