@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, patching
+from moe_peft import errors, gin_utils, patching
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
