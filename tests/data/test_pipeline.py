@@ -241,14 +241,14 @@ def test_wrong_vocabulary_is_refused():
 
 def test_empty_task_is_refused():
     seqio.TaskRegistry.add(
-        "empty_task",
+        "no_rows_here",
         source=rows.RowsSource(lambda split: None, {"train": 0}),
         preprocessors=[],
         output_features=cldr.FEATURES,
     )
-    with pytest.raises(errors.UserError, match="'empty_task' has no examples in its 'train'"):
-        take(1, "empty_task")
-    seqio.TaskRegistry.remove("empty_task")
+    with pytest.raises(errors.UserError, match="'no_rows_here' has no examples in its 'train'"):
+        take(1, "no_rows_here")
+    seqio.TaskRegistry.remove("no_rows_here")
 
 
 def test_other_seqio_tasks_stream_and_resume():
