@@ -12,6 +12,13 @@ from moe_peft import methods, patching
 TOKENS = (jnp.asarray([[5, 6, 1, 0]]), jnp.asarray([[0, 3, 4]]), jnp.asarray([[3, 4, 1]]))
 
 
+@pytest.fixture(autouse=True)
+def rank_promotion():
+    """T5X promotes ranks in its embedding."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(params=["t5", "scalable_t5"])
 def network(request):
     # Importing T5X takes TensorFlow and tens of seconds.
