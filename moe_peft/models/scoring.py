@@ -43,7 +43,7 @@ class ChoiceScores:
 
 
 def pack_choices(
-    choices: Sequence[Sequence[Sequence[int] | np.ndarray]], length: int | None = None
+    choices: Sequence[Sequence[Sequence[int | np.integer] | np.ndarray]], length: int | None = None
 ) -> dict[str, np.ndarray]:
     """Decoder features of a batch of examples, the choices of one packed into one row.
 

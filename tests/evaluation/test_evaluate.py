@@ -314,10 +314,10 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
 
 
 def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
-    """The first tokens of a long target may all be right; the target is not."""
+    """What is left of a long target may all be right, end mark included; the target is not."""
     text, answer = asked[0]
-    lengths = {**LENGTHS, "targets": 3}
-    add_task("toy_v_1", [text], [answer[:2] + "aaaa"])
+    lengths = {**LENGTHS, "targets": len(answer) + 1}
+    add_task("toy_v_1", [text], [answer + "aaaa"])
     cut = evaluator.Evaluator(("toy_v_1",), lengths, "toy_([a-z]+)_.*", batch_size=8)
     assert cut.suite("toy_v_1").is_cut == [True]
     (row,) = cut.predict(*model_and_params, "toy_v_1")
