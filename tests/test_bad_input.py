@@ -86,7 +86,10 @@ TRAIN_MISTAKES = {
     "misspelt parameter": (["--gin.mov.num_expert=3"], "'num_expert'.*'num_experts'"),
     "misspelt configurable": (["--gin.movv.num_experts=3"], "'movv'.*Did you mean.*'mov'"),
     "wrong type": (["--gin.TRAIN_STEPS=many"], "train.num_steps takes int, got 'many'"),
-    "unknown method": (["--gin.METHOD=@methods.movv()"], "'methods.movv'.*Did you mean 'methods.mov'"),
+    "unknown method": (
+        ["--gin.METHOD=@methods.movv()"],
+        "'methods.movv'.*Did you mean 'methods.mov'",
+    ),
     "method in quotes": (["--gin.METHOD=mov"], r"@mov\(\), without quotes"),
     "missing gin file": (
         ["--gin_file", "methods/movv.gin"],
@@ -181,6 +184,41 @@ def test_disk_too_small_for_the_checkpoints(base, tmp_path, capsys, monkeypatch)
 def test_unreadable_gin_file(tmp_path, capsys):
     (tmp_path / "binary.gin").write_bytes(b"\xff\xfe\x00")
     check(train(capsys, tmp_path / "binary.gin", tmp_path / "run"), "binary.gin cannot be read")
+
+
+EVAL = """
+include 'runs/eval.gin'
+include 'runs/infer.gin'
+"""
+
+# name: (command, flags, what the line says)
+LATER_MISTAKES = {
+    "missing checkpoint": ("eval", [], "no training checkpoint in .*run"),
+    "eval: unknown mixture": ("eval", ["--gin.EVAL_MIXTURES=cldr_heldot"], "'cldr_heldout'"),
+    "eval: no mixture": ("eval", ["--gin.EVAL_MIXTURES=()"], "mixtures is empty"),
+    "eval: wrong vocabulary": ("eval", ["--gin.T5Config.vocab_size=100"], "vocab_size is 100"),
+    "eval: unknown metric": ("eval", ["--gin.Evaluator.metric=rouge"], "'rouge'.*'rouge_l'"),
+    "eval: batch not divisible": ("eval", ["--gin.EVAL_BATCH_SIZE=12"], "12.*8"),
+    "infer: no questions": (
+        "infer",
+        ["--gin.INPUTS=/nowhere/q.txt", "--gin.OUTPUTS=a.jsonl"],
+        "/nowhere/q.txt",
+    ),
+    "infer: no file named": ("infer", ["--gin.OUTPUTS=a.jsonl"], "INPUTS has no value"),
+    "export: missing checkpoint": (
+        "export",
+        ["--gin.OUTPUTS=a.safetensors"],
+        "no training checkpoint in .*run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATER_MISTAKES)
+def test_mistake_after_training(name, base, tmp_path, capsys):
+    command, flags, message = LATER_MISTAKES[name]
+    base.write_text(BASE + EVAL + "Evaluator.max_examples_per_task = 1")
+    folder = f"--gin.MODEL_DIR={tmp_path / 'run'}"
+    check(run(capsys, command, "--gin_file", base, folder, *flags), message)
 
 
 def test_plan_mistakes(capsys):

@@ -52,6 +52,7 @@ def evaluate(
     from moe_peft.data import lookup  # Imports TensorFlow.
 
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    evaluator.check_devices(mesh)
     for mixture in evaluator.mixtures:  # Mistakes show before anything is loaded.
         predictions.check_writable(_folder(model_dir, mixture))
         lookup.check_vocabulary(mixture, model.config.vocab_size)

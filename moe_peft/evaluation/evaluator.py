@@ -15,6 +15,7 @@ import numpy as np
 from moe_peft import errors
 from moe_peft.evaluation import aggregation, answering, metrics, suites, tracking
 from moe_peft.models import encoder_decoder, strategies
+from moe_peft.partitioning import mesh as mesh_lib
 
 
 @gin.register(module="evaluation")
@@ -26,7 +27,7 @@ class Evaluator:
 
     def __init__(
         self,
-        mixtures: Sequence[str] = gin.REQUIRED,
+        mixtures: str | Sequence[str] = gin.REQUIRED,
         feature_lengths: Mapping[str, int] = gin.REQUIRED,
         task_group: str = gin.REQUIRED,
         split: str = "validation",
@@ -109,6 +110,10 @@ class Evaluator:
             "decoder_target_tokens": (rows, lengths["targets"]),
             **{name: (rows, *np.shape(value)) for name, value in question.features.items()},
         }
+
+    def check_devices(self, mesh: jax.sharding.Mesh) -> None:
+        """Raises UserError unless a batch divides among the devices; nothing is loaded for that."""
+        mesh_lib.check_batch_size(self._batch_size, 1, mesh)
 
     def suite(self, mixture: str) -> suites.Suite:
         """The questions of a mixture, read once."""
