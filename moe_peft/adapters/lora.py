@@ -1,5 +1,6 @@
 """LoRA and MoLoRA: low-rank updates of frozen linear maps."""
 
+import dataclasses
 import math
 
 from flax import linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_peft import errors, routing
+from moe_peft import errors, routing, thin
 from moe_peft.adapters import low_rank, mov
 
 
@@ -79,18 +80,24 @@ class LoRA(nn.Module):
         tokens, in_shape = inputs.shape[: site.num_token_axes], inputs.shape[site.num_token_axes :]
         out_shape = outputs.shape[site.num_token_axes :]
         lora_a, lora_b = self._factors(in_shape, out_shape, site)
+        x = inputs.astype(outputs.dtype)
+        has_dropout = self.dropout_rate > 0 and self.has_rng("dropout")
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=not has_dropout).reshape(*tokens, -1)
+        down, hidden = low_rank.joined(lora_a), []
+
+        def project(kernel):
+            """Router logits and rank-space activations in one product: half the thin products."""
+            both = thin.thin_product(x, jnp.concatenate([down, kernel], axis=1), routing.PRECISION)
+            hidden.append(both[..., : down.shape[1]])
+            return both[..., down.shape[1] :]
+
         weights = None
         if self.router_factory is not None:
+            if site.routes_on_inputs and x.dtype == jnp.float32 and not has_dropout:
+                site = dataclasses.replace(site, project=project)
             weights = self.router_factory(num_experts=self.num_experts, name="router")(site)
-        x = inputs.astype(outputs.dtype)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=not self.has_rng("dropout"))
-        delta = low_rank.low_rank_delta(
-            x.reshape(*tokens, -1),
-            lora_a,
-            lora_b,
-            self.alpha / self.rank,
-            weights,
-        )
+        hidden = hidden[0] if hidden else thin.thin_product(x, down)
+        delta = low_rank.expand(hidden, lora_b, self.alpha / self.rank, weights)
         return outputs + delta.reshape(outputs.shape)
 
     def _factors(self, in_shape, out_shape, site):

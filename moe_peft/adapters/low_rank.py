@@ -25,8 +25,22 @@ def low_rank_delta(
         scale: alpha / rank.
         weights: of the experts; leading axes broadcast against those of x. None weighs each by 1.
     """
-    width, experts, rank = lora_a.shape
-    hidden = thin.thin_product(x, lora_a.reshape(width, experts * rank))
+    return expand(thin.thin_product(x, joined(lora_a)), lora_b, scale, weights)
+
+
+def joined(lora_a: Float[Array, "i e r"]) -> Float[Array, "i er"]:
+    """Returns the down-projections of all experts side by side."""
+    return lora_a.reshape(lora_a.shape[0], -1)
+
+
+def expand(
+    hidden: Float[Array, "... er"],
+    lora_b: Float[Array, "e r o"],
+    scale: float,
+    weights: Float[Array, "... e"] | None,
+) -> Float[Array, "... o"]:
+    """Returns the second half of `low_rank_delta`: from rank space to the outputs."""
+    experts, rank, _ = lora_b.shape
     if weights is not None:
         hidden = hidden.reshape(*hidden.shape[:-1], experts, rank)
         hidden = hidden * (weights * scale).astype(hidden.dtype)[..., None]

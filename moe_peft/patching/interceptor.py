@@ -135,6 +135,7 @@ class Interceptor:
             num_token_axes=num_token_axes,
             has_rng=self.has_rng,
             wants_losses=self.wants_losses,
+            routes_on_inputs=rule.router_input == "inputs" and rule.side == "outputs",
         )
         return rule.adapter_factory(name=ADAPTER)(call.inputs, call.outputs, site)
 

@@ -3,6 +3,7 @@
 from moe_peft.routing import losses
 from moe_peft.routing.context import RoutingContext, Site
 from moe_peft.routing.routers import (
+    PRECISION,
     RNG,
     Router,
     RouterFactory,
@@ -14,6 +15,7 @@ from moe_peft.routing.routers import (
 )
 
 __all__ = [
+    "PRECISION",
     "RNG",
     "Router",
     "RouterFactory",

@@ -1,5 +1,6 @@
 """What routers may look at beside activations: the batch's context, and the site they sit at."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -42,6 +43,9 @@ class Site:
         num_token_axes: axes before the features, 2 for [batch, tokens].
         has_rng: the caller gave an rng named "routing".
         wants_losses: the caller collects router losses.
+        routes_on_inputs: `router_input` is what the frozen layer reads.
+        project: kernel [i, e] -> `router_input @ kernel`, float32, by an adapter that multiplies
+            the same array with a matrix of its own, both at once; None leaves it to the router.
     """
 
     in_axes: tuple[str, ...] = ("embed",)
@@ -53,3 +57,5 @@ class Site:
     num_token_axes: int = 2
     has_rng: bool = False
     wants_losses: bool = False
+    routes_on_inputs: bool = False
+    project: Callable[[Array], Array] | None = None

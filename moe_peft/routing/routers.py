@@ -18,6 +18,7 @@ from moe_peft.routing import context, losses
 
 RouterFactory = Callable[..., "Router"]
 RNG = "routing"
+PRECISION = jax.lax.Precision.HIGHEST  # of logits
 
 
 class Router(nn.Module, abc.ABC):
@@ -107,8 +108,12 @@ class SoftmaxRouter(Router):
             jnp.float32,
             axes=(axis, "expert"),
         )
-        x = self._jittered(x.astype(jnp.float32), site)
-        logits = thin.thin_product(x, kernel.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+        kernel = kernel.astype(jnp.float32)
+        if site.project is not None and x is site.router_input and not self.jitter:
+            logits = site.project(kernel)
+        else:
+            x = self._jittered(x.astype(jnp.float32), site)
+            logits = thin.thin_product(x, kernel, PRECISION)
         probs = jax.nn.softmax(logits)
         selected = self._selected(probs)
         if site.wants_losses and self.num_experts > 1 and not self.is_initializing():
