@@ -294,7 +294,7 @@ def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
         run(inputs=str(text))
 
 
-def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, mesh):
+def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, mesh, tmp_path):
     with pytest.raises(errors.UserError, match="'rouge_l' needs answers in text"):
         make_evaluator(suite, metric="rouge_l")
     with pytest.raises(errors.UserError, match="has no parenthesis"):
@@ -310,7 +310,7 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
         make_evaluator("toy_w_1", rank_choices=True).suite("toy_w_1")
     small = t5.Transformer(dataclasses.replace(MODULE.config, vocab_size=8))
     with pytest.raises(errors.UserError, match="another vocabulary"):
-        evaluate.evaluate(small, methods.frozen(), backbone, "", make_evaluator(suite))
+        evaluate.evaluate(small, methods.frozen(), backbone, str(tmp_path), make_evaluator(suite))
 
 
 def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
