@@ -1,6 +1,6 @@
 """`train`: adapts a frozen backbone on a mixture, or goes on where an earlier run stopped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +24,7 @@ from moe_peft.training import (
     preparation,
     signals,
 )
+from moe_peft.training import monitors as monitors_lib
 from moe_peft.training import run as run_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
@@ -50,6 +51,7 @@ def train(
     log_period: int = 100,
     evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
     eval_period: int = 1_000,
+    monitors: Sequence[monitors_lib.Monitor] = (),
     mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Result:
     """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
@@ -77,6 +79,7 @@ def train(
       log_period: steps between lines of metrics.jsonl.
       evaluator: (model, step, params) -> metrics, called every `eval_period` steps and at the end.
       eval_period: steps.
+      monitors: looked through every so many steps and at the end; see `monitors`.
       mesh: devices; default: all of them, data-parallel.
 
     Raises:
@@ -129,6 +132,7 @@ def train(
             eval_period=eval_period,
         ),
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
+        monitors=monitors,
         mesh=mesh,
     )
 
@@ -142,6 +146,7 @@ def fit(
     described: Mapping[str, Any],
     settings: run_lib.Settings,
     eval_hook: run_lib.EvalHook | None = None,
+    monitors: Sequence[monitors_lib.Monitor] = (),
     mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Result:
     """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
@@ -155,6 +160,7 @@ def fit(
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
       settings: numbers and periods.
       eval_hook: (step, params) -> metrics.
+      monitors: see `train`.
       mesh: see `train`.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
@@ -182,6 +188,11 @@ def fit(
             folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
         )
 
+        watched = monitors_lib.Watched(
+            begin.model, begin.method, trainable, described["data"], folder, mesh
+        )
+        active = monitors_lib.start(monitors, watched)
+
         trees = begin.trees(backbone, settings.seed, settings.frozen_dtype)
         description = preparation.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
@@ -206,11 +217,12 @@ def fit(
                 settings.num_microbatches,
                 optimizer.learning_rates(trainable, group_of),
                 settings.use_dropout,
-                everywhere,
+                out_shardings=everywhere,
             ),
             eval_hook=eval_hook,
             frozen=frozen,
             stop=stop,
+            monitors=active,
         )
         return run.go(folder, state, saved, itertools.chain([first_batch], batches), changed)
 

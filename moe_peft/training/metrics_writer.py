@@ -25,7 +25,7 @@ class MetricsWriter:
         """Opens the files and drops what was written after `resumed_step`."""
         self._model_dir = model_dir = pathlib.Path(model_dir)
         path = model_dir / FILE_NAME
-        _drop_after(path, resumed_step)
+        drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _Board(model_dir / "tensorboard", resumed_step)
 
@@ -96,8 +96,8 @@ def read(model_dir: pathlib.Path | str) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps whole lines up to and including `step`; a half-written last line goes too."""
+def drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps a file's whole lines up to and including `step`; a half-written last line goes too."""
     if not path.exists():
         return
     kept = []

@@ -15,6 +15,7 @@ from moe_peft import errors, gin_utils, patching
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
+from moe_peft.training import monitors as monitors_lib
 from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
 
@@ -67,13 +68,14 @@ class Result:
 class Run:
     """One process's part of a run, from the restored state to the last step or a signal."""
 
-    def __init__(self, settings, description, train_step, eval_hook, frozen, stop):
+    def __init__(self, settings, description, train_step, eval_hook, frozen, stop, monitors=()):
         self._settings = settings
         self._description = description
         self._train_step = train_step
         self._eval_hook = eval_hook
         self._frozen = frozen
         self._stop = stop
+        self._monitors = monitors
 
     def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
         """Makes the steps that are left."""
@@ -84,6 +86,7 @@ class Run:
             stack.callback(self._progress.close)
             writer = metrics_writer.MetricsWriter(folder, first_step)
             self._writer = stack.enter_context(writer)
+            monitors_lib.drop_after(folder, first_step)
             saver = checkpoints.Checkpoints(folder, settings.keep)
             self._checkpoints = stack.enter_context(saver)
             self._logbook = logbook_lib.Logbook(
@@ -124,6 +127,9 @@ class Run:
                 self._checkpoints.check()
             if self._eval_hook and (is_last or step % settings.eval_period == 0):
                 self._evaluate(step, state)
+            for monitor in self._monitors:
+                if is_last or step % monitor.period == 0:
+                    self._watch(monitor, step, state)
             is_stopping = self._stop.received and not is_last
             if is_last or is_stopping or step % settings.checkpoint_period == 0:
                 self._save(step, state)
@@ -151,6 +157,12 @@ class Run:
         with self._logbook.pause():
             found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
         self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def _watch(self, monitor, step, state):
+        self._logbook.collect()  # A NaN is reported as the step's, not met by the monitor.
+        with self._logbook.pause():
+            found = monitor.watch(step, self._frozen, state.trainable)
+        self._writer.write(step, {f"{monitor.name}/{name}": x for name, x in found.items()})
 
     def _exit(self, step):
         self._checkpoints.wait()

@@ -1,0 +1,133 @@
+"""Monitors: what is looked at during training, besides the metrics of the steps.
+
+A monitor sees the trees between two steps and changes nothing. Its scalars go to metrics.jsonl and
+TensorBoard under its name; what is more than a scalar it appends to `monitors/<name>.jsonl` in the
+run's folder. A resumed run drops the records of steps it makes again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import PyTree
+
+from moe_peft import errors, methods
+from moe_peft.training import metrics_writer
+from moe_peft.training import step as step_lib
+
+FOLDER = "monitors"
+
+Watch = Callable[[int, PyTree, PyTree], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """The run that a monitor is to look at.
+
+    Attributes:
+      model: computes the loss, adapters included.
+      method: says what trains.
+      trainable: abstract trainable tree.
+      data: what the run's description says of its data: mixture, feature_lengths, ...
+      folder: of the run.
+      mesh: the devices.
+    """
+
+    model: step_lib.Model
+    method: methods.Method
+    trainable: PyTree
+    data: Mapping[str, Any]
+    folder: pathlib.Path
+    mesh: jax.sharding.Mesh
+
+
+class Monitor(Protocol):
+    """A gin-configurable object in `train.monitors`.
+
+    Attributes:
+      name: prefix of its metrics and name of its file.
+      period: steps between calls; there is always one at the last step.
+    """
+
+    name: str
+    period: int
+
+    def start(self, run: Watched) -> Watch:
+        """Returns (step, frozen, trainable) -> scalars, to be called between steps.
+
+        Raises UserError if there is nothing to watch in this run; nothing is compiled yet.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Active:
+    """A monitor that has been started."""
+
+    name: str
+    period: int
+    watch: Watch
+
+
+def start(monitors: Sequence[Monitor], run: Watched) -> list[Active]:
+    """Starts all monitors.
+
+    Raises:
+      UserError: two share a name, a period is below 1, or one has nothing to watch.
+    """
+    names = [monitor.name for monitor in monitors]
+    for monitor in monitors:
+        if names.count(monitor.name) > 1:
+            raise errors.UserError(f"train.monitors holds {monitor.name!r} more than once.")
+        if monitor.period < 1:
+            raise errors.UserError(
+                f"The period of the monitor {monitor.name!r} is {monitor.period}; expected at "
+                "least 1 step."
+            )
+    return [Active(each.name, each.period, each.start(run)) for each in monitors]
+
+
+def drop_after(folder: pathlib.Path, step: int) -> None:
+    """Drops what any monitor, past ones too, recorded after `step`."""
+    if jax.process_index() == 0:
+        for path in (folder / FOLDER).glob("*.jsonl"):
+            metrics_writer.drop_after(path, step)
+
+
+def append(folder: pathlib.Path, name: str, step: int, record: Mapping[str, Any]) -> None:
+    """Adds one line to the file of a monitor; of several hosts the first one writes.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if jax.process_index() != 0:
+        return
+    path = folder / FOLDER / f"{name}.jsonl"
+    line = json.dumps({"step": step, **record}, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise errors.UserError(
+            f"Cannot write to {path}: {error.strerror}. Checkpoints are intact. Make room or mend "
+            "the folder, then run the same command to go on."
+        ) from error
+
+
+def read(folder: pathlib.Path | str, name: str) -> list[dict[str, Any]]:
+    """Returns the records of a monitor in order; none if it never ran.
+
+    A last line that is still being written is left out.
+    """
+    path = pathlib.Path(folder) / FOLDER / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise errors.UserError(f"{path} cannot be read: {error}.") from error
