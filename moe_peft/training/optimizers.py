@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import gin
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 import optax
 
 from moe_peft import errors, patching
+from moe_peft.training import factoring as factoring_lib
 from moe_peft.training import schedules as schedules_lib
 
 LearningRate = float | schedules_lib.Schedule
@@ -23,6 +24,11 @@ GROUPS = ("adapters", "routers", "base")
 # Leaves of scanned layers: all layers of one stack in one array, the layer axis second.
 _STACK = re.compile(r"^(encoder/encoder|decoder/decoder)/")
 _STACK_AXIS = 1
+# What `adafactor.factoring` names, with the size from which dimensions are factored by default.
+_FACTORINGS = {
+    "two_largest": (optax.scale_by_factored_rms, 128),
+    "last_two": (factoring_lib.scale_by_last_two_rms, 1),
+}
 # Steps at which a schedule is sampled to tell whether it is the one a checkpoint was trained with.
 _SAMPLED_STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
 
@@ -98,12 +104,16 @@ def adafactor(
     clipping_threshold: float | None = 1.0,
     epsilon: float = 1e-30,
     multiply_by_parameter_scale: bool = True,
-    min_dim_size_to_factor: int = 128,
+    factoring: Literal["two_largest", "last_two"] = "two_largest",
+    min_dim_size_to_factor: int | None = None,
     resumed_step_offset: int = 0,
     groups: Mapping[str, LearningRate] | None = None,
     clip_norm: float | None = None,
 ) -> Optimizer:
-    """Returns Adafactor (Shazeer and Stern 2018) as T5X sets it up for MoV and MoLoRA.
+    """Returns Adafactor (Shazeer and Stern 2018) as T5X or as Hugging Face sets it up.
+
+    The defaults are T5X's, with which MoV and MoLoRA train; `factoring="last_two"` is Hugging
+    Face's, with which Poly and MHR train on T0 (optimizers/adafactor_mhr.gin).
 
     At update number t = step + 1 + resumed_step_offset, with beta = 1 - t^-decay_rate:
     v = beta v + (1 - beta) (g^2 + epsilon), u = g / sqrt(v), u /= max(1, RMS(u) /
@@ -120,8 +130,12 @@ def adafactor(
       clipping_threshold: RMS above which a leaf's update is scaled down; None for never.
       epsilon: added to squared gradients.
       multiply_by_parameter_scale: scale steps by the RMS of the parameter, at least 1e-3.
-      min_dim_size_to_factor: keep v as a row and a column where the two largest dimensions of a
-        leaf reach this size; 128 leaves every adapter leaf unfactored.
+      factoring: which dimensions of a leaf v is kept for as a row and a column instead of one by
+        one. "two_largest", as T5X does. "last_two", as Hugging Face does: dimensions before them
+        are a batch of matrices, and features are joined into the matrices of the papers' code, see
+        `factoring.as_published`.
+      min_dim_size_to_factor: factor only where both dimensions reach this size. By default 128
+        with "two_largest", which leaves every adapter leaf unfactored, and 1 with "last_two".
       resumed_step_offset: steps the optimiser is told it has already made while v is still zero.
         The released MoV code continues the step count of the backbone's checkpoint (1,100,000),
         so v acts like a running sum and the RMS clip stays active for some 68,000 steps. 0 is the
@@ -130,13 +144,21 @@ def adafactor(
       clip_norm: see `Optimizer.clip_norm`. MHR on T0: 1.0.
     """
 
+    if factoring not in _FACTORINGS:
+        raise errors.UserError(
+            f"adafactor.factoring is {factoring!r}; expected {' or '.join(_FACTORINGS)}."
+            f"{errors.near(str(factoring), _FACTORINGS)}"
+        )
+    scale_by_factored_rms, default_size = _FACTORINGS[factoring]
+    min_size = default_size if min_dim_size_to_factor is None else min_dim_size_to_factor
+
     def precondition(trainable, group_of):
         del group_of
         parts = [
-            optax.scale_by_factored_rms(
+            scale_by_factored_rms(
                 decay_rate=decay_rate,
                 step_offset=-resumed_step_offset,
-                min_dim_size_to_factor=min_dim_size_to_factor,
+                min_dim_size_to_factor=min_size,
                 epsilon=epsilon,
             )
         ]
@@ -151,7 +173,8 @@ def adafactor(
         "clipping_threshold": clipping_threshold,
         "epsilon": epsilon,
         "multiply_by_parameter_scale": multiply_by_parameter_scale,
-        "min_dim_size_to_factor": min_dim_size_to_factor,
+        "factoring": factoring,
+        "min_dim_size_to_factor": min_size,
         "resumed_step_offset": resumed_step_offset,
     }
     return Optimizer("adafactor", settings, precondition, learning_rate, groups or {}, clip_norm)

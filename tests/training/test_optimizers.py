@@ -1,9 +1,13 @@
+import importlib.util
+import pathlib
+
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors
+from moe_peft import cli, errors
 from moe_peft.training import optimizers
 
 RNG = np.random.default_rng(0)
@@ -191,3 +195,96 @@ def test_schedule_counts_from_zero():
     params = {"a": np.zeros(2, np.float32)}
     found = _train(optimizers.adamw(seen), params, [jax.tree.map(np.ones_like, params)] * 2)
     np.testing.assert_allclose(found["a"], -0.75, rtol=1e-5)
+
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def _check_hugging_face(arrays):
+    def of(part):
+        return {k.split("/")[1]: v for k, v in arrays.items() if k.startswith(f"{part}/")}
+
+    start, gradients = of("start"), of("gradients")
+    steps = [{name: g[i] for name, g in gradients.items()} for i in range(6)]
+    for run in ("scaled", "unscaled"):
+        optimizer = optimizers.adafactor(
+            0.05, factoring="last_two", multiply_by_parameter_scale=run == "scaled"
+        )
+        found, want = _train(optimizer, start, steps), of(run)
+        assert set(found) == set(want) == {"one", "two", "zeros", "three", "four"}
+        for name in want:
+            np.testing.assert_allclose(found[name], want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_last_two_is_hugging_face_as_stored():
+    _check_hugging_face(dict(np.load(GOLDEN / "adafactor.npz")))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_last_two_is_hugging_face_as_installed():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    path = GOLDEN / "make_adafactor_golden.py"
+    spec = importlib.util.spec_from_file_location("adafactor_golden", path)
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    _check_hugging_face(golden.compute())
+
+
+# Our shape of a leaf, with what else its adapter holds, and the shape in the papers' code.
+PUBLISHED = {
+    "x/adapter/router/logits": ({"logits": (5, 2, 3)}, "logits", (5, 6)),
+    "lora query": ({"lora_a": (6, 2), "lora_b": (2, 3, 4)}, "lora_b", (2, 12)),
+    "lora out": ({"lora_a": (3, 4, 2), "lora_b": (2, 6)}, "lora_a", (12, 2)),
+    "ia3 key": ({"vectors": (3, 4)}, "vectors", (12,)),
+    "skilled": ({"lora_a": (2, 3, 4, 2), "lora_b": (2, 3, 2, 4)}, "lora_a", (2, 3, 4, 2)),
+    "molora": ({"lora_a": (6, 3, 2), "lora_b": (3, 2, 4)}, "lora_b", (3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("stack", [None, "encoder/encoder"])
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_last_two_are_those_of_the_published_shapes(case, stack):
+    shapes, leaf, published = PUBLISHED[case]
+    params, gradients = _tree(**shapes), [_tree(**shapes) for _ in range(3)]
+    if stack is None:
+        nest = lambda tree: {"a": {"adapter": tree}}
+    else:
+        nest = lambda tree: {
+            "encoder": {"encoder": {k: np.stack([v, 2 * v], 1) for k, v in tree.items()}},
+            "adapter": {"vectors": np.ones(3, np.float32)},
+        }
+    optimizer = optimizers.adafactor(0.1, factoring="last_two")
+    found = _train(optimizer, nest(params), [nest(g) for g in gradients])
+    found = found["a"]["adapter"] if stack is None else found["encoder"]["encoder"]
+    flat = [{"x": g[leaf].reshape(published)} for g in gradients]
+    want = _train(optimizer, {"x": params[leaf].reshape(published)}, flat)["x"]
+    first = found[leaf] if stack is None else found[leaf][:, 0]
+    np.testing.assert_allclose(first.reshape(published), want, rtol=1e-5)
+
+
+def test_last_two_keeps_rows_and_columns():
+    params = _tree(a=(3, 40, 50))
+    state = optimizers.adafactor(0.1, factoring="last_two").build(params, _one_group).init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * (40 + 50) + 10
+
+
+def test_unknown_factoring_is_refused():
+    with pytest.raises(errors.UserError, match="'last'; expected two_largest or last_two"):
+        optimizers.adafactor(0.1, factoring="last")
+
+
+@pytest.mark.parametrize("name", ["adafactor_mhr", "adamw_mhr"])
+def test_logits_follow_the_adapters_schedule_to_one_tenth(name):
+    files = ["models/tiny.gin", "methods/ia3.gin", "data/cldr.gin", "runs/train.gin"]
+    bindings = ["BACKBONE=random:0", "BATCH_SIZE=8", "TRAIN_STEPS=100", "MODEL_DIR=/nowhere"]
+    try:
+        cli.configure("train", [*files, f"optimizers/{name}.gin"], bindings)
+        optimizer = gin.query_parameter("%OPTIMIZER").scoped_configurable_fn()
+    finally:
+        gin.clear_config()
+    for step, part in ((0, 0.0), (3, 0.5), (6, 1.0), (53, 0.5), (100, 0.0)):
+        np.testing.assert_allclose(optimizer.schedule("routers")(step), 0.1 * part, rtol=1e-6)
+        np.testing.assert_allclose(optimizer.schedule("adapters")(step), 1e-3 * part, rtol=1e-6)
+    assert optimizer.clip_norm == {"adafactor_mhr": 1.0, "adamw_mhr": 0.1}[name]
