@@ -1,6 +1,6 @@
 """An encoder-decoder with a loss, predictions and scores: what training and evaluation talk to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -81,7 +81,11 @@ class EncoderDecoder:
         return objective, losses.summarize(sums, normalizer)
 
     def loss_sums(
-        self, params: PyTree, batch: Batch, dropout_rng: Array | None = None
+        self,
+        params: PyTree,
+        batch: Batch,
+        dropout_rng: Array | None = None,
+        of_logits: Callable[..., Any] | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""], losses.Sums]:
         """(loss sum, normalizer, metric sums), to be added over micro-batches, then divided.
 
@@ -91,10 +95,12 @@ class EncoderDecoder:
         count by their normalizers. A load-balancing loss is not linear in the batch: that of K
         micro-batches is the mean of theirs, as in data-parallel training elsewhere.
 
-        Dropout and stochastic routing happen when `dropout_rng` is given.
+        Dropout and stochastic routing happen when `dropout_rng` is given. `of_logits` is another
+        objective than `losses.loss_sums`, with its signature.
         """
         logits, router_losses = self._forward(params, batch, dropout_rng)
-        loss_sum, normalizer, sums = losses.loss_sums(self.loss_config, logits, batch)
+        of_logits = of_logits or losses.loss_sums
+        loss_sum, normalizer, sums = of_logits(self.loss_config, logits, batch)
         for name, weight in self._router_weights().items():
             if name in router_losses:
                 weighted_mean = normalizer * router_losses[name]

@@ -28,23 +28,35 @@ class Model(Protocol):
         ...
 
 
-def make_train_step(
+def make_train_step(*args: Any, out_shardings: Any = None, **kwargs: Any) -> TrainStep:
+    """Returns `make_update(...)`, jitted.
+
+    The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
+    Metrics are device arrays; nothing waits for them.
+
+    Args:
+      *args: of `make_update`.
+      out_shardings: sharding of the new state (metrics are replicated by it too).
+      **kwargs: of `make_update`.
+    """
+    return jax.jit(make_update(*args, **kwargs), donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_update(
     model: Model,
     optimizer: optax.GradientTransformation,
     merge: Callable[[PyTree, PyTree], PyTree],
     num_microbatches: int = 1,
     learning_rates: Callable[[Int[Array, ""]], Mapping[str, Float[Array, ""]]] | None = None,
     use_dropout: bool = True,
-    out_shardings: Any = None,
 ) -> TrainStep:
-    """Returns the jitted step `(state, frozen, batch) -> (state, metrics)`.
+    """Returns the step `(state, frozen, batch) -> (state, metrics)`, a pure function.
 
-    The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
-    Metrics are device arrays; nothing waits for them. They are `loss_sum` and `normalizer` (their
-    quotient is the objective), `sums/<name>` as the model reports them, `examples`, `grad_norm`
-    (before clipping), `param_norm` (after the update), the learning rates by group, and
-    `bad_leaf`: -1, or the index of the first gradient leaf (see `state.leaf_names`) that
-    is not finite, or -2 where the loss itself is not while every gradient is.
+    Metrics are `loss_sum` and `normalizer` (their quotient is the objective), `sums/<name>` as the
+    model reports them, `examples`, `grad_norm` (before clipping), `param_norm` (after the update),
+    the learning rates by group, and `bad_leaf`: -1, or the index of the first gradient leaf (see
+    `state.leaf_names`) that is not finite, or -2 where the loss itself is not while every gradient
+    is.
 
     Args:
       model: gives the loss sums of a batch.
@@ -55,7 +67,6 @@ def make_train_step(
         device keeps its own rows.
       learning_rates: step -> {name: value}, reported as metrics.
       use_dropout: False trains without dropout and without stochastic routing.
-      out_shardings: sharding of the new state (metrics are replicated by it too).
     """
 
     def part_sums(trainable, frozen, batch, rng):
@@ -105,7 +116,7 @@ def make_train_step(
         new_state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
         return new_state, metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return train_step
 
 
 def _split_rows(rows: Array, num_parts: int) -> Array:
