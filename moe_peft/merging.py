@@ -1,0 +1,283 @@
+"""Merging: adapters folded into the frozen weights of one task, for inference without adapters.
+
+An adapter whose weights do not depend on the tokens is, together with its frozen layer, a linear
+map. Its kernel is found by asking the adapter itself: row i of the merged kernel is what the
+adapter makes of the i-th unit vector and the frozen layer's answer to it, kernel[i]. So there is no
+formula per adapter here that could differ from the adapter.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+
+from moe_peft import adapters, errors, methods, patching, routing
+from moe_peft.models import encoder_decoder
+from moe_peft.patching import granularity
+
+# Routers that give every token of a task the same weights.
+_CONSTANT = (
+    routing.UniformRouter,
+    routing.UniformSkillRouter,
+    routing.TaskRouter,
+    routing.RandomTaskRouter,
+    routing.PrivateRouter,
+)
+_WHY_NOT = {
+    routing.TokenRouter: "decides for every token",
+    routing.SentenceRouter: "decides for every input text",
+    routing.RandomExampleRouter: "draws skills for every example (average them first: variant mu)",
+}
+_SCALINGS = (adapters.IA3, adapters.SkilledIA3)
+
+_ROWS = 2048  # unit vectors asked about at a time
+_TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+
+
+def merge_into_base(
+    module: nn.Module, method: methods.Method, params: PyTree, task: int | None = None
+) -> dict:
+    """Returns the parameters of the network without adapters that answers as `params` do.
+
+    In float32, whatever the frozen weights are stored in. Dropout of adapters is left out, as in
+    any evaluation.
+
+    Args:
+      module: the network without adapters.
+      method: of `params`.
+      params: frozen and trained leaves, nested; layers stacked by a scan or not.
+      task: id of the task whose adapter is merged; needed where the method tells tasks apart.
+
+    Raises:
+      UserError: the weights of an adapter depend on more than the task, or the task is missing or
+        out of range.
+    """
+    check(method, task)
+    ids = jnp.asarray([0 if method.num_tasks is None else task], jnp.int32)
+    context = routing.RoutingContext(task_ids=ids)
+    shared = granularity.weights(params, method.rules, patching.ADAPTER, context, None, 1)
+    flat = patching.flatten(params)
+    merged = {path: leaf for path, leaf in flat.items() if not _is_adapters(path)}
+    for layer in _layers(module, method.rules):
+        own = {p: leaf for p, leaf in flat.items() if p.startswith(f"{layer.path}/")}
+        site = layer.site(context, shared)
+        with jax.default_matmul_precision("highest"):
+            merged |= _over_stack(functools.partial(_merge_layer, layer, site), own, layer)
+    return patching.trees.unflatten(merged)
+
+
+def check(method: methods.Method, task: int | None) -> None:
+    """Raises UserError unless `merge_into_base` can merge the method for that task."""
+    for rule in method.rules:
+        router = _router(rule.adapter_factory(parent=None))
+        if router is not None and not isinstance(router, _CONSTANT):
+            why = _WHY_NOT.get(type(router), "may decide for every token")
+            raise errors.UserError(
+                f"The method {method.name!r} cannot be merged: its {type(router).__name__} {why}, "
+                "so no fixed kernel does the same."
+            )
+    if method.num_tasks is None:
+        return
+    known = f"{method.name!r} tells {method.num_tasks} tasks apart, 0 to {method.num_tasks - 1}"
+    if task is None:
+        raise errors.UserError(f"{known}; name the task to merge it for, such as TASK=0.")
+    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < method.num_tasks:
+        raise errors.UserError(f"{known}; task {task!r} is none of them.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How far logits before and after lie apart.
+
+    Attributes:
+      largest: difference, over all examples, places and words.
+      mean: of the absolute differences.
+      scale: the largest logit, absolute.
+    """
+
+    largest: float
+    mean: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest logit; NaN if a logit is."""
+        return self.largest / self.scale
+
+
+def logit_gap(
+    module: nn.Module,
+    method: methods.Method,
+    params: PyTree,
+    merged: PyTree,
+    task: int | None = None,
+    seed: int = 0,
+) -> Gap:
+    """Compares the logits of adapted and merged network on a random batch of two examples."""
+    batch = _random_batch(module.config.vocab_size, seed)
+    before = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
+    after = encoder_decoder.EncoderDecoder(module)
+    ids = jnp.full((2,), 0 if method.num_tasks is None else task, jnp.int32)
+    old = jax.jit(before.logits)(params, {**batch, "task_ids": ids})
+    new = jax.jit(after.logits)(merged, batch)
+    difference = np.abs(np.asarray(old) - np.asarray(new))
+    return Gap(float(difference.max()), float(difference.mean()), float(np.abs(old).max()))
+
+
+def _random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]]:
+    rng = np.random.default_rng(seed)
+    draw = lambda length: rng.integers(2, vocab_size, (2, length)).astype(np.int32)
+    targets = draw(6)
+    arrays = draw(12), np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets
+    return dict(zip(_TOKENS, arrays, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """An adapted layer of the network.
+
+    Attributes:
+      path: of the frozen layer.
+      rule: that matches it.
+      in_shape: features that the adapter reads.
+      out_shape: features that it changes; those it reads for an adapter of inputs.
+      in_axes: their logical names.
+      out_axes: likewise.
+      stack_axis: axis of the leaves over the layers of a scanned stack; None outside of one.
+    """
+
+    path: str
+    rule: patching.Rule
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    stack_axis: int | None = None
+
+    def site(self, context, shared) -> routing.Site:
+        """What the adapter is told: a task, and the weights of a shared router, if it has one."""
+        is_shared = self.rule.shared_router is not None
+        weights = shared[self.rule.granularity.group(self.path)] if is_shared else None
+        return routing.Site(self.in_axes, self.out_axes, context=context, shared_weights=weights)
+
+
+class _Probe(nn.Module):
+    """Stands in the place of an adapter and reports where it is."""
+
+    note: Callable[..., None]
+
+    def __call__(self, inputs, outputs, site):
+        tokens = site.num_token_axes
+        shapes = inputs.shape[tokens:], outputs.shape[tokens:]
+        self.note("/".join(self.path[:-1]), *shapes, site.in_axes, site.out_axes)
+        return outputs
+
+
+class _At(nn.Module):
+    """Runs an adapter at a place of a network: a random allocation depends on where it is."""
+
+    place: tuple[str, ...]
+    adapter_factory: patching.rules.AdapterFactory
+
+    @nn.compact
+    def __call__(self, inputs, outputs, site):
+        name, *rest = self.place
+        if rest:
+            return _At(tuple(rest), self.adapter_factory, name=name)(inputs, outputs, site)
+        return self.adapter_factory(name=name)(inputs, outputs, site)
+
+
+def _layers(module: nn.Module, rules: tuple[patching.Rule, ...]) -> list[_Layer]:
+    """Returns every adapted layer, found by running the network abstractly."""
+    found = {}
+
+    def note(rule, path, *seen):
+        found[path] = _Layer(path, rule, *seen)
+
+    probes = tuple(
+        patching.Rule(
+            rule.pattern,
+            functools.partial(_Probe, note=functools.partial(note, rule)),
+            side=rule.side,
+            beside=rule.beside,
+            site=rule.site,
+        )
+        for rule in rules
+    )
+    model = encoder_decoder.EncoderDecoder(patching.Patched(module, probes))
+    shapes = dict.fromkeys(_TOKENS, (1, 2))
+    variables = jax.eval_shape(lambda rng: model.init_variables(rng, shapes), jax.random.key(0))
+    axes = patching.flatten(variables["params_axes"])
+
+    def stack_axis(path):
+        names = axes[f"{path}/kernel_axes"].names
+        return names.index("layers") if "layers" in names else None
+
+    return [
+        dataclasses.replace(layer, stack_axis=stack_axis(path)) for path, layer in found.items()
+    ]
+
+
+def _over_stack(
+    merge: Callable[[dict[str, Array]], dict[str, Array]], leaves: dict[str, Array], layer: _Layer
+) -> dict[str, Array]:
+    """Merges each layer of a stack on its own."""
+    axis = layer.stack_axis
+    if axis is None:
+        return merge(leaves)
+    number = leaves[f"{layer.path}/kernel"].shape[axis]
+    each = [
+        merge({path: jnp.take(leaf, index, axis) for path, leaf in leaves.items()})
+        for index in range(number)
+    ]
+    return {path: jnp.stack([one[path] for one in each], axis) for path in each[0]}
+
+
+def _merge_layer(
+    layer: _Layer, site: routing.Site, leaves: dict[str, Array]
+) -> dict[str, Float[Array, "..."]]:
+    """Returns the merged kernel of one layer, by its path, in the shape in which it is stored."""
+    path = f"{layer.path}/kernel"
+    own = {name: leaf for name, leaf in leaves.items() if _is_adapters(name)}
+    params = patching.trees.unflatten(own)
+    adapter = _At((*layer.path.split("/"), patching.ADAPTER), layer.rule.adapter_factory)
+
+    def ask(inputs, outputs):
+        inputs = inputs.reshape(1, -1, *layer.in_shape)
+        outputs = outputs.reshape(1, -1, *layer.out_shape)
+        answer = adapter.apply({"params": params}, inputs, outputs, site)
+        return answer.reshape(answer.shape[1], -1)
+
+    width = math.prod(layer.in_shape)
+    kernel = jnp.asarray(leaves[path], jnp.float32).reshape(width, -1)
+    if layer.rule.side == "inputs":
+        if not isinstance(layer.rule.adapter_factory(parent=None), _SCALINGS):
+            raise errors.UserError(f"The adapter at {layer.path} reads inputs but scales nothing.")
+        ones = jnp.ones((1, width), jnp.float32)
+        merged = ask(ones, ones).T * kernel
+    else:
+        starts = range(0, width, _ROWS)
+        units = lambda start: jnp.eye(min(_ROWS, width - start), width, start, jnp.float32)
+        rows = [ask(units(start), kernel[start : start + _ROWS]) for start in starts]
+        merged = jnp.concatenate(rows)
+    return {path: merged.reshape(leaves[path].shape)}
+
+
+def _router(adapter: nn.Module) -> nn.Module | None:
+    """Returns the router that an adapter would make."""
+    if adapter.router_factory is None:
+        return None
+    sizes = ("num_experts", "num_skills", "num_splits")
+    sizes = {name: getattr(adapter, name) for name in sizes if hasattr(adapter, name)}
+    return adapter.router_factory(**sizes, parent=None)
+
+
+def _is_adapters(path: str) -> bool:
+    """Whether a parameter is an adapter's or its router's."""
+    return patching.ADAPTER in path.split("/")
