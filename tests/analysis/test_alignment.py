@@ -199,7 +199,7 @@ def test_tasks_are_drawn_by_seed_with_examples_of_their_own(started):
 
 @pytest.mark.parametrize(
     ("mixture", "num_tasks", "expected"),
-    [("cldr_month_sw", 16, "has 1, and"), ("cldr_fewshot", 1, "num_tasks is 1")],
+    [("cldr_month_sq", 16, "has 1, and"), ("cldr_fewshot", 1, "num_tasks is 1")],
 )
 def test_one_task_is_too_few(started, mixture, num_tasks, expected):
     with pytest.raises(errors.UserError, match=expected):
