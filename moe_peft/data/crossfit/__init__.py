@@ -1,0 +1,1 @@
+"""CrossFit: its few-shot files and the partition of its tasks."""

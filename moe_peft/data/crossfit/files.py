@@ -1,0 +1,116 @@
+"""The official few-shot files, `<task>/<task>_<k>_<seed>_{train,dev,test}.tsv`, and the partition.
+
+UTF-8, no header, tab-separated: input, output, further accepted outputs. Five sample seeds a task;
+k = 16 rows a label, or 32 rows where answers are free text. The test file is the same for all
+seeds.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+
+from moe_peft import errors
+
+SEEDS = (100, 13, 21, 42, 87)
+GROUPS = ("train", "dev", "test")
+PARTITION_FILE = "random.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An input with every accepted output, at least one."""
+
+    input: str
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A line of our table of the random partition.
+
+    Attributes:
+      name: of the task.
+      group: train (120 tasks), dev (20) or test (20).
+      metric: what CrossFit reports for it.
+      shots: k in the names of its files.
+    """
+
+    name: str
+    group: str
+    metric: str
+    shots: int
+
+
+@functools.cache
+def table() -> Mapping[str, Listed]:
+    """CrossFit's 160 tasks by name."""
+    text = (importlib.resources.files(__package__) / "tasks.tsv").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in text.splitlines()]
+    return {name: Listed(name, group, metric, int(k)) for name, group, metric, k in lines}
+
+
+@functools.cache
+def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
+    """Task names of "train", "dev" and "test", each sorted.
+
+    The official random partition, unless the folder has a file `random.json` of the same form.
+    """
+    path = folder / PARTITION_FILE
+    if not path.is_file():
+        lines = table().values()
+        return {
+            group: tuple(sorted(line.name for line in lines if line.group == group))
+            for group in GROUPS
+        }
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {group: tuple(sorted(content[group])) for group in GROUPS}
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise errors.UserError(
+            f"{path} cannot be used ({type(problem).__name__}: {problem}); expected JSON with the "
+            f"lists {', '.join(GROUPS)} of task names."
+        ) from problem
+
+
+def path_of(folder: pathlib.Path, task: str, seed: int, part: str) -> pathlib.Path:
+    """The file of a task, sample seed and part (train, dev, test)."""
+    place = folder / task
+    found = sorted(place.glob(f"{task}_*_{seed}_{part}.tsv"))
+    # A longer name may begin with a shorter one: only digits may stand in between.
+    found = [p for p in found if p.name[len(task) + 1 :].split("_")[0].isdigit()]
+    if len(found) == 1:
+        return found[0]
+    shots = table()[task].shots if task in table() else "K"
+    expected = place / f"{task}_{shots}_{seed}_{part}.tsv"
+    if found:
+        raise errors.UserError(
+            f"{place} has {found[0].name} and {found[1].name}; expected one file for sample {seed}."
+        )
+    known = [path.name for path in folder.iterdir() if path.is_dir()]
+    hint = "" if place.is_dir() else errors.near(task, known)
+    raise errors.UserError(f"There is no file {expected}.{hint}")
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a file, none of them lacking an input or output column.
+
+    Only the line end is taken off, so an output may be empty (CrossFit's own reader shifts columns
+    there).
+    """
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        columns = line.removesuffix("\r").split("\t")
+        if len(columns) < 2:
+            raise errors.UserError(
+                f"{path}, row {number}: {len(columns)} column in {line[:60]!r}; expected an input, "
+                "a tab and at least one output (a line break inside a text splits its row)."
+            )
+        found.append(Row(columns[0], tuple(columns[1:])))
+    return found

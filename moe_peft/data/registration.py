@@ -1,0 +1,166 @@
+"""SeqIO tasks over files that a user brings.
+
+Registering reads nothing: a task's splits and rows, and the tasks of a mixture, are found when
+somebody asks for them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from moe_peft.data import rows, vocabularies
+
+_text = seqio.Feature(vocabularies.Configured(), add_eos=True)
+_scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
+FEATURES = {"inputs": _text, "targets": _text, "task_ids": _scalar, "template_ids": _scalar}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextExample:
+    """A question and its answer, before they become ids.
+
+    Attributes:
+      inputs: the question.
+      targets: the answer.
+      template_id: which wording.
+      answer_choices: texts to choose from; empty where the answer is free text.
+      ending: a tail of `inputs` that stays when too long an input is cut.
+    """
+
+    inputs: str
+    targets: str
+    template_id: int = 0
+    answer_choices: tuple[str, ...] = ()
+    ending: str = ""
+
+
+class LazySource(rows.RowsSource):
+    """Rows in memory whose splits and sizes are known only once the files are read."""
+
+    def __init__(
+        self, read_rows: Callable[[str], rows.Rows], list_splits: Callable[[], Sequence[str]]
+    ):
+        self._list_splits = list_splits
+        super().__init__(read_rows, {})
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that have rows."""
+        return tuple(self._list_splits())
+
+    def num_input_examples(self, split: str) -> int:
+        """Rows of a split."""
+        return len(self.rows(split))
+
+
+class LazyMixture(seqio.Mixture):
+    """A mixture of the tasks that a function names.
+
+    Attributes:
+      list_tasks: names of registered tasks.
+      rate: relative rate of the task of that name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        list_tasks: Callable[[], Sequence[str]],
+        rate: Callable[[str], float] = lambda name: 1.0,
+    ):
+        # Not SeqIO's own constructor, which wants to see the tasks now.
+        self._name, self._source_info = name, None
+        self._sub_mixtures: list[seqio.Mixture] = []
+        self._sample_fn = functools.partial(
+            tf.data.Dataset.sample_from_datasets, stop_on_empty_dataset=True
+        )
+        self._list_tasks, self._rate = list_tasks, rate
+
+    @property
+    def tasks(self) -> list[seqio.Task]:
+        """The tasks, by name."""
+        return [seqio.TaskRegistry.get(name) for name in sorted(self._list_tasks())]
+
+    @property
+    def rate_per_task_name(self) -> Mapping[str, float]:
+        """The rate of each task."""
+        return {task.name: self._rate(task.name) for task in self.tasks}
+
+    @property
+    def total_rate(self) -> float:
+        """The sum of the rates."""
+        return sum(self.rate_per_task_name.values())
+
+    def get_rate(self, task: seqio.Task) -> float:
+        """The rate of a task of the mixture."""
+        return self._rate(task.name)
+
+    @property
+    def output_features(self) -> Mapping[str, seqio.Feature]:
+        """Those of every task here."""
+        return FEATURES
+
+
+def task_name(prefix: str, name: str) -> str:
+    """A benchmark's own name of a task as SeqIO allows it: `superni_task073_x_y`, dots kept."""
+    return prefix + "_" + re.sub(r"[^\w.]+", "_", name)
+
+
+def add_task(
+    name: str, read_rows: Callable[[str], rows.Rows], list_splits: Callable[[], Sequence[str]]
+) -> None:
+    """Registers a task unless it is there."""
+    if name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            name,
+            source=LazySource(read_rows, list_splits),
+            preprocessors=[seqio.preprocessors.append_eos],
+            output_features=FEATURES,
+            metric_fns=[],
+        )
+
+
+def add_mixture(
+    name: str,
+    list_tasks: Callable[[], Sequence[str]],
+    rate: Callable[[str], float] = lambda name: 1.0,
+) -> None:
+    """Registers a mixture unless it is there."""
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add_provider(name, LazyMixture(name, list_tasks, rate))
+
+
+def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
+    """Rows of ids.
+
+    Args:
+      examples: in order.
+      task_id: of all of them.
+      max_inputs: tokens of the inputs, end mark included. A longer input is cut from the right;
+        its `ending`, if it has one, is put back.
+    """
+    vocabulary = vocabularies.get()
+    examples = list(examples)
+    ids = functools.cache(lambda text: np.array(vocabulary.encode(text), np.int32))
+
+    def inputs(example: TextExample) -> np.ndarray:
+        found = np.array(vocabulary.encode(example.inputs), np.int32)
+        if len(found) < max_inputs or not example.ending:
+            return found
+        ending = ids(example.ending)
+        return np.concatenate([found[: max_inputs - 1 - len(ending)], ending])
+
+    has_choices = any(example.answer_choices for example in examples)
+    return rows.Rows(
+        rows.Ragged.of([inputs(example) for example in examples]),
+        rows.Ragged.of([ids(example.targets) for example in examples]),
+        {
+            "task_ids": np.full(len(examples), task_id, np.int32),
+            "template_ids": np.array([example.template_id for example in examples], np.int32),
+        },
+        [example.answer_choices for example in examples] if has_choices else (),
+    )

@@ -1,0 +1,1 @@
+"""Super-NaturalInstructions: its task files, split lists and ways of writing a prompt."""

@@ -1,0 +1,174 @@
+"""The official files: `tasks/<name>.json` and `splits/default/{train,test}_tasks.txt`.
+
+Format: allenai/natural-instructions, tasks/README.md. `Definition` is a list of texts (a plain text
+in old versions), `Positive Examples` and `Negative Examples` hold one answer each, `Instances` hold
+a list of accepted answers.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+from typing import Any
+
+from moe_peft import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """An example that a prompt may show, with one answer."""
+
+    input: str
+    output: str
+    explanation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """A question with every accepted answer, at least one."""
+
+    input: str
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFile:
+    """What a task file says, as far as prompts need it."""
+
+    name: str
+    definition: str
+    positive: tuple[Demonstration, ...]
+    negative: tuple[Demonstration, ...]
+    instances: tuple[Instance, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A line of our table of the official lists (756 training tasks, 119 test tasks).
+
+    Attributes:
+      name: of the task, without `.json`.
+      sets: "train" or "test", and "mhr" or "poly_s" for the test tasks of those papers.
+      category: one of SuperNI's.
+      num_instances: as published.
+    """
+
+    name: str
+    sets: frozenset[str]
+    category: str
+    num_instances: int
+
+
+@functools.cache
+def table() -> Mapping[str, Listed]:
+    """The official training and test tasks by name."""
+    text = (importlib.resources.files(__package__) / "tasks.tsv").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in text.splitlines()]
+    return {
+        name: Listed(name, frozenset(sets.split(",")), category, int(count))
+        for name, sets, category, count in lines
+    }
+
+
+def split_list(folder: pathlib.Path, split: str) -> tuple[str, ...]:
+    """Names of the tasks of "train" or "test", sorted, from the user's folder.
+
+    Sorted, so that a task's place in the list, which is its task id, does not depend on the
+    version of the file.
+    """
+    path = folder / "splits" / "default" / f"{split}_tasks.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise errors.UserError(
+            f"{path} cannot be read ({problem}); expected one task name per line."
+        ) from problem
+    if not lines:
+        raise errors.UserError(f"{path} names no task; expected one task name per line.")
+    twice = sorted({name for name in lines if lines.count(name) > 1})
+    if twice:
+        raise errors.UserError(f"{path} names {twice[0]!r} twice.")
+    return tuple(sorted(name.removesuffix(".json") for name in lines))
+
+
+def read(folder: pathlib.Path, name: str) -> TaskFile:
+    """A task file; a UserError names the file and the field that is wrong."""
+    path = folder / "tasks" / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        known = [other.stem for other in path.parent.glob("*.json")]
+        raise errors.UserError(
+            f"There is no task file {path}.{errors.near(name, known)}"
+        ) from problem
+    except (OSError, UnicodeDecodeError) as problem:
+        raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
+    except json.JSONDecodeError as problem:
+        raise errors.UserError(f"{path} is no JSON (cut off?): {problem}.") from problem
+    fields = _Fields(path, "", content)
+    definition = fields.get("Definition", (str, list))
+    if isinstance(definition, list):
+        definition = _Fields(path, "Definition", dict(enumerate(definition))).get(0, str)
+    return TaskFile(
+        name,
+        definition,
+        tuple(_demonstration(item) for item in fields.items("Positive Examples")),
+        tuple(_demonstration(item) for item in fields.items("Negative Examples")),
+        tuple(_instance(item) for item in fields.items("Instances")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """A JSON object and where it stands, for messages."""
+
+    path: pathlib.Path
+    place: str
+    content: Any
+
+    def get(self, name: str | int, kinds: type | tuple[type, ...]) -> Any:
+        """The value of a field; a UserError where it is missing or of another type."""
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        wanted = " or ".join({str: "text", list: "a list"}[kind] for kind in kinds)
+        place = f"{self.place}[{name!r}]"
+        if not isinstance(self.content, dict):
+            kind = type(self.content).__name__
+            raise errors.UserError(
+                f"{self.path}: {self.place or 'the file'} is a {kind}, expected an object."
+            )
+        if name not in self.content:
+            raise errors.UserError(f"{self.path}: {place} is missing; expected {wanted}.")
+        value = self.content[name]
+        if not isinstance(value, kinds):
+            raise errors.UserError(
+                f"{self.path}: {place} is a {type(value).__name__}; expected {wanted}."
+            )
+        return value
+
+    def items(self, name: str) -> list["_Fields"]:
+        """The objects of a list."""
+        found = self.get(name, list)
+        return [_Fields(self.path, f"{name}[{i}]", item) for i, item in enumerate(found)]
+
+
+def _demonstration(fields: _Fields) -> Demonstration:
+    output = fields.get("output", (str, list))
+    if isinstance(output, list):
+        output = _Fields(fields.path, f"{fields.place}['output']", dict(enumerate(output))).get(
+            0, str
+        )
+    has_reason = isinstance(fields.content.get("explanation"), str)
+    reason = fields.content["explanation"] if has_reason else ""
+    return Demonstration(fields.get("input", str), output, reason)
+
+
+def _instance(fields: _Fields) -> Instance:
+    outputs = fields.get("output", (list, str))
+    outputs = [outputs] if isinstance(outputs, str) else outputs
+    if not outputs or not all(isinstance(output, str) for output in outputs):
+        raise errors.UserError(
+            f"{fields.path}: {fields.place}['output'] is {outputs!r}; expected at least one text."
+        )
+    return Instance(fields.get("input", str), tuple(outputs))

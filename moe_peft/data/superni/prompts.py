@@ -1,0 +1,112 @@
+"""How a SuperNI instance becomes the text a model reads, by named settings.
+
+Tk-Instruct (Wang et al. 2022, `src/ni_collator.py`) writes the definition, demonstrations and the
+question; MHR's released code writes the definition and the question in slightly other bytes. The
+two must not be mixed between training and evaluation.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import string
+
+from moe_peft import errors
+from moe_peft.data.superni import files
+
+MHR_ENDING = "\nOutput:"
+
+
+@dataclasses.dataclass(frozen=True)
+class TkInstruct:
+    """What a Tk-Instruct prompt shows.
+
+    Attributes:
+      with_name: the task's name comes first.
+      with_definition: the definition comes next.
+      num_positive: examples of right answers, at most.
+      num_negative: examples of wrong answers, at most.
+      with_explanation: say why an example's answer is right or wrong.
+    """
+
+    with_name: bool = False
+    with_definition: bool = True
+    num_positive: int = 0
+    num_negative: int = 0
+    with_explanation: bool = False
+
+
+MHR = "mhr"
+POLY_S = "poly_s"
+TK_INSTRUCT = {
+    "definition": TkInstruct(),
+    "definition_pos2": TkInstruct(num_positive=2),
+    "definition_pos2_neg2": TkInstruct(num_positive=2, num_negative=2),
+    "definition_pos2_explanation": TkInstruct(num_positive=2, with_explanation=True),
+    "pos2": TkInstruct(with_definition=False, num_positive=2),
+    POLY_S: TkInstruct(with_name=True),
+}
+NAMES = (MHR, *TK_INSTRUCT)
+
+
+def check(name: str) -> None:
+    """Refuses a name that is no setting."""
+    if name not in NAMES:
+        raise errors.UserError(
+            f"There is no SuperNI prompt {name!r}; there are {', '.join(NAMES)}."
+            f"{errors.near(name, NAMES)}"
+        )
+
+
+def write(
+    name: str,
+    task: files.TaskFile,
+    instance: files.Instance,
+    num_tokens: Callable[[str], int],
+    max_inputs: int,
+) -> tuple[str, str]:
+    """(inputs, ending): the prompt, and its tail that must survive when it is cut ("" if none).
+
+    Args:
+      name: one of `NAMES`.
+      task: what the prompt explains.
+      instance: what it asks.
+      num_tokens: of a text; demonstrations are shown as long as all fits.
+      max_inputs: tokens of the inputs, end mark included.
+    """
+    check(name)
+    question = "Now complete the following example -\n" + _stop(f"Input: {instance.input.strip()}")
+    if name == MHR:
+        definition = _stop(f"Task definition: {task.definition.strip()}")
+        return f"{definition}\n{question}{MHR_ENDING}", MHR_ENDING
+    setting = TK_INSTRUCT[name]
+    start = f"{task.name}. " if setting.with_name else ""
+    definition = ""
+    if setting.with_definition:
+        definition = _stop(f"Definition: {task.definition.strip()}") + "\n\n"
+    question += "\nOutput: "
+    shown: list[str] = []
+    for kind, examples in (
+        ("Positive", task.positive[: setting.num_positive]),
+        ("Negative", task.negative[: setting.num_negative]),
+    ):
+        for number, example in enumerate(examples, start=1):
+            text = _demonstration(kind, number, example, setting.with_explanation)
+            if num_tokens(definition + " ".join(shown) + text + question) > max_inputs - 1:
+                break
+            shown.append(text)
+    return start + definition + "".join(shown) + question, ""
+
+
+def _demonstration(
+    kind: str, number: int, example: files.Demonstration, with_explanation: bool
+) -> str:
+    text = f" {kind} Example {number} -\nInput: {example.input.strip()}"
+    text = _stop(text) + f"\n Output: {example.output.strip()}"
+    text = _stop(text) + "\n"
+    if with_explanation:
+        text = _stop(f"{text} Explanation: {example.explanation.strip()}") + "\n"
+    return text + "\n"
+
+
+def _stop(text: str) -> str:
+    """The text with a full stop, unless it ends in ASCII punctuation."""
+    return text if text[-1] in string.punctuation else text + "."

@@ -1,0 +1,113 @@
+"""The vocabulary of tasks whose texts a user brings: chosen in gin, looked up when it is used."""
+
+from collections.abc import Sequence
+import functools
+import hashlib
+import pathlib
+
+import gin
+import seqio
+
+from moe_peft import errors
+
+BYTES = "bytes"
+
+
+@gin.configurable(module="vocabularies")
+def configured(vocabulary: str | None = None) -> str:
+    """What gin sets: `vocabularies.configured.vocabulary = "/models/t5/spiece.model"`.
+
+    Args:
+      vocabulary: path of T5's SentencePiece model, or "bytes" for the 272 ids of the embedded
+        backbone (padding, end, unknown, 256 bytes, 13 sentinels).
+    """
+    if vocabulary is None:
+        raise errors.UserError(
+            "VOCABULARY is not set; give the path of T5's SentencePiece model, such as "
+            "--gin.VOCABULARY=/models/t5/spiece.model, or --gin.VOCABULARY=bytes."
+        )
+    return vocabulary
+
+
+def get() -> seqio.Vocabulary:
+    """The vocabulary that gin sets; a UserError if there is none, or its file is missing."""
+    return _load(configured())
+
+
+@functools.cache
+def _load(name: str) -> seqio.Vocabulary:
+    if name == BYTES:
+        return seqio.ByteVocabulary(extra_ids=13)
+    if not pathlib.Path(name).is_file():
+        raise errors.UserError(
+            f"VOCABULARY {name!r} is no file; expected T5's SentencePiece model, or {BYTES!r}."
+        )
+    vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=100)
+    try:
+        vocabulary.encode("a")
+    except (RuntimeError, OSError, ValueError) as problem:
+        raise errors.UserError(f"VOCABULARY {name!r} is no SentencePiece model.") from problem
+    return vocabulary
+
+
+@functools.cache
+def _digest(name: str) -> str:
+    content = name.encode() if name == BYTES else pathlib.Path(name).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def fingerprint() -> str:
+    """Tells vocabularies apart by their content, for caches of token ids."""
+    get()
+    return _digest(configured())
+
+
+class Configured(seqio.Vocabulary):
+    """Stands for `get()` in tasks that are registered before gin has been read."""
+
+    def __eq__(self, other):
+        return isinstance(other, Configured)
+
+    def __hash__(self):
+        return hash(Configured)
+
+    @property
+    def extra_ids(self) -> int:
+        """Sentinels."""
+        return get().extra_ids
+
+    @property
+    def bos_id(self) -> int | None:
+        """T5 has none."""
+        return get().bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end mark."""
+        return get().eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        """The id of what has no id."""
+        return get().unk_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in all; kinds of vocabularies count their sentinels differently."""
+        return get().vocab_size
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return get()._base_vocab_size
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return get()._encode(s)
+
+    def _decode(self, ids) -> str:
+        return get()._decode(ids)
+
+    def _encode_tf(self, s):
+        return get()._encode_tf(s)
+
+    def _decode_tf(self, ids):
+        return get()._decode_tf(ids)

@@ -1,0 +1,154 @@
+"""CrossFit as SeqIO tasks, `crossfit_<task>`, over the official few-shot files.
+
+Mixtures, all of equal rates per row: `crossfit_train` (120 tasks), `crossfit_dev` (20),
+`crossfit_test` (20), as the random partition has them.
+
+Splits of every task: `train` and `validation` pool the train and dev files of all sample seeds
+(duplicates stay), `train_13` and `validation_13` are the files of one sample seed, `test` is the
+test file. Registering reads no data. A task's id is its place in the sorted training list, then
+dev, then test. Settings: `crossfit.configured`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+import zlib
+
+import gin
+import numpy as np
+import seqio
+
+from moe_peft import errors
+from moe_peft.data import places, registration, rows, vocabularies
+from moe_peft.data.crossfit import files
+
+PREFIX = "crossfit"
+PARTS = {"train": "train", "validation": "dev"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How examples are written; see `configured`."""
+
+    with_task_name: bool
+    max_input_tokens: int
+    seeds: tuple[int, ...]
+    seed: int
+
+
+@gin.configurable(module="crossfit")
+def configured(
+    with_task_name: bool = True,
+    max_input_tokens: int = 512,
+    seeds: Sequence[int] = files.SEEDS,
+    seed: int = 42,
+) -> Settings:
+    """What gin sets for all CrossFit tasks.
+
+    Args:
+      with_task_name: inputs begin with "[task_name] ", as in CrossFit and P1.
+      max_input_tokens: longest input, end mark included.
+      seeds: samples to read.
+      seed: of the draw of one answer where several are accepted.
+    """
+    if not seeds or max_input_tokens < 2:
+        raise errors.UserError(
+            f"crossfit.configured: seeds {tuple(seeds)} and max_input_tokens {max_input_tokens}; "
+            "expected at least one seed and 2 tokens."
+        )
+    return Settings(with_task_name, max_input_tokens, tuple(seeds), seed)
+
+
+def task_ids() -> dict[str, int]:
+    """Ids of the tasks of the partition, by CrossFit's names; training tasks first."""
+    return _task_ids(places.folder(PREFIX))
+
+
+@functools.cache
+def _task_ids(folder: pathlib.Path) -> dict[str, int]:
+    groups = files.partition(folder)
+    names = [name for group in files.GROUPS for name in groups[group]]
+    return {name: number for number, name in enumerate(names)}
+
+
+def _splits() -> tuple[str, ...]:
+    sampled = [f"{split}_{seed}" for split in PARTS for seed in configured().seeds]
+    return (*PARTS, "test", *sampled)
+
+
+def _rows(name: str, split: str) -> rows.Rows:
+    if split not in _splits():
+        raise errors.UserError(
+            f"{name} has no split {split!r}; it has {', '.join(_splits())}."
+            f"{errors.near(split, _splits())}"
+        )
+    folder = places.folder(PREFIX)
+    return _read(folder, name, split, configured(), vocabularies.fingerprint())
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(
+    folder: pathlib.Path, name: str, split: str, settings: Settings, vocabulary: str
+) -> rows.Rows:
+    """Rows of a split. `vocabulary` tells caches apart."""
+    del vocabulary
+    if name not in _task_ids(folder):
+        raise errors.UserError(
+            f"{name} is not in the partition of {folder}, so it has no task id."
+            f"{errors.near(name, _task_ids(folder))}"
+        )
+    if split == "test":
+        wanted = [(settings.seeds[0], "test")]
+    elif split in PARTS:
+        wanted = [(seed, PARTS[split]) for seed in settings.seeds]
+    else:
+        part, seed = split.rsplit("_", 1)
+        wanted = [(int(seed), PARTS[part])]
+    found = [
+        row for seed, part in wanted for row in files.read(files.path_of(folder, name, seed, part))
+    ]
+    prefix = f" [{name}] " if settings.with_task_name else " "
+    examples = [
+        registration.TextExample(prefix + row.input, " " + _reference(row, settings.seed))
+        for row in found
+    ]
+    return registration.encode(examples, _task_ids(folder)[name], settings.max_input_tokens)
+
+
+def _reference(row: files.Row, seed: int) -> str:
+    """One of the accepted answers, drawn once for each input."""
+    if len(row.outputs) == 1:
+        return row.outputs[0]
+    generator = np.random.default_rng([seed, zlib.crc32(row.input.encode())])
+    return row.outputs[generator.integers(len(row.outputs))]
+
+
+def _register_task(name: str) -> str:
+    """Registers a task of this name; returns SeqIO's."""
+    registered = registration.task_name(PREFIX, name)
+    registration.add_task(registered, functools.partial(_rows, name), _splits)
+    return registered
+
+
+def _list(group: str) -> Sequence[str]:
+    """Names of the tasks of a group of the user's partition, registered."""
+    return [_register_task(name) for name in files.partition(places.folder(PREFIX))[group]]
+
+
+def _num_rows(name: str) -> float:
+    """The pooled training rows of a task: every row is drawn equally often."""
+    return float(seqio.TaskRegistry.get(name).source.num_input_examples("train"))
+
+
+def register() -> None:
+    """Adds the tasks of the random partition and the mixtures to SeqIO's registries."""
+    for name in files.table():
+        _register_task(name)
+    for group in files.GROUPS:
+        registration.add_mixture(
+            f"{PREFIX}_{group}", functools.partial(_list, group), rate=_num_rows
+        )
+
+
+register()

@@ -1,0 +1,159 @@
+"""Super-NaturalInstructions as SeqIO tasks, `superni_<task>`, over the official files.
+
+Mixtures, all of equal rates:
+
+* `superni_train`: the training list (756 tasks); splits train, validation.
+* `superni_test`: the test list (119 tasks); splits train, test.
+* `superni_mhr`, `superni_poly_s`: the 20 and the 16 test tasks of the MHR papers.
+
+Registering reads no data. Which tasks exist is what `DATA_DIR/superni/splits/default` lists; their
+ids are their places in the sorted training list, then in the sorted test list. Settings:
+`superni.configured`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+
+import gin
+
+from moe_peft import errors
+from moe_peft.data import places, registration, rows, vocabularies
+from moe_peft.data.superni import files, prompts, sampling
+
+PREFIX = "superni"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How examples are chosen and written; see `configured`."""
+
+    prompt: str
+    max_input_tokens: int
+    amounts: sampling.Amounts
+    seed: int
+
+
+@gin.configurable(module="superni")
+def configured(
+    prompt: str = prompts.MHR,
+    max_input_tokens: int = 1024,
+    train_examples: int = 100,
+    validation_examples: int = 100,
+    test_examples: int = 100,
+    seed: int = 42,
+) -> Settings:
+    """What gin sets for all SuperNI tasks.
+
+    Args:
+      prompt: "mhr" (definition only, as MHR's code writes it), "poly_s" (task name and definition),
+        or one of Tk-Instruct's settings: definition, definition_pos2, definition_pos2_neg2,
+        definition_pos2_explanation, pos2.
+      max_input_tokens: longest prompt, end mark included; demonstrations beyond it are left out.
+      train_examples: of each training task.
+      validation_examples: of each training task.
+      test_examples: the first so many of a test task; they are nobody's training examples.
+      seed: of the draws.
+    """
+    prompts.check(prompt)
+    amounts = sampling.Amounts(train_examples, validation_examples, test_examples)
+    if min(train_examples, validation_examples, test_examples) < 0 or max_input_tokens < 2:
+        raise errors.UserError(
+            f"superni.configured: {amounts} with max_input_tokens {max_input_tokens}; expected "
+            "numbers of examples from 0 and at least 2 tokens."
+        )
+    return Settings(prompt, max_input_tokens, amounts, seed)
+
+
+def task_ids() -> dict[str, int]:
+    """Ids of the tasks of the user's folder, by SuperNI's names; training tasks first."""
+    return _task_ids(places.folder(PREFIX))
+
+
+@functools.cache
+def _task_ids(folder: pathlib.Path) -> dict[str, int]:
+    names = [*files.split_list(folder, "train"), *files.split_list(folder, "test")]
+    return {name: number for number, name in enumerate(names)}
+
+
+def _rows(name: str, split: str) -> rows.Rows:
+    folder = places.folder(PREFIX)
+    found = _all_rows(folder, name, configured(), vocabularies.fingerprint())
+    if split not in found:
+        raise errors.UserError(
+            f"{name} has no instances for its split {split!r}; it has {', '.join(found)}."
+        )
+    return found[split]
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_rows(
+    folder: pathlib.Path, name: str, settings: Settings, vocabulary: str
+) -> dict[str, rows.Rows]:
+    """Rows of each split that has some. `vocabulary` tells caches apart."""
+    del vocabulary
+    if name not in _task_ids(folder):
+        raise errors.UserError(
+            f"{name} is in neither list of {folder / 'splits' / 'default'}; so it has no task id."
+            f"{errors.near(name, _task_ids(folder))}"
+        )
+    task = files.read(folder, name)
+    is_test_task = name in files.split_list(folder, "test")
+    chosen = sampling.split(task, is_test_task, settings.amounts, settings.seed)
+    if not chosen:
+        raise errors.UserError(f"{folder / 'tasks' / name}.json has no instances.")
+    encode = vocabularies.get().encode
+
+    def example(instance: files.Instance) -> registration.TextExample:
+        inputs, ending = prompts.write(
+            settings.prompt,
+            task,
+            instance,
+            lambda text: len(encode(text)),
+            settings.max_input_tokens,
+        )
+        targets = sampling.reference(task, instance, settings.seed)
+        return registration.TextExample(inputs, targets, ending=ending)
+
+    return {
+        split: registration.encode(
+            map(example, instances), _task_ids(folder)[name], settings.max_input_tokens
+        )
+        for split, instances in chosen.items()
+    }
+
+
+def _splits(name: str) -> tuple[str, ...]:
+    return tuple(_all_rows(places.folder(PREFIX), name, configured(), vocabularies.fingerprint()))
+
+
+def _register_task(name: str) -> str:
+    """Registers a task of this name; returns SeqIO's."""
+    registered = registration.task_name(PREFIX, name)
+    registration.add_task(
+        registered, functools.partial(_rows, name), functools.partial(_splits, name)
+    )
+    return registered
+
+
+def _list(split: str) -> Sequence[str]:
+    """Names of the tasks of the user's list, registered."""
+    return [_register_task(name) for name in files.split_list(places.folder(PREFIX), split)]
+
+
+def register() -> None:
+    """Adds the tasks of the official lists and the mixtures to SeqIO's registries."""
+    chosen: dict[str, list[str]] = {"mhr": [], "poly_s": []}
+    for listed in files.table().values():
+        registered = _register_task(listed.name)
+        for paper in chosen:
+            if paper in listed.sets:
+                chosen[paper].append(registered)
+    for split in ("train", "test"):
+        registration.add_mixture(f"{PREFIX}_{split}", functools.partial(_list, split))
+    for paper, names in chosen.items():
+        registration.add_mixture(f"{PREFIX}_{paper}", functools.partial(tuple, names))
+
+
+register()

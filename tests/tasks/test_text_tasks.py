@@ -1,0 +1,169 @@
+"""SuperNI and CrossFit as tasks, on the samples."""
+
+import itertools
+import time
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+from moe_peft import errors
+from moe_peft.data import pipeline, samples, vocabularies
+from moe_peft.tasks import crossfit, superni
+
+LENGTHS = {"inputs": 300, "targets": 64}
+
+
+@pytest.fixture(autouse=True)
+def _settings(tmp_path_factory):
+    gin.clear_config()
+    gin.bind_parameter("places.configured.folder", str(_folder(tmp_path_factory)))
+    gin.bind_parameter("vocabularies.configured.vocabulary", "bytes")
+    for name, count in (("train", 16), ("validation", 6), ("test", 8)):
+        gin.bind_parameter(f"superni.configured.{name}_examples", count)
+    yield
+    gin.clear_config()
+
+
+_written = []
+
+
+def _folder(tmp_path_factory):
+    if not _written:
+        _written.append(tmp_path_factory.mktemp("data"))
+        samples.write(_written[0])
+    return _written[0]
+
+
+def texts(batch, name):
+    vocabulary = pipeline.vocabulary(name)
+    return [
+        (vocabulary.decode(x.tolist()), vocabulary.decode(y.tolist()))
+        for x, y in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"])
+    ]
+
+
+def test_registering_reads_nothing_and_is_fast(monkeypatch):
+    monkeypatch.delenv("MOE_PEFT_DATA", raising=False)
+    gin.clear_config()
+    start = time.process_time()
+    for module in (superni, crossfit):
+        for registry in (seqio.MixtureRegistry, seqio.TaskRegistry):
+            for name in [n for n in registry.names() if n.startswith(module.PREFIX + "_")]:
+                registry.remove(name)
+        module.register()
+    assert time.process_time() - start < 2
+    names = list(seqio.TaskRegistry.names())
+    assert sum(name.startswith("superni_") for name in names) == 875
+    assert sum(name.startswith("crossfit_") for name in names) == 160
+    assert len(pipeline.tasks_of("superni_mhr")) == 20
+    assert len(pipeline.tasks_of("superni_poly_s")) == 16
+
+
+@pytest.mark.parametrize("name", ["superni_train", "crossfit_train"])
+def test_missing_settings_are_one_line(name, monkeypatch, tmp_path):
+    monkeypatch.delenv("MOE_PEFT_DATA", raising=False)
+    benchmark = name.split("_")[0]
+    gin.bind_parameter("places.configured.folder", None)
+    with pytest.raises(errors.UserError, match="DATA_DIR is not set.*MOE_PEFT_DATA.*samples"):
+        pipeline.train_batches(name, 4, LENGTHS, 0)
+    gin.bind_parameter("places.configured.folder", str(tmp_path))
+    with pytest.raises(errors.UserError, match=f"no folder {tmp_path}/{benchmark}; expected"):
+        pipeline.train_batches(name, 4, LENGTHS, 0)
+    monkeypatch.setenv("MOE_PEFT_DATA", str(_written[0]))
+    gin.bind_parameter("places.configured.folder", None)
+    next(pipeline.train_batches(name, 4, LENGTHS, 0))
+    gin.bind_parameter("vocabularies.configured.vocabulary", None)
+    with pytest.raises(errors.UserError, match="VOCABULARY is not set"):
+        pipeline.train_batches(name, 4, LENGTHS, 0)
+    gin.bind_parameter("vocabularies.configured.vocabulary", str(tmp_path / "spiece.model"))
+    with pytest.raises(errors.UserError, match="spiece.model' is no file"):
+        pipeline.train_batches(name, 4, LENGTHS, 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "first"), [(superni, "superni_train", 0), (crossfit, "crossfit_train", 0)]
+)
+def test_training_batches_tell_tasks_apart(module, name, first):
+    seen = {}
+    for batch in itertools.islice(pipeline.train_batches(name, 8, LENGTHS, 0), 20):
+        assert batch["task_ids"].dtype == np.int32
+        for task_id, text in zip(batch["task_ids"], texts(batch, name)):
+            seen.setdefault(int(task_id), set()).add(text)
+    ids = module.task_ids()
+    assert sorted(seen) == list(range(first, samples.TRAIN_TASKS))
+    for task, task_id in ids.items():
+        if task_id in seen:
+            source = seqio.TaskRegistry.get(
+                module.registration.task_name(module.PREFIX, task)
+            ).source.rows("train")
+            vocabulary = vocabularies.get()
+            rows = {
+                (vocabulary.decode(source.inputs[i]), vocabulary.decode(source.targets[i]))
+                for i in range(len(source))
+            }
+            assert seen[task_id] <= rows
+
+
+def test_superni_prompt_and_settings_reach_the_rows():
+    (batch,) = itertools.islice(pipeline.train_batches("superni_train", 2, LENGTHS, 0), 1)
+    for inputs, _ in texts(batch, "superni_train"):
+        assert inputs.startswith("Task definition: ")
+        assert inputs.endswith("\nOutput:")
+    gin.bind_parameter("superni.configured.prompt", "definition_pos2")
+    (batch,) = itertools.islice(pipeline.train_batches("superni_train", 2, LENGTHS, 0), 1)
+    assert "Positive Example 1 -" in texts(batch, "superni_train")[0][0]
+
+
+def test_superni_cut_prompt_keeps_its_end():
+    gin.bind_parameter("superni.configured.max_input_tokens", 80)
+    lengths = {"inputs": 80, "targets": 64}
+    (batch,) = itertools.islice(pipeline.train_batches("superni_train", 4, lengths, 0), 1)
+    assert (batch["encoder_input_tokens"][:, -1] == 1).all()
+    assert all(inputs.endswith("\nOutput:") for inputs, _ in texts(batch, "superni_train"))
+
+
+def test_superni_test_tasks_keep_their_first_instances_for_the_report():
+    for task in pipeline.tasks_of("superni_test"):
+        test, train = task.source.rows("test"), task.source.rows("train")
+        seen = {tuple(test.inputs[i]) for i in range(len(test))}
+        assert len(seen) == 8
+        assert not seen & {tuple(train.inputs[i]) for i in range(len(train))}
+        assert set(test.scalars["task_ids"]) <= set(range(6, 9))
+
+
+def test_crossfit_pools_and_samples():
+    for task in pipeline.tasks_of("crossfit_test"):
+        source = task.source
+        sampled = [source.num_input_examples(f"train_{seed}") for seed in crossfit.files.SEEDS]
+        assert source.num_input_examples("train") == sum(sampled)
+        text = vocabularies.get().decode(source.rows("train_13").inputs[0])
+        assert text.startswith(" [cldr-")
+        gin.bind_parameter("crossfit.configured.with_task_name", False)
+        assert "[cldr-" not in vocabularies.get().decode(source.rows("train_13").inputs[0])
+        gin.bind_parameter("crossfit.configured.with_task_name", True)
+    with pytest.raises(errors.UserError, match="no split 'train_14'.*Did you mean 'train_42'"):
+        source.rows("train_14")
+
+
+def test_a_sentencepiece_vocabulary():
+    import pathlib
+
+    model = pathlib.Path(seqio.__file__).parent / "test_data/sentencepiece/sentencepiece.model"
+    gin.bind_parameter("vocabularies.configured.vocabulary", str(model))
+    (batch,) = itertools.islice(pipeline.train_batches("superni_train", 4, LENGTHS, 0), 1)
+    assert pipeline.vocabulary("superni_train").vocab_size == vocabularies.get().vocab_size == 126
+    assert "month in" in texts(batch, "superni_train")[0][0]
+    wrong = _written[0] / "no.model"
+    wrong.write_text("no model")
+    gin.bind_parameter("vocabularies.configured.vocabulary", str(wrong))
+    with pytest.raises(errors.UserError, match="is no SentencePiece model"):
+        pipeline.train_batches("superni_train", 4, LENGTHS, 0)
+
+
+def test_evaluation_reads_the_same_rows():
+    for name in ("superni_test", "crossfit_test"):
+        (batch, *_) = pipeline.eval_examples(name, LENGTHS, "test", 4)
+        assert batch.examples[0].task.startswith(name.split("_")[0])
+        assert batch.features["task_ids"][0] >= samples.TRAIN_TASKS
