@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 
 import gin
+from google.protobuf import message
 import seqio
 
 from moe_peft import errors
@@ -45,7 +46,7 @@ def _load(name: str) -> seqio.Vocabulary:
     vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=100)
     try:
         vocabulary.encode("a")
-    except (RuntimeError, OSError, ValueError) as problem:
+    except (message.Error, RuntimeError, OSError) as problem:
         raise errors.UserError(f"VOCABULARY {name!r} is no SentencePiece model.") from problem
     return vocabulary
 
