@@ -72,6 +72,16 @@ COMMANDS = {
         ),
         modules=("moe_peft.training.loop",),
     ),
+    "adapt": Command(
+        entry_point="adapt",
+        help="adapt a multi-task run, or the bare backbone, to new tasks with a few examples",
+        example=(
+            "  moe-peft adapt --gin_file experiments/cldr/fewshot/lora.gin "
+            "--gin.MODEL_DIR=results/fewshot/lora \\\n"
+            "    --gin.SOURCE=results/cldr/lora"
+        ),
+        modules=("moe_peft.training.adapt",),
+    ),
     "eval": Command(
         entry_point="evaluate",
         help="evaluate a trained run, or the bare backbone, over tasks and templates",

@@ -82,7 +82,7 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
     pairs = (
         (task, source, index)
         for task in tasks
-        for source in [_rows(task, split, limit, lengths)]
+        for source in [task_rows(task, split, lengths, limit)]
         for index in range(len(source) if limit is None else min(limit, len(source)))
     )
     while chosen := list(itertools.islice(pairs, batch_size)):
@@ -92,10 +92,14 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
             name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1))
             for name, value in features.items()
         }
-        yield EvalBatch(features, [_example(*place) for place in chosen])
+        if "template_ids" in features:
+            features = task_ids.per_template(features)
+        yield EvalBatch(features, [example(*place) for place in chosen])
 
 
-def _example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
+def example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
+    """What one row of a task is, as text."""
+
     def text(name: str) -> str:
         ids = getattr(source, name)[index]
         return task.output_features[name].vocabulary.decode(ids.tolist())
@@ -110,8 +114,10 @@ def _example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
     )
 
 
-def _rows(task: seqio.Task, split: str, limit: int | None, lengths: tuple[int, int]) -> rows.Rows:
-    """The rows of a task, from memory or through SeqIO."""
+def task_rows(
+    task: seqio.Task, split: str, lengths: tuple[int, int], limit: int | None = None
+) -> rows.Rows:
+    """The rows of a task, from memory or, the first `limit` of them, through SeqIO."""
     if isinstance(task.source, rows.RowsSource):
         encoding.warn_if_cut(task.name, task.source.rows(split), lengths)
         return task.source.rows(split)

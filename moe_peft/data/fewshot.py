@@ -1,0 +1,217 @@
+"""A few examples of a new task: which are shots, which select, which are reported.
+
+Everything is drawn from the run's seed: the shots by shuffling the task's train split with NumPy's
+old generator and taking the first ones, as T-Few and MHR do; validation examples from what follows
+them. The reported split is never touched. What a training step sees is a function of the seed and
+the step, so a run resumes anywhere and does not depend on the runs beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import re
+
+from jaxtyping import Bool, Int
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.data import encoding, evaluation_data, lookup, rows
+from moe_peft.models import few_shot
+
+CHOICES = "choices"  # token ids of every choice, ragged; `scoring.pack_choices` makes arrays
+_DROPPED = ("template_ids", "decoder_loss_weights", "task_ids")
+
+Count = int | Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many examples of each task are shots, and how many select.
+
+    Attributes:
+      shots: a number, or numbers by regular expressions on whole task names, the first that
+        matches.
+      validation: likewise; may be 0.
+      wordings: consecutive rows that are one example in other words. Counts are of examples; a
+        training step sees one wording of an example, drawn anew each time, evaluation sees all.
+    """
+
+    shots: Count
+    validation: Count = 0
+    wordings: int = 1
+
+    def __post_init__(self):
+        if self.wordings < 1:
+            raise errors.UserError(f"wordings is {self.wordings}; expected 1 or more.")
+
+    def of(self, task: str) -> tuple[int, int]:
+        """(shots, validation examples) of a task."""
+        return (
+            _count("shots", self.shots, task, 1),
+            _count("validation_shots", self.validation, task, 0),
+        )
+
+
+def _count(what: str, counts: Count, task: str, least: int) -> int:
+    found = counts
+    if isinstance(counts, Mapping):
+        matching = [number for pattern, number in counts.items() if re.fullmatch(pattern, task)]
+        if not matching:
+            raise errors.UserError(
+                f"{what} says nothing about the task {task!r}; it has {', '.join(counts)}."
+            )
+        found = matching[0]
+    if not isinstance(found, int) or found < least:
+        raise errors.UserError(f"{what} of {task!r} is {found!r}; expected {least} or more.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Rows of one task that one seed uses.
+
+    Attributes:
+      shots: row numbers in the train split, every example's wordings in a row.
+      validation: likewise; disjoint from the shots.
+    """
+
+    shots: Int[np.ndarray, "e w"]
+    validation: Int[np.ndarray, "v w"]
+
+
+def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
+    """Draws shots and validation examples from the `num_rows` rows of a train split.
+
+    Raises:
+      UserError: there are not enough of them, or rows do not divide into examples.
+    """
+    if num_rows % sizes.wordings:
+        raise errors.UserError(
+            f"The train split of {task!r} has {num_rows} rows, which are no examples of "
+            f"{sizes.wordings} wordings each."
+        )
+    available = num_rows // sizes.wordings
+    num_shots, num_validation = sizes.of(task)
+    if num_shots + num_validation > available:
+        more = f" and {num_validation} for validation" if num_validation else ""
+        raise errors.UserError(
+            f"{task!r} has {available} training examples; {num_shots} shots{more} were asked for. "
+            "Ask for fewer of this task: shots and validation_shots may be given by task name."
+        )
+    order = list(range(available))  # A list: NumPy shuffles arrays in another order.
+    np.random.RandomState(seed).shuffle(order)
+    wordings = np.array(order)[:, None] * sizes.wordings + np.arange(sizes.wordings)
+    return Draw(wordings[:num_shots], wordings[num_shots : num_shots + num_validation])
+
+
+def steps_in_epoch(num_shots: int, batch_size: int) -> int:
+    """Whole batches of an epoch: the incomplete last one is dropped, unless it is the only one."""
+    return max(num_shots // batch_size, 1)
+
+
+def schedule(
+    num_shots: int, wordings: int, batch_size: int, seed: int, steps: range
+) -> Int[np.ndarray, "t b"]:
+    """Rows that each step sees, as numbers in the list of all wordings of all shots.
+
+    Every epoch has its own order and its own wordings. With fewer shots than a batch has room for,
+    a batch is all of them, and the rest of it is -1: padding.
+    """
+    per_epoch = steps_in_epoch(num_shots, batch_size)
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_rows(epoch):
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(num_shots)
+        return order * wordings + generator.integers(wordings, size=num_shots)
+
+    found = np.full((len(steps), batch_size), -1, np.int32)
+    for i, step in enumerate(steps):
+        epoch, place = divmod(step, per_epoch)
+        chosen = epoch_rows(epoch)[place * batch_size : (place + 1) * batch_size]
+        found[i, : len(chosen)] = chosen
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Examples as arrays.
+
+    Attributes:
+      features: of `encoding.encode`, or packed choices and the number of the right one.
+      is_cut: whether a target did not fit.
+      examples: what each row is.
+    """
+
+    features: Mapping[str, np.ndarray]
+    is_cut: Bool[np.ndarray, " e"]
+    examples: Sequence[evaluation_data.Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+class Task:
+    """One task's rows, read once, encoded where they are needed."""
+
+    def __init__(
+        self, name: str, feature_lengths: Mapping[str, int], test_split: str, with_choices: bool
+    ):
+        """Reads nothing yet but checks that both splits exist.
+
+        Args:
+          name: of a SeqIO task.
+          feature_lengths: tokens of "inputs" and "targets".
+          test_split: the reported one.
+          with_choices: encode answer choices where examples have some.
+        """
+        self.name, self._with_choices, self._test_split = name, with_choices, test_split
+        self._lengths = lookup.check_lengths(feature_lengths)
+        (self._task,) = lookup.tasks_of(name)
+        for split in ("train", test_split):
+            lookup.tasks_with(name, split)
+        self._tokens = functools.lru_cache(maxsize=4096)(self._choice_tokens)
+
+    @functools.cached_property
+    def train(self) -> rows.Rows:
+        """The split shots come from."""
+        return evaluation_data.task_rows(self._task, "train", self._lengths)
+
+    @functools.cached_property
+    def test(self) -> Encoded:
+        """The reported split."""
+        found = evaluation_data.task_rows(self._task, self._test_split, self._lengths)
+        return self.encode(found, range(len(found)))
+
+    def encode(self, source: rows.Rows, chosen: Sequence[int]) -> Encoded:
+        """Some rows, in that order.
+
+        Raises:
+          UserError: a right answer is none of the choices.
+        """
+        examples = [evaluation_data.example(self._task, source, int(index)) for index in chosen]
+        features = encoding.encode([(source, int(index)) for index in chosen], self._lengths)
+        features = {k: v for k, v in features.items() if k not in _DROPPED}
+        is_cut = np.array([len(source.targets[int(i)]) >= self._lengths[1] for i in chosen], bool)
+        if self._with_choices and any(example.answer_choices for example in examples):
+            features[CHOICES] = [self._choices(example) for example in examples]
+            features[few_shot.GOLD] = np.array([_gold(example) for example in examples], np.int32)
+        return Encoded(features, is_cut, examples)
+
+    def _choices(self, example: evaluation_data.Example) -> tuple[np.ndarray, ...]:
+        return self._tokens(example.answer_choices or (example.targets,))
+
+    def _choice_tokens(self, texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+        encode = self._task.output_features["targets"].vocabulary.encode
+        limit = self._lengths[1]
+        return tuple(encoding.with_end(np.array(encode(text), np.int32), limit) for text in texts)
+
+
+def _gold(example: evaluation_data.Example) -> int:
+    choices = [choice.strip() for choice in example.answer_choices or (example.targets,)]
+    if example.targets.strip() not in choices:
+        raise errors.UserError(
+            f"An example of {example.task!r} cannot be learnt: its target {example.targets!r} is "
+            f"none of its choices {choices}."
+        )
+    return choices.index(example.targets.strip())

@@ -1,0 +1,109 @@
+"""From scores of (task, seed) runs to numbers with names: means and spreads over seeds and tasks.
+
+Pure functions over rows, so that every number can be recomputed from `predictions.jsonl`. The
+papers differ in what they average first and take the spread of; here each number says what it is.
+All scores are shares in [0, 1].
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+
+def run_scores(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
+    """Mean score of the examples of every (task, seed)."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["seed"]), []).append(float(row["score"]))
+    return {run: statistics.fmean(scores) for run, scores in found.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, median, interquartile range and standard deviation (of the sample, n - 1) of numbers.
+
+    The spread of a single number is None.
+    """
+    several = len(values) > 1
+    low, high = np.percentile(values, [25, 75])
+    return {
+        "mean": statistics.fmean(values),
+        "median": statistics.median(values),
+        "iqr": float(high - low) if several else None,
+        "std": statistics.stdev(values) if several else None,
+    }
+
+
+def summarize(scores: Mapping[tuple[str, int], float], groups: Mapping[str, str]) -> dict[str, Any]:
+    """What is reported about the runs of one method.
+
+    Args:
+      scores: of every (task, seed); every task has every seed.
+      groups: task to what it is reported under.
+
+    Returns:
+      tasks: of each, its scores by seed and their `spread` over seeds.
+      groups: of each group of tasks, as for "overall".
+      overall: "by_seed", for each seed the mean over tasks; "over_seeds", the `spread` of these
+        means; "mean_of_task_medians", the mean over tasks of the median over seeds (MHR's tables).
+    """
+    seeds = sorted({seed for _, seed in scores})
+    tasks = list(dict.fromkeys(task for task, _ in scores))
+    missing = [(t, s) for t in tasks for s in seeds if (t, s) not in scores]
+    if missing:
+        raise ValueError(f"{len(missing)} runs are missing, the first is {missing[0]}.")
+    by_task = {
+        task: {
+            "group": groups[task],
+            "by_seed": {str(seed): scores[task, seed] for seed in seeds},
+            "over_seeds": spread([scores[task, seed] for seed in seeds]),
+        }
+        for task in tasks
+    }
+
+    def average(members: Sequence[str]) -> dict[str, Any]:
+        by_seed = {seed: statistics.fmean(scores[t, seed] for t in members) for seed in seeds}
+        medians = [by_task[task]["over_seeds"]["median"] for task in members]
+        return {
+            "num_tasks": len(members),
+            "by_seed": {str(seed): value for seed, value in by_seed.items()},
+            "over_seeds": spread(list(by_seed.values())),
+            "mean_of_task_medians": statistics.fmean(medians),
+        }
+
+    names = list(dict.fromkeys(groups[task] for task in tasks))
+    return {
+        "overall": average(tasks),
+        "groups": {name: average([t for t in tasks if groups[t] == name]) for name in names},
+        "tasks": by_task,
+    }
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table of one adaptation, in per cent."""
+    seeds = list(results["overall"]["by_seed"])
+    head = ["", "tasks", "mean", "median", "IQR", "std", *(f"seed {seed}" for seed in seeds)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+
+    def line(name: str, found: Mapping[str, Any], count: int) -> str:
+        over = found["over_seeds"]
+        numbers = [over[key] for key in ("mean", "median", "iqr", "std")]
+        numbers += [found["by_seed"][seed] for seed in seeds]
+        return "| " + " | ".join([name, str(count), *map(_percent, numbers)]) + " |"
+
+    overall = results["overall"]
+    lines.append(line("**all tasks**", overall, overall["num_tasks"]))
+    lines += [line(name, found, found["num_tasks"]) for name, found in results["groups"].items()]
+    note = (
+        f"Per cent. mean, median, IQR and std are over {len(seeds)} seeds, of each seed's mean over "
+        "the tasks of the line; std is that of a sample (n - 1). Mean over tasks of the median over "
+        f"seeds: {_percent(overall['mean_of_task_medians'])}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"

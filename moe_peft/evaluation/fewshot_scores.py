@@ -1,0 +1,93 @@
+"""How good many adapters are at once: by one forward pass, by rank, or by their answers in text."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+
+from moe_peft import patching
+from moe_peft.models import encoder_decoder, few_shot, losses
+
+# (score in [0, 1], loss of the right answer per token, number of the chosen answer or -1)
+RowScores = tuple[Float[Array, "b"], Float[Array, "b"], Int[Array, "b"]]
+
+
+def score_rows(
+    model: encoder_decoder.EncoderDecoder, num_choices: int, is_length_normalized: bool
+) -> Callable[[PyTree, PyTree, Mapping[str, Any]], RowScores]:
+    """Returns `(frozen, trainable, batch) -> RowScores`, a pure function.
+
+    Without choices a row scores 1 if greedy decoding would give its target, with choices if the
+    right one ranks first. Rows of padding score and lose 0.
+
+    Args:
+      model: with adapters.
+      num_choices: the largest number of them; 0 for tasks without.
+      is_length_normalized: rank by the mean over tokens (T-Few, MHR), not by the sum (T0, MoV).
+    """
+
+    def by_exact_match(frozen, trainable, batch):
+        targets = batch["decoder_target_tokens"]
+        logits = model.logits(patching.merge(frozen, trainable), batch)
+        is_real = targets > 0
+        is_right = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~is_real, axis=-1)
+        log_probs = jnp.where(is_real, losses.token_log_probs(logits, targets)[0], 0.0)
+        num_tokens = jnp.sum(is_real, axis=-1)
+        loss = -jnp.sum(log_probs, axis=-1) / jnp.maximum(num_tokens, 1)
+        score = jnp.where(num_tokens > 0, is_right, False).astype(jnp.float32)
+        return score, loss, jnp.full(score.shape, -1)
+
+    def by_rank(frozen, trainable, batch):
+        gold = batch[few_shot.GOLD]
+        scores = model.score_choices(patching.merge(frozen, trainable), batch, num_choices)
+        best = scores.best(is_length_normalized=is_length_normalized)
+        is_there = jnp.any(scores.num_tokens > 0, axis=-1)
+        is_gold = jax.nn.one_hot(gold, num_choices, dtype=jnp.bool_)
+        mean = scores.log_likelihood / jnp.maximum(scores.num_tokens, 1.0)
+        loss = -jnp.sum(jnp.where(is_gold, mean, 0.0), axis=-1)
+        return ((best == gold) & is_there).astype(jnp.float32), loss, best
+
+    return by_rank if num_choices else by_exact_match
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Scores of one run's examples.
+
+    Attributes:
+      scores: in [0, 1], one an example.
+      loss: mean over examples of the right answer's loss per token; 0 where nobody computed it.
+      predictions: answers in text, None where there is none.
+    """
+
+    scores: Sequence[float]
+    loss: float
+    predictions: Sequence[str | None]
+
+    @property
+    def mean(self) -> float:
+        """The score of the run: every example counts the same."""
+        return float(np.mean(np.asarray(self.scores, np.float64)))
+
+
+def of_run(
+    rows: tuple[np.ndarray, ...],
+    is_cut: np.ndarray,
+    choices: Sequence[Sequence[str]],
+) -> Scored:
+    """Results of one run without its rows of padding; a target that was cut scores 0.
+
+    Args:
+      rows: `RowScores` of it.
+      is_cut: of each real row.
+      choices: texts of each real row; empty where it has none.
+    """
+    count = len(is_cut)
+    scores, row_losses, best = (values[:count] for values in rows)
+    answers = [c[int(b)] if c and b >= 0 else None for c, b in zip(choices, best, strict=True)]
+    right = np.where(is_cut & (best < 0), 0.0, scores)
+    return Scored(right.tolist(), float(np.mean(row_losses, dtype=np.float64)), answers)

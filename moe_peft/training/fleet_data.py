@@ -1,0 +1,178 @@
+"""What the runs of a fleet are and see: jobs, their examples as stacked arrays, equal shapes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import zlib
+
+from jaxtyping import Int
+import numpy as np
+
+from moe_peft.data import fewshot
+from moe_peft.evaluation import answering
+from moe_peft.models import few_shot, scoring
+
+Batch = dict[str, np.ndarray]
+WEIGHTS = "decoder_loss_weights"
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Job:
+    """One run: a task and a seed."""
+
+    task: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, seed {self.seed}"
+
+    @property
+    def key_seed(self) -> int:
+        """Of fresh parameters and dropout: no two jobs share it."""
+        return zlib.crc32(f"{self.task} {self.seed}".encode()) & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shape:
+    """Sizes that stacked runs must have in common; those of a job alone, whoever is beside it.
+
+    Attributes:
+      inputs: tokens of an encoder row.
+      targets: tokens of a decoder row.
+      num_choices: of an example at most; 0 where the task has none.
+    """
+
+    inputs: int
+    targets: int
+    num_choices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class JobData:
+    """One job's examples.
+
+    Attributes:
+      job: whose.
+      shots: every wording of every shot, wordings of one shot in a row.
+      num_shots: examples.
+      wordings: of each.
+      validation: examples that select.
+      test: examples that are reported.
+      shape: of batches in training.
+      eval_shape: of batches in evaluation.
+    """
+
+    job: Job
+    shots: fewshot.Encoded
+    num_shots: int
+    wordings: int
+    validation: fewshot.Encoded
+    test: fewshot.Encoded
+    shape: Shape
+    eval_shape: Shape
+
+    def schedule(self, batch_size: int, steps: range) -> Int[np.ndarray, "k b"]:
+        """Rows of `shots` that each step sees."""
+        return fewshot.schedule(self.num_shots, self.wordings, batch_size, self.job.seed, steps)
+
+
+def read(
+    tasks: Mapping[str, fewshot.Task],
+    sizes: fewshot.Sizes,
+    seeds: Sequence[int],
+    feature_lengths: Mapping[str, int],
+    choices_in_training: bool,
+    choices_in_evaluation: bool,
+) -> list[JobData]:
+    """The data of every (task, seed), tasks outermost.
+
+    Args:
+      tasks: by name.
+      sizes: numbers of examples.
+      seeds: of the draws.
+      feature_lengths: tokens of "inputs" and "targets" at most.
+      choices_in_training: pack answer choices, where a task has some.
+      choices_in_evaluation: likewise.
+
+    Raises:
+      UserError: a task has too few examples, or an answer is none of its choices.
+    """
+    found = []
+    for name, task in tasks.items():
+        draws = {seed: fewshot.draw(name, len(task.train), sizes, seed) for seed in seeds}
+        for seed, drawn in draws.items():
+            parts = {
+                "shots": task.encode(task.train, drawn.shots.reshape(-1)),
+                "validation": task.encode(task.train, drawn.validation.reshape(-1)),
+                "test": task.test,
+            }
+            # A shape depends on the job alone: dropout draws as many numbers as a batch has places.
+            shapes = [
+                _shape(list(parts.values()), feature_lengths, with_choices)
+                for with_choices in (choices_in_training, choices_in_evaluation)
+            ]
+            num_shots, job = len(drawn.shots), Job(name, seed)
+            found.append(
+                JobData(
+                    job,
+                    num_shots=num_shots,
+                    wordings=sizes.wordings,
+                    **parts,
+                    shape=shapes[0],
+                    eval_shape=shapes[1],
+                )
+            )
+    return found
+
+
+def _shape(
+    parts: Sequence[fewshot.Encoded], limits: Mapping[str, int], with_choices: bool
+) -> Shape:
+    longest = lambda name: max(
+        int(np.max(np.sum(part.features[name] > 0, axis=1), initial=1))
+        for part in parts
+        if len(part)
+    )
+    inputs = answering.padded_length(longest("encoder_input_tokens"), limits["inputs"])
+    choices = [c for part in parts for c in part.features.get(fewshot.CHOICES, ())]
+    if not (choices and with_choices):
+        targets = answering.padded_length(longest("decoder_target_tokens"), limits["targets"])
+        return Shape(inputs, targets, 0)
+    together = max(sum(map(len, example)) for example in choices)
+    return Shape(inputs, 1 << (max(together, 16) - 1).bit_length(), max(map(len, choices)))
+
+
+def arrays(encoded: fewshot.Encoded, rows: Sequence[int] | slice, shape: Shape) -> Batch:
+    """Model features of some rows, as long as `shape` says."""
+    features = encoded.features
+    batch = {"encoder_input_tokens": features["encoder_input_tokens"][rows, : shape.inputs]}
+    if not shape.num_choices:
+        for name in ("decoder_input_tokens", "decoder_target_tokens"):
+            batch[name] = features[name][rows, : shape.targets]
+        return batch
+    places = range(len(encoded))[rows] if isinstance(rows, slice) else rows
+    chosen = [features[fewshot.CHOICES][place] for place in places]
+    return {
+        **batch,
+        **scoring.pack_choices(chosen, shape.targets),
+        few_shot.GOLD: features[few_shot.GOLD][rows],
+    }
+
+
+def tables(data: Sequence[JobData], num_rows: int) -> Batch:
+    """Shots of every run, [R, num_rows + 1, ...]; rows after a run's last one are zeros."""
+    found = []
+    for one in data:
+        batch = arrays(one.shots, slice(None), one.shape)
+        found.append({name: _fill(rows, num_rows + 1) for name, rows in batch.items()})
+    return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
+
+
+def chunks(parts: Sequence[fewshot.Encoded], shape: Shape, size: int) -> Iterator[Batch]:
+    """All examples of every run, `size` rows of each at a time, [R, size, ...]."""
+    for start in range(0, max(map(len, parts)), size):
+        found = [arrays(part, slice(start, start + size), shape) for part in parts]
+        yield {name: np.stack([_fill(batch[name], size) for batch in found]) for name in found[0]}
+
+
+def _fill(rows: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))

@@ -1,0 +1,318 @@
+"""All runs of a fleet: which train together, one group after another, each kept once finished."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+import numpy as np
+import optax
+
+from moe_peft import errors, patching
+from moe_peft.evaluation import answering, fewshot_scores, metrics, predictions, tracking
+from moe_peft.models import encoder_decoder, few_shot, strategies
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import fleet as fleet_lib
+from moe_peft.training import (
+    fleet_data,
+    fleet_progress,
+    fleet_run,
+    fleet_start,
+    preparation,
+    state,
+)
+from moe_peft.training import step as step_lib
+
+FOLDER = "groups"
+ADAPTERS = "adapters.safetensors"
+_PLAN = "plan.json"
+_FINISHED = "finished.json"
+_PREDICTIONS = "predictions.jsonl"
+_PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How answers are found and scored; see `adapt.adapt`."""
+
+    metric: metrics.Metric
+    decoding: strategies.Strategy | None
+    is_length_normalized: bool
+    batch_size: int
+    feature_lengths: Mapping[str, int]
+    vocabulary: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A group whose results are on disk.
+
+    Attributes:
+      folder: of the group.
+      seconds: it took, compiling included.
+      runs: json of each run: task, seed, state, steps, chosen_step, score, curve.
+    """
+
+    folder: pathlib.Path
+    seconds: float
+    runs: Sequence[Mapping[str, Any]]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every prediction of the group's runs."""
+        return predictions.read_jsonl(self.folder / _PREDICTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Trains and evaluates all jobs, group by group.
+
+    Attributes:
+      network: with adapters.
+      few_shot_loss: weights of the losses.
+      start: frozen tree and initial leaves.
+      make_optimizer: trainable tree -> optimiser of one run.
+      settings: numbers.
+      evaluation: how runs are scored.
+      folder: of the adaptation.
+      mesh: devices.
+      progress: shows every run.
+    """
+
+    network: encoder_decoder.EncoderDecoder
+    few_shot_loss: few_shot.FewShotLoss
+    start: fleet_start.Start
+    make_optimizer: Callable[[PyTree], optax.GradientTransformation]
+    settings: fleet_run.Settings
+    evaluation: Evaluation
+    folder: pathlib.Path
+    mesh: jax.sharding.Mesh
+    progress: fleet_progress.Progress
+
+    def run(
+        self,
+        data: Sequence[fleet_data.JobData],
+        description: Mapping[str, Any],
+        group_size: int | None,
+    ) -> list[Finished]:
+        """Runs what is not finished yet; returns all.
+
+        Args:
+          data: of all jobs.
+          description: of the adaptation; one that goes on must have the same.
+          group_size: runs of a group at most; None takes as many as fit the memory.
+        """
+        by_job = {one.job: one for one in data}
+        fleets: dict[Any, fleet_lib.Fleet] = {}
+        plan = self._read_plan(description)
+        if plan is None:
+            plan = self._plan(data, group_size, fleets)
+            record = {"description": description, "groups": [_as_json(group) for group in plan]}
+            predictions.write_json(self.folder / FOLDER / _PLAN, record)
+        found = []
+        for number, jobs in enumerate(plan):
+            folder = self.folder / FOLDER / f"{number:03}"
+            members = [by_job[job] for job in jobs]
+            if not (folder / _FINISHED).exists():
+                key = _key(members[0])
+                if key not in fleets:
+                    same = [len(group) for group in plan if _key(by_job[group[0]]) == key]
+                    fleets[key] = self._fleet(members[0], max(same))
+                self._run_group(folder, members, fleets[key])
+            record = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
+            found.append(Finished(folder, record["seconds"], record["runs"]))
+        return found
+
+    def _read_plan(self, description) -> list[list[fleet_data.Job]] | None:
+        path = self.folder / FOLDER / _PLAN
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for part in _PARTS:
+            difference = preparation.first_difference(
+                record["description"][part], description[part], part
+            )
+            if difference:
+                raise errors.UserError(
+                    f"{self.folder} holds an adaptation with other settings: {difference}. Choose "
+                    "another MODEL_DIR, or go back to those settings."
+                )
+        return [[fleet_data.Job(**job) for job in group] for group in record["groups"]]
+
+    def _plan(self, data, group_size, fleets) -> list[list[fleet_data.Job]]:
+        """Groups of jobs of one shape each; `fleets` gets what was compiled to find out."""
+        by_key: dict[Any, list[fleet_data.JobData]] = {}
+        for one in data:
+            by_key.setdefault(_key(one), []).append(one)
+        plan = []
+        for key, members in by_key.items():
+            largest = group_size
+            if largest is None:
+                fleets[key], largest = self._largest_fleet(members)
+            jobs = [one.job for one in members]
+            for size in fleet_lib.group_sizes(len(jobs), largest):
+                plan.append(jobs[:size])
+                jobs = jobs[size:]
+        return plan
+
+    def _largest_fleet(self, members) -> tuple[fleet_lib.Fleet, int]:
+        """The fleet of as many runs as fit, compiled, and their number."""
+        size, shared = len(members), state.num_bytes(self.start.frozen)
+        available = fleet_lib.device_memory()
+        while True:
+            fleet = self._fleet(members[0], size)
+            started = time.monotonic()
+            needed = fleet_lib.needed_memory(fleet.compile(*self._abstract(fleet, members)))
+            self.progress.say(
+                f"compiled {size} runs at once in {time.monotonic() - started:.1f} s: they need "
+                f"{needed / 1e9:.2f} GB of {available / 1e9:.1f}"
+            )
+            if needed <= available:
+                return fleet, size
+            fits = fleet_lib.largest_group(size, needed, shared, available)
+            if fits < 1 or size == 1:
+                raise errors.UserError(
+                    f"One run needs more memory than there is: {needed / size / 1e9:.1f} GB of "
+                    f"{available / 1e9:.1f} GB. Use smaller batches, or frozen_dtype='bfloat16'."
+                )
+            size = max(fleet_lib.group_sizes(size, min(fits, size - 1)))
+
+    def _abstract(self, fleet, members):
+        """Shapes of the arguments of `advance` for the largest group."""
+        (trainable,) = self.start.trainables([members[0].job])
+        optimizer = self.make_optimizer(trainable)
+        num_rows = max(len(one.shots) for one in members)
+        one_state = jax.eval_shape(lambda tree: state.create(tree, optimizer, 0), trainable)
+        table = fleet_data.tables(members[:1], num_rows)
+        rows = np.zeros((1, self.settings.eval_period, self.settings.batch_size), np.int32)
+        stacked = lambda leaf: fleet.abstract(leaf.shape, leaf.dtype)
+        of_one = lambda leaf: fleet.abstract(leaf.shape[1:], leaf.dtype)
+        return (
+            jax.tree.map(stacked, one_state),
+            jax.tree.map(of_one, table),
+            of_one(rows),
+        )
+
+    def _fleet(self, one: fleet_data.JobData, width: int) -> fleet_lib.Fleet:
+        model = few_shot.FewShotModel(
+            self.network, self.few_shot_loss, max(one.shape.num_choices, 1)
+        )
+        (trainable,) = self.start.trainables([one.job])
+        update = step_lib.make_update(model, self.make_optimizer(trainable), patching.merge)
+        score = fewshot_scores.score_rows(
+            self.network, one.eval_shape.num_choices, self.evaluation.is_length_normalized
+        )
+        return fleet_lib.Fleet(update, score, self.start.frozen, width, self.mesh)
+
+    def _run_group(self, folder, members, fleet) -> None:
+        started = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        scorer = self._scorer(fleet, members)
+        trainables = self.start.trainables([one.job for one in members])
+        group = fleet_run.GroupRun(
+            fleet,
+            self.make_optimizer(trainables[0]),
+            members,
+            scorer,
+            self.settings,
+            folder,
+            self.progress,
+        )
+        best, standings = group.go(trainables)
+        found = scorer(best, "test")
+        rows, runs = [], []
+        for one, standing, scored in zip(members, standings, found, strict=True):
+            rows += _rows(one, scored)
+            runs.append(
+                {
+                    **dataclasses.asdict(one.job),
+                    "state": standing.state,
+                    "steps": standing.steps,
+                    "chosen_step": standing.best_step,
+                    "selection_score": standing.best_score,
+                    "score": scored.mean,
+                    "num_shots": one.num_shots,
+                    "num_test_examples": len(one.test),
+                    "curve": standing.curve,
+                }
+            )
+        jobs = [one.job for one in members]
+        fleet_run.write_adapters(folder / ADAPTERS, fleet.get(best, len(jobs)), jobs, {})
+        predictions.write_jsonl(folder / _PREDICTIONS, rows)
+        seconds = round(group.seconds_before + time.monotonic() - started, 1)
+        predictions.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
+        group.forget()
+
+    def _scorer(self, fleet, members) -> fleet_run.Scorer:
+        shape, size = members[0].eval_shape, self.evaluation.batch_size
+        kept = {"validation": list(fleet_data.chunks([m.validation for m in members], shape, size))}
+        if self.evaluation.decoding is not None and not shape.num_choices:
+            return self._by_answers(fleet, members)
+
+        def score(trainables, split):
+            parts = [getattr(one, split) for one in members]
+            chunks = kept.get(split) or fleet_data.chunks(parts, shape, size)
+            rows = fleet.score(trainables, chunks, len(members))
+            return [
+                fewshot_scores.of_run(
+                    tuple(values[run] for values in rows),
+                    part.is_cut,
+                    [example.answer_choices for example in part.examples],
+                )
+                for run, part in enumerate(parts)
+            ]
+
+        return score
+
+    def _by_answers(self, fleet, members) -> fleet_run.Scorer:
+        """Decodes run by run."""
+        how = self.evaluation
+        lengths = dict(how.feature_lengths)
+        answerer = answering.Answerer(self.network, how.batch_size, lengths, self.mesh)
+
+        def score(trainables, split):
+            found = []
+            for run, one in enumerate(members):
+                part = getattr(one, split)
+                trainable = fleet_lib.unstack(trainables, run)
+                params = patching.merge(
+                    fleet.frozen, jax.device_put(trainable, mesh_lib.replicated(self.mesh))
+                )
+                inputs = part.features["encoder_input_tokens"]
+                questions = [answering.Question(row[row > 0]) for row in inputs]
+                answers = answerer.generate(
+                    params, questions, how.decoding, tracking.Silent(), one.job.seed
+                )
+                texts = [how.vocabulary.decode(ids.tolist()) for ids in answers]
+                scores = [
+                    how.metric(text, [example.targets])
+                    for text, example in zip(texts, part.examples, strict=True)
+                ]
+                found.append(fewshot_scores.Scored(scores, 0.0, texts))
+            return found
+
+        return score
+
+
+def _key(one: fleet_data.JobData) -> tuple[fleet_data.Shape, fleet_data.Shape]:
+    return one.shape, one.eval_shape
+
+
+def _as_json(jobs: Sequence[fleet_data.Job]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(job) for job in jobs]
+
+
+def _rows(one: fleet_data.JobData, scored: fewshot_scores.Scored) -> Iterator[dict[str, Any]]:
+    for index, example in enumerate(one.test.examples):
+        yield {
+            **dataclasses.asdict(one.job),
+            "template": example.template_id,
+            "index": index,
+            "inputs": example.inputs,
+            "targets": example.targets,
+            "prediction": scored.predictions[index],
+            "score": scored.scores[index],
+        }

@@ -1,0 +1,126 @@
+"""What every run of a fleet starts from: one frozen tree, and the trainable leaves of each job."""
+
+from collections.abc import Callable, Sequence
+import pathlib
+
+import jax
+from jaxtyping import Float, PyTree
+import numpy as np
+
+from moe_peft import errors, methods, patching, transfer
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints, fleet_data, preparation
+
+TaskWeights = Callable[[fleet_data.Job], Float[np.ndarray, "n"]]
+
+
+class Start:
+    """The frozen tree and the function from a job to its trainable leaves.
+
+    Attributes:
+      frozen: shared by all runs.
+      fingerprint: of the backbone.
+      source: description of the multi-task run, None without one.
+    """
+
+    def __init__(
+        self,
+        start: preparation.Start,
+        backbone: str,
+        source: str | None,
+        frozen_dtype: str,
+        task_weights: TaskWeights | None = None,
+    ):
+        """Loads backbone and source.
+
+        Args:
+          start: models, method and shapes of a batch.
+          backbone: see `backbone.load`.
+          source: folder of a multi-task run; None starts from fresh adapters.
+          frozen_dtype: of the backbone's frozen leaves; frozen adapters stay float32.
+          task_weights: for the variant "soup".
+
+        Raises:
+          UserError: the source is of another method, backbone or model, or does not fit.
+        """
+        self._start, self._task_weights = start, task_weights
+        self._method = method = start.method
+        _check(method, source)
+        saved = checkpoints.load_trainable(_folder(source)) if source else None
+        if saved:
+            transfer.check_source(method, saved.description, str(source))
+        shapes = start.base_shapes()
+        loaded = backbone_lib.load(
+            backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)
+        )
+        self.fingerprint = loaded.fingerprint
+        self.source = saved.description if saved else None
+        self.source_step = saved.step if saved else None
+        self._source = saved.trainable if saved else None
+        if saved:
+            self._check_backbone(str(source))
+        self._base = patching.flatten(backbone_lib.cast(loaded.params, "float32"))
+        self._shapes = jax.eval_shape(self._init, jax.random.key(0))
+        self._fresh = jax.jit(self._fresh_adapters)
+        frozen = patching.flatten(self._split(fleet_data.Job("", 0))[0])
+        cast = backbone_lib.cast(
+            {path: leaf for path, leaf in frozen.items() if path in self._base}, frozen_dtype
+        )
+        self.frozen = patching.trees.unflatten({**frozen, **cast})
+
+    def trainables(self, jobs: Sequence[fleet_data.Job]) -> list[PyTree]:
+        """Initial trainable leaves of every job, float32."""
+        return [backbone_lib.cast(self._split(job)[1], "float32") for job in jobs]
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that train in one run."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._method.split(self._shapes)[1]))
+
+    def _split(self, job: fleet_data.Job) -> tuple[dict, dict]:
+        rng = jax.random.key(job.key_seed)
+        if self._source is None:
+            adapters = self._fresh(rng)
+        else:
+            weights = self._task_weights(job) if self._task_weights else None
+            found = transfer.initial(self._method, self._source, self._shapes, rng, weights)
+            adapters = patching.flatten(found)
+        return self._method.split(patching.trees.unflatten({**self._base, **adapters}))
+
+    def _fresh_adapters(self, rng):
+        # Only these are returned, so the compiler leaves out the base's random weights.
+        flat = patching.flatten(self._init(rng))
+        return {path: leaf for path, leaf in flat.items() if path not in self._base}
+
+    def _init(self, rng):
+        return self._start.model.init(rng, self._start.batch_shapes)
+
+    def _check_backbone(self, source: str) -> None:
+        saved = self.source["backbone"]["fingerprint"]
+        if saved != self.fingerprint:
+            raise errors.UserError(
+                f"The run in {source} stands on another backbone ({self.source['backbone_spec']!r},"
+                f" fingerprint {saved[:12]}...) than this one ({self.fingerprint[:12]}...)."
+            )
+
+
+def _folder(source: str) -> pathlib.Path:
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
+        near = errors.near(folder.name, [p.name for p in folder.parent.glob("*") if p.is_dir()])
+        raise errors.UserError(f"SOURCE: there is no folder {source}.{near}")
+    return folder
+
+
+def _check(method: methods.Method, source: str | None) -> None:
+    if source is None and method.transfer is not None and method.transfer.variant != "keep":
+        raise errors.UserError(
+            f"{method.name!r} starts from a multi-task run of {method.transfer.source.name!r}; "
+            "give its folder as SOURCE."
+        )
+    if method.num_tasks is not None:
+        raise errors.UserError(
+            f"{method.name!r} routes by the ids of its {method.num_tasks} training tasks, which a "
+            "new task has not. Adapt with @methods.transferred() and variant 'new_logits', 'z' or "
+            "'mu'."
+        )
