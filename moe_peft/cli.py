@@ -1,4 +1,4 @@
-"""The command line: `moe-peft plan | train | eval | infer | export | compare | files`.
+"""The command line: `moe-peft plan | train | adapt | eval | infer | export | merge | compare | files`.
 
 Only argument parsing happens in this module's own imports, so `--help` is instant. A command names
 the gin configurable that is its entry point; everything that configurable takes comes from gin.
@@ -111,6 +111,28 @@ COMMANDS = {
         modules=("moe_peft.commands.export",),
         defaults=("export.model_dir = %MODEL_DIR", "export.path = %OUTPUTS"),
     ),
+    "merge": Command(
+        entry_point="merge",
+        help="fold a run's adapters into the network's weights, for one task, as a backbone file",
+        example=(
+            "  moe-peft merge --gin_file experiments/cldr/lora.gin --gin.MODEL_DIR=results/lora "
+            "\\\n    --gin.OUTPUTS=merged.safetensors\n"
+            "  moe-peft merge --gin_file results/mhr/config.gin --gin.TASK=3 "
+            "--gin.OUTPUTS=merged.safetensors"
+        ),
+        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.commands.merge"),
+        defaults=(
+            "TASK = None",
+            "FROZEN_DTYPE = 'float32'",
+            "merge.model = %MODEL",
+            "merge.method = %METHOD",
+            "merge.backbone = %BACKBONE",
+            "merge.model_dir = %MODEL_DIR",
+            "merge.path = %OUTPUTS",
+            "merge.task = %TASK",
+            "merge.frozen_dtype = %FROZEN_DTYPE",
+        ),
+    ),
 }
 
 
@@ -165,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if args.command in ("plan", "export"):
-        # They compute nothing, so they leave the accelerator to those who do.
+    if args.command in ("plan", "export", "merge"):
+        # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return _run(args, gin_bindings)
@@ -209,7 +231,7 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         from moe_peft.analysis import plan
 
         plan.show(result, as_json=args.json)
-    elif args.command == "export":
+    elif args.command in ("export", "merge"):
         print(f"wrote {result}")
     return 0
 

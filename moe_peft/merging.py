@@ -14,12 +14,14 @@ import math
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from moe_peft import adapters, errors, methods, patching, routing
 from moe_peft.models import encoder_decoder
 from moe_peft.patching import granularity
+
+Leaves = dict[str, np.ndarray]
 
 # Routers that give every token of a task the same weights.
 _CONSTANT = (
@@ -37,7 +39,7 @@ _WHY_NOT = {
 _SCALINGS = (adapters.IA3, adapters.SkilledIA3)
 
 _ROWS = 2048  # unit vectors asked about at a time
-_TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 
 
 def merge_into_base(
@@ -45,8 +47,8 @@ def merge_into_base(
 ) -> dict:
     """Returns the parameters of the network without adapters that answers as `params` do.
 
-    In float32, whatever the frozen weights are stored in. Dropout of adapters is left out, as in
-    any evaluation.
+    In float32, whatever the frozen weights are stored in, and in NumPy arrays. Dropout of adapters
+    is left out, as in any evaluation.
 
     Args:
       module: the network without adapters.
@@ -62,7 +64,7 @@ def merge_into_base(
     ids = jnp.asarray([0 if method.num_tasks is None else task], jnp.int32)
     context = routing.RoutingContext(task_ids=ids)
     shared = granularity.weights(params, method.rules, patching.ADAPTER, context, None, 1)
-    flat = patching.flatten(params)
+    flat = patching.flatten(jax.device_get(params))
     merged = {path: leaf for path, leaf in flat.items() if not _is_adapters(path)}
     for layer in _layers(module, method.rules):
         own = {p: leaf for p, leaf in flat.items() if p.startswith(f"{layer.path}/")}
@@ -120,7 +122,7 @@ def logit_gap(
     seed: int = 0,
 ) -> Gap:
     """Compares the logits of adapted and merged network on a random batch of two examples."""
-    batch = _random_batch(module.config.vocab_size, seed)
+    batch = random_batch(module.config.vocab_size, seed)
     before = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
     after = encoder_decoder.EncoderDecoder(module)
     ids = jnp.full((2,), 0 if method.num_tasks is None else task, jnp.int32)
@@ -130,12 +132,13 @@ def logit_gap(
     return Gap(float(difference.max()), float(difference.mean()), float(np.abs(old).max()))
 
 
-def _random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]]:
+def random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]]:
+    """Returns two rows of random tokens, of as many words as the network knows."""
     rng = np.random.default_rng(seed)
     draw = lambda length: rng.integers(2, vocab_size, (2, length)).astype(np.int32)
     targets = draw(6)
     arrays = draw(12), np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets
-    return dict(zip(_TOKENS, arrays, strict=True))
+    return dict(zip(TOKENS, arrays, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +214,7 @@ def _layers(module: nn.Module, rules: tuple[patching.Rule, ...]) -> list[_Layer]
         for rule in rules
     )
     model = encoder_decoder.EncoderDecoder(patching.Patched(module, probes))
-    shapes = dict.fromkeys(_TOKENS, (1, 2))
+    shapes = dict.fromkeys(TOKENS, (1, 2))
     variables = jax.eval_shape(lambda rng: model.init_variables(rng, shapes), jax.random.key(0))
     axes = patching.flatten(variables["params_axes"])
 
@@ -224,48 +227,44 @@ def _layers(module: nn.Module, rules: tuple[patching.Rule, ...]) -> list[_Layer]
     ]
 
 
-def _over_stack(
-    merge: Callable[[dict[str, Array]], dict[str, Array]], leaves: dict[str, Array], layer: _Layer
-) -> dict[str, Array]:
+def _over_stack(merge: Callable[[Leaves], Leaves], leaves: Leaves, layer: _Layer) -> Leaves:
     """Merges each layer of a stack on its own."""
     axis = layer.stack_axis
     if axis is None:
         return merge(leaves)
     number = leaves[f"{layer.path}/kernel"].shape[axis]
     each = [
-        merge({path: jnp.take(leaf, index, axis) for path, leaf in leaves.items()})
+        merge({path: np.take(leaf, index, axis) for path, leaf in leaves.items()})
         for index in range(number)
     ]
-    return {path: jnp.stack([one[path] for one in each], axis) for path in each[0]}
+    return {path: np.stack([one[path] for one in each], axis) for path in each[0]}
 
 
-def _merge_layer(
-    layer: _Layer, site: routing.Site, leaves: dict[str, Array]
-) -> dict[str, Float[Array, "..."]]:
+def _merge_layer(layer: _Layer, site: routing.Site, leaves: Leaves) -> Leaves:
     """Returns the merged kernel of one layer, by its path, in the shape in which it is stored."""
     path = f"{layer.path}/kernel"
-    own = {name: leaf for name, leaf in leaves.items() if _is_adapters(name)}
+    own = {name: jnp.asarray(leaf) for name, leaf in leaves.items() if _is_adapters(name)}
     params = patching.trees.unflatten(own)
     adapter = _At((*layer.path.split("/"), patching.ADAPTER), layer.rule.adapter_factory)
 
     def ask(inputs, outputs):
-        inputs = inputs.reshape(1, -1, *layer.in_shape)
-        outputs = outputs.reshape(1, -1, *layer.out_shape)
+        inputs = jnp.asarray(inputs).reshape(1, -1, *layer.in_shape)
+        outputs = jnp.asarray(outputs).reshape(1, -1, *layer.out_shape)
         answer = adapter.apply({"params": params}, inputs, outputs, site)
-        return answer.reshape(answer.shape[1], -1)
+        return np.asarray(answer).reshape(answer.shape[1], -1)
 
     width = math.prod(layer.in_shape)
-    kernel = jnp.asarray(leaves[path], jnp.float32).reshape(width, -1)
+    kernel = np.asarray(leaves[path], np.float32).reshape(width, -1)
     if layer.rule.side == "inputs":
         if not isinstance(layer.rule.adapter_factory(parent=None), _SCALINGS):
             raise errors.UserError(f"The adapter at {layer.path} reads inputs but scales nothing.")
-        ones = jnp.ones((1, width), jnp.float32)
+        ones = np.ones((1, width), np.float32)
         merged = ask(ones, ones).T * kernel
     else:
         starts = range(0, width, _ROWS)
-        units = lambda start: jnp.eye(min(_ROWS, width - start), width, start, jnp.float32)
+        units = lambda start: np.eye(min(_ROWS, width - start), width, start, np.float32)
         rows = [ask(units(start), kernel[start : start + _ROWS]) for start in starts]
-        merged = jnp.concatenate(rows)
+        merged = np.concatenate(rows)
     return {path: merged.reshape(leaves[path].shape)}
 
 

@@ -138,12 +138,17 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": "np", "moe_peft": json.dumps(dict(metadata or {}), sort_keys=True)}
+        partial.touch()
+        # The library's own files are for their owner's eyes only, whatever the umask says.
+        mode = partial.stat().st_mode
         safetensors.numpy.save_file(flat, partial, metadata=header)
+        partial.chmod(mode)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
+        raise errors.UserError(f"Cannot write {path}: {error}.") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise errors.UserError(f"Cannot write {path}: {error}.") from error
     return path
 
 

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,3 +113,28 @@ def test_cast_leaves_integers_alone():
     found = backbone.cast(tree, "bfloat16")
     assert found["a"].dtype == jnp.bfloat16
     assert found["b"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path = backbone.save(PARAMS, tmp_path / "b.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
+    path = backbone.save(PARAMS, tmp_path / "b.safetensors")
+    old = path.read_bytes()
+
+    def interrupted(flat, partial, metadata):
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.numpy.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backbone.save(_variant(extra={"a": np.ones(1)}), path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
