@@ -16,10 +16,10 @@ import gin
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 
-ADAPTER_LEAVES = rf".*/{patching.ADAPTER}/.*"
+ADAPTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/.*"
+ROUTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/router/.*"
 ALL_LEAVES = ".*"
 NO_LEAVES = "(?!)"
-ROUTER_LEAVES = re.compile(rf".*/{patching.ADAPTER}/router/.*")
 
 # Low-rank placements: names of the adapted layers. T5 1.0 has one up-projection `wi`, which stands
 # for `wi_0` or `wi_1`.
@@ -36,6 +36,22 @@ ROUTERS = {
     "uniform": routing_lib.UniformRouter,
 }
 
+# Of skills, by task. What they need besides the number of skills and splits is in `_skill_router`.
+SKILL_ROUTERS = {
+    "learned": routing_lib.TaskRouter,
+    "uniform": routing_lib.UniformSkillRouter,
+    "random_task": routing_lib.RandomTaskRouter,
+    "random_example": routing_lib.RandomExampleRouter,
+    "private": routing_lib.PrivateRouter,
+}
+
+_POLY_NAMES = {
+    "uniform": "poly_uniform",
+    "random_task": "random_per_task",
+    "random_example": "random_per_example",
+    "private": "private",
+}
+
 ROUTER_INPUTS = {"as_released": True, "as_in_paper": False}
 
 
@@ -49,6 +65,10 @@ class Method:
         trainable: regular expression on full parameter paths; what matches it trains.
         load_balancing_weight: times the mean load-balancing loss of all routers, in the objective.
         z_weight: times the mean router z-loss.
+        num_tasks: task ids it tells apart, 0 to num_tasks - 1; None if it needs none.
+        average: the method with one adapter that its modules become when averaged (mu); None where
+            there is nothing to average.
+        transfer: how its parameters come from a run of another method; see `transfer`.
     """
 
     name: str
@@ -56,6 +76,9 @@ class Method:
     trainable: str = ADAPTER_LEAVES
     load_balancing_weight: float = 0.0
     z_weight: float = 0.0
+    num_tasks: int | None = None
+    average: "Method | None" = None
+    transfer: "Transfer | None" = None
 
     def __post_init__(self) -> None:
         """Refuses negative loss weights."""
@@ -82,19 +105,38 @@ class Method:
 
     def learning_rate_group(self, path: str) -> str:
         """Returns "routers", "adapters" or "base" for a parameter path."""
-        if ROUTER_LEAVES.fullmatch(path):
+        if re.fullmatch(ROUTER_LEAVES, path):
             return "routers"
         return "adapters" if re.fullmatch(ADAPTER_LEAVES, path) else "base"
 
     def describe(self) -> dict[str, Any]:
         """Returns what defines the method, as JSON types: stored in checkpoints and compared."""
-        return {
+        described = {
             "name": self.name,
             "rules": [_describe_rule(rule) for rule in self.rules],
             "trainable": self.trainable,
             "load_balancing_weight": self.load_balancing_weight,
             "z_weight": self.z_weight,
         }
+        if self.transfer is not None:
+            described["transfer"] = {
+                "variant": self.transfer.variant,
+                "source": self.transfer.source.describe(),
+            }
+        return described
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Where a method's parameters come from; `transfer.initial` makes them.
+
+    Attributes:
+        source: the method of the multi-task run.
+        variant: what is done with its parameters, one of `transfer.VARIANTS`.
+    """
+
+    source: Method
+    variant: str
 
 
 def _describe_rule(rule: patching.Rule) -> dict[str, Any]:
@@ -103,6 +145,10 @@ def _describe_rule(rule: patching.Rule) -> dict[str, Any]:
     factory = fields.pop("adapter_factory")
     if isinstance(rule.router_input, patching.Sibling):
         fields["router_input"] = dataclasses.asdict(rule.router_input)
+    del fields["shared_router"]  # The adapter's own router says the same.
+    granularity = dataclasses.asdict(fields.pop("granularity"))
+    if rule.granularity.is_shared:
+        fields["granularity"] = granularity
     return fields | {"adapter": _describe_factory(factory)}
 
 
@@ -115,7 +161,9 @@ def _describe_factory(factory: Callable[..., nn.Module]) -> dict[str, Any]:
         if field.name in ("parent", "name"):
             continue
         if field.name == "router_factory" and value is not None:
-            value = _describe_factory(functools.partial(value, num_experts=module.num_experts))
+            sizes = ("num_experts", "num_skills", "num_splits")
+            sizes = {name: getattr(module, name) for name in sizes if hasattr(module, name)}
+            value = _describe_factory(functools.partial(value, **sizes))
         described[field.name] = value
     return described
 
@@ -290,6 +338,188 @@ def molora(
 
 
 @gin.register(module="methods")
+def poly(
+    num_tasks: int,
+    num_skills: int = 8,
+    num_splits: int = 1,
+    rank: int = 1,
+    alpha: float = 1.0,
+    placement: str = "all7",
+    adapter: str = "lora",
+    routing: str = "learned",
+    relaxed: bool = True,
+    straight_through: bool = False,
+    granularity: str = "linear",
+    num_blocks: int | None = None,
+    seed: int = 0,
+) -> Method:
+    """Poly: modules combined by task (Ponti et al. 2022; Caccia et al. 2023, section 2).
+
+    Args:
+        num_tasks: training tasks; the batch's task ids are below it.
+        num_skills: modules in the inventory; the papers use 8.
+        num_splits: parts of the features with routing of their own; more than one is MHR.
+        rank: of each LoRA: 1 on T0 and SuperNI light, 16 on CrossFit and SuperNI.
+        alpha: updates are scaled by alpha / rank.
+        placement: of LoRA, one of `PLACEMENTS`; (IA)3 has its own places.
+        adapter: "lora" or "ia3", what a module is.
+        routing: "learned", or "uniform" (1 / S), "random_task" (a fixed half of the skills per
+            task), "random_example" (a fresh random subset per example) or "private" (a skill per
+            task; num_skills is then num_tasks).
+        relaxed: Gumbel-sigmoid in training ("learned" only). P1 and P2's SuperNI runs at rank 16:
+            on; P2 on T0 and SuperNI light: off.
+        straight_through: round allocations to 0 or 1 ("learned" only); the papers do not.
+        granularity: what shares a router, see `patching.Granularity` ("learned" only if shared).
+        num_blocks: for granularity "blocks".
+        seed: of "random_task".
+    """
+    level = patching.Granularity(granularity, num_blocks)
+    if routing == "private":
+        num_skills = num_tasks
+    router = _skill_router(routing, num_tasks, relaxed, straight_through, level, seed)
+    sizes = {"num_skills": num_skills, "num_splits": num_splits}
+    shared = router(**sizes, parent=None) if level.is_shared else None
+    modules = {"lora": adapters.SkilledLoRA, "ia3": adapters.SkilledIA3}
+    module = _choose("adapter", adapter, modules)
+    if adapter == "lora":
+        pattern = _choose("placement", placement, PLACEMENTS)
+        factory = functools.partial(module, **sizes, rank=rank, alpha=alpha, router_factory=router)
+        rules = (patching.Rule(pattern, factory),)
+        average = lora(rank, alpha, 0.0, placement, "uniform")
+    else:
+        factory = functools.partial(module, **sizes, router_factory=router)
+        rules, average = _scaling_rules(factory, "as_in_paper"), ia3()
+    rules = tuple(
+        dataclasses.replace(rule, granularity=level, shared_router=shared) for rule in rules
+    )
+    needs_tasks = routing in ("learned", "random_task", "private") and num_tasks > 1
+    name = _POLY_NAMES.get(routing) or ("poly" if num_splits == 1 else "mhr")
+    return Method(name, rules, num_tasks=num_tasks if needs_tasks else None, average=average)
+
+
+@gin.register(module="methods")
+def mhr(
+    num_tasks: int,
+    num_skills: int = 8,
+    num_splits: int = 8,
+    rank: int = 1,
+    alpha: float = 1.0,
+    placement: str = "all7",
+    adapter: str = "lora",
+    relaxed: bool = False,
+    granularity: str = "linear",
+    num_blocks: int | None = None,
+) -> Method:
+    """MHR, first called Poly-S: Poly with several splits (Caccia et al. 2023, section 3).
+
+    Args:
+        num_tasks: as in `poly`, and so on.
+        num_skills: as in `poly`.
+        num_splits: 8 in P1 and with T0-3B in P2, 64 with T5-XL-LM; divides all adapted widths.
+        rank: as in `poly`.
+        alpha: as in `poly`.
+        placement: as in `poly`.
+        adapter: as in `poly`.
+        relaxed: as in `poly`; the runs of P2 on T0 switch it off.
+        granularity: as in `poly`.
+        num_blocks: as in `poly`.
+    """
+    return poly(
+        num_tasks,
+        num_skills,
+        num_splits,
+        rank,
+        alpha,
+        placement,
+        adapter,
+        relaxed=relaxed,
+        granularity=granularity,
+        num_blocks=num_blocks,
+    )
+
+
+@gin.register(module="methods")
+def random_mu(
+    num_tasks: int,
+    version: str = "per_task",
+    num_skills: int = 8,
+    rank: int = 1,
+    alpha: float = 1.0,
+    placement: str = "all7",
+    seed: int = 0,
+) -> Method:
+    """Random-mu: random allocations while training on many tasks, the average afterwards.
+
+    Args:
+        num_tasks: as in `poly`, and so on.
+        version: "per_task": each task keeps a random half of the skills (P1), "per_example": a
+            random subset for each example of each batch, whatever its task (P2).
+        num_skills: as in `poly`.
+        rank: as in `poly`.
+        alpha: as in `poly`.
+        placement: as in `poly`.
+        seed: of "per_task".
+    """
+    routing = _choose(
+        "version", version, {"per_task": "random_task", "per_example": "random_example"}
+    )
+    return poly(num_tasks, num_skills, 1, rank, alpha, placement, routing=routing, seed=seed)
+
+
+@gin.register(module="methods")
+def private(
+    num_tasks: int,
+    rank: int = 1,
+    alpha: float = 1.0,
+    placement: str = "all7",
+    adapter: str = "lora",
+) -> Method:
+    """A module of its own for every task: Private-mu of P1, and what AdapterSoup averages.
+
+    No task's gradient reaches another's module; they share the batch, clipping, and the steps at
+    which Adam's momentum moves modules whose task is not in the batch.
+
+    Args:
+        num_tasks: as in `poly`, and so on.
+        rank: as in `poly`.
+        alpha: as in `poly`.
+        placement: as in `poly`.
+        adapter: as in `poly`.
+    """
+    return poly(
+        num_tasks, rank=rank, alpha=alpha, placement=placement, adapter=adapter, routing="private"
+    )
+
+
+def _skill_router(
+    routing: str,
+    num_tasks: int,
+    relaxed: bool,
+    straight_through: bool,
+    granularity: patching.Granularity,
+    seed: int,
+) -> routing_lib.SkillRouterFactory:
+    """Returns the factory of a named task router with its options."""
+    router = _choose("routing", routing, SKILL_ROUTERS)
+    if router is routing_lib.TaskRouter:
+        return functools.partial(
+            router,
+            num_tasks=num_tasks,
+            relaxed=relaxed,
+            straight_through=straight_through,
+            is_shared=granularity.is_shared,
+        )
+    if granularity.is_shared:
+        raise errors.UserError(
+            f"granularity {granularity.level!r} shares learned routers; routing {routing!r} has "
+            "none. Leave granularity at 'linear'."
+        )
+    if router is routing_lib.RandomTaskRouter:
+        return functools.partial(router, num_tasks=num_tasks, seed=seed)
+    return router
+
+
+@gin.register(module="methods")
 def full() -> Method:
     """Full fine-tuning: no adapter, every weight trains."""
     return Method("full", trainable=ALL_LEAVES)
@@ -303,7 +533,11 @@ def frozen() -> Method:
 
 METHODS: dict[str, Callable[..., Method]] = {
     constructor.__name__: constructor
-    for constructor in (ia3, lora, lora_big, mov, molora, full, frozen)
+    for constructor in (
+        *(ia3, lora, lora_big, mov, molora),
+        *(poly, mhr, random_mu, private),
+        *(full, frozen),
+    )
 }
 
 

@@ -3,5 +3,16 @@
 from moe_peft.adapters.lora import LoRA, MoLoRA, mttl_uniform
 from moe_peft.adapters.low_rank import low_rank_delta, molora_listing
 from moe_peft.adapters.mov import IA3, MoV
+from moe_peft.adapters.poly import SkilledIA3, SkilledLoRA
 
-__all__ = ["IA3", "LoRA", "MoLoRA", "MoV", "low_rank_delta", "molora_listing", "mttl_uniform"]
+__all__ = [
+    "IA3",
+    "LoRA",
+    "MoLoRA",
+    "MoV",
+    "SkilledIA3",
+    "SkilledLoRA",
+    "low_rank_delta",
+    "molora_listing",
+    "mttl_uniform",
+]

@@ -8,7 +8,7 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import encoding, lookup, rows, sentences
+from moe_peft.data import encoding, lookup, rows, sentences, task_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,16 @@ import logging
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import encoding, feature_converter, lookup, mixing, packing, rows, sentences
+from moe_peft.data import (
+    encoding,
+    feature_converter,
+    lookup,
+    mixing,
+    packing,
+    rows,
+    sentences,
+    task_ids,
+)
 from moe_peft.data.encoding import Batch
 from moe_peft.data.evaluation_data import EvalBatch, Example, eval_examples
 from moe_peft.data.lookup import check_vocabulary, get, num_tasks, tasks_of, vocabulary
@@ -83,7 +92,10 @@ def train_batches(
     part = slice(
         shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count
     )
-    batches = ({name: value[part] for name, value in batch.items()} for batch in batches)
+    batches = (
+        task_ids.per_template({name: value[part] for name, value in batch.items()})
+        for batch in batches
+    )
     sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches

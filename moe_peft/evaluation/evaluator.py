@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 import numpy as np
 
-from moe_peft import errors
+from moe_peft import errors, methods
 from moe_peft.evaluation import aggregation, answering, metrics, suites, tracking
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
@@ -141,6 +141,7 @@ class Evaluator:
         "log_likelihoods" and "num_tokens", a number for each choice.
         """
         suite, progress = self.suite(mixture), progress or tracking.Silent()
+        _check_task_ids(suite, model.method, mixture)
         answerer = self._answerer_of(model, params)
         found: list[suites.Row] = [{}] * len(suite.rows)
 
@@ -176,6 +177,20 @@ class Evaluator:
             made = answering.Answerer(model, self._batch_size, self._lengths, mesh)
             self._answerer = model, made
         return self._answerer[1]
+
+
+def _check_task_ids(suite: suites.Suite, method: methods.Method | None, mixture: str) -> None:
+    """Raises UserError if `method` routes by task and the questions' tasks are not its own."""
+    if method is None or method.num_tasks is None:
+        return
+    from moe_peft.data import task_ids  # Imports TensorFlow.
+
+    if any("task_ids" not in question.features for question in suite.questions):
+        raise errors.UserError(
+            f"{method.name!r} routes by task, but {mixture!r} has no feature 'task_ids'."
+        )
+    ids = np.array([int(question.features["task_ids"]) for question in suite.questions])
+    task_ids.check(ids, method.num_tasks, repr(mixture))
 
 
 def _choice_row(row: suites.Row, score: answering.ChoiceScore) -> suites.Row:

@@ -263,6 +263,11 @@ class EncoderDecoder:
         """The keyword argument that tells a patched module what its routers may look at."""
         if not isinstance(self.module, patching.Patched):
             return {}
+        if "encoder_segment_ids" in batch and self.method and self.method.num_tasks is not None:
+            raise errors.UserError(
+                f"{self.method.name!r} combines its modules for each example's task; this batch "
+                "packs several examples into a row (it has encoder_segment_ids)."
+            )
         targets = batch.get("decoder_target_tokens")  # Not there while decoding.
         context = routing.RoutingContext(
             task_ids=batch.get("task_ids"),

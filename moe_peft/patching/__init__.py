@@ -1,5 +1,6 @@
 """How adapters meet a model: rules over layers, an interceptor, and the proxy around the model."""
 
+from moe_peft.patching.granularity import Granularity
 from moe_peft.patching.interceptor import ADAPTER
 from moe_peft.patching.proxy import Patched, matches
 from moe_peft.patching.rules import Matches, Rule, Sibling
@@ -7,6 +8,7 @@ from moe_peft.patching.trees import flatten, merge, split
 
 __all__ = [
     "ADAPTER",
+    "Granularity",
     "Matches",
     "Patched",
     "Rule",

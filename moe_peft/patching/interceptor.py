@@ -1,6 +1,6 @@
 """The interceptor: what happens at every module call while a patched model runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -72,11 +72,13 @@ class Interceptor:
         *,
         has_rng: bool = False,
         wants_losses: bool = False,
+        shared_weights: Mapping[str, jax.Array] | None = None,
     ):
         self.rules = rules
         self.context = context
         self.has_rng = has_rng
         self.wants_losses = wants_losses
+        self.shared_weights = shared_weights or {}
         self.calls: dict[str, tuple[str, ...]] = {}
         self._frames: list[_Frame] = [{}]
 
@@ -135,9 +137,22 @@ class Interceptor:
             num_token_axes=num_token_axes,
             has_rng=self.has_rng,
             wants_losses=self.wants_losses,
+            shared_weights=self._shared_weights(rule, path),
             routes_on_inputs=rule.router_input == "inputs" and rule.side == "outputs",
         )
         return rule.adapter_factory(name=ADAPTER)(call.inputs, call.outputs, site)
+
+    def _shared_weights(self, rule, path):
+        """The weights of the router that the layer at `path` shares with others, if it does."""
+        if rule.shared_router is None:
+            return None
+        group = rule.granularity.group(path)
+        if group not in self.shared_weights:
+            raise errors.UserError(
+                f"The layer {path} shares the router '{ADAPTER}/router/{group}', which is not "
+                f"among the parameters; there are {', '.join(self.shared_weights) or 'none'}."
+            )
+        return self.shared_weights[group]
 
 
 def _router_input(rule, module, parent, call):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_peft import routing as routing_lib
-from moe_peft.patching import interceptor
+from moe_peft.patching import granularity, interceptor
 from moe_peft.patching import rules as rules_lib
 
 Shapes = Mapping[str, Any] | Sequence[Any]
@@ -49,11 +49,39 @@ class Patched:
 
     def init_with_output(self, rngs, *args, routing=None, method=None, **kwargs):
         """Returns (outputs, variables); see `init`."""
-        intercept = _interceptor(self.rules, routing, rngs, mutable=False)
+        shared, shared_axes = self._init_shared(rngs, args, method, kwargs)
+        variables = {"params": shared}
+        num_rows = _num_rows(args, kwargs)
+        routing = routing or routing_lib.RoutingContext()
+        if routing.task_ids is None and num_rows is not None:  # Shapes do not depend on them.
+            routing = routing.replace(task_ids=jnp.zeros(num_rows, jnp.int32))
+        intercept = _interceptor(self.rules, routing, rngs, False, variables, num_rows)
         with nn.intercept_methods(intercept):
             result = self.module.init_with_output(rngs, *args, method=method, **kwargs)
         rules_lib.match(self.rules, intercept.calls).check()
-        return result
+        if not shared:
+            return result
+        outputs, variables = result
+        for name, tree in (("params", shared), ("params_axes", shared_axes)):
+            variables = {**variables, name: {**variables.get(name, {}), **tree}}
+        return outputs, variables
+
+    def _init_shared(self, rngs, args, method, kwargs):
+        """Fresh (params, params_axes) of routers that several layers share; empty without."""
+        if all(rule.shared_router is None for rule in self.rules):
+            return {}, {}
+        recorder = interceptor.Interceptor((), routing_lib.RoutingContext())
+
+        def run():
+            with nn.intercept_methods(recorder):
+                return self.module.init(rngs, *args, method=method, **kwargs)
+
+        jax.eval_shape(run)
+        found = rules_lib.match(self.rules, recorder.calls)
+        found.check()
+        rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
+        routers = granularity.shared_routers(self.rules, found.paths)
+        return granularity.init(rng, routers, interceptor.ADAPTER)
 
     def apply(
         self, variables, *args, routing=None, method=None, rngs=None, mutable=False, **kwargs
@@ -69,7 +97,8 @@ class Patched:
             mutable: name "router_losses" to collect `routing.losses`.
             **kwargs: of the method.
         """
-        intercept = _interceptor(self.rules, routing, rngs, mutable)
+        num_rows = _num_rows(args, kwargs)
+        intercept = _interceptor(self.rules, routing, rngs, mutable, variables, num_rows)
         with nn.intercept_methods(intercept):
             return self.module.apply(
                 variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
@@ -83,14 +112,26 @@ class Patched:
         return getattr(self.module, name)
 
 
-def _interceptor(rules, context, rngs, mutable):
+def _interceptor(rules, context, rngs, mutable, variables, num_rows):
     """Returns the interceptor of one call."""
+    context = context or routing_lib.RoutingContext()
+    rng = rngs.get(routing_lib.RNG) if isinstance(rngs, Mapping) else None
+    params = variables.get("params", {})
     return interceptor.Interceptor(
         rules,
-        context or routing_lib.RoutingContext(),
-        has_rng=isinstance(rngs, Mapping) and routing_lib.RNG in rngs,
+        context,
+        has_rng=rng is not None,
         wants_losses=flax.core.scope.in_filter(mutable, routing_lib.losses.COLLECTION),
+        shared_weights=granularity.weights(
+            params, rules, interceptor.ADAPTER, context, rng, num_rows
+        ),
     )
+
+
+def _num_rows(args, kwargs) -> int | None:
+    """Examples of a call: the leading axis of its first array."""
+    arrays = (value for value in (*args, *kwargs.values()) if getattr(value, "ndim", 0))
+    return next((array.shape[0] for array in arrays), None)
 
 
 def matches(

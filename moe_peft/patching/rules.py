@@ -8,6 +8,8 @@ from typing import Any, Literal
 from flax import linen as nn
 
 from moe_peft import errors
+from moe_peft.patching import granularity as granularity_lib
+from moe_peft.routing import task_routers
 
 AdapterFactory = Callable[..., nn.Module]
 
@@ -45,6 +47,8 @@ class Rule:
         beside: matches only where the same parent called a dense layer of this name before.
         site: rules with one `site` name are alternatives, of which a model needs only one (gated
             and ungated feed-forward blocks); the pattern by default: each rule stands alone.
+        granularity: which of the matched layers share a task router.
+        shared_router: that router, where several layers share one; the same for all rules.
     """
 
     pattern: str
@@ -53,6 +57,8 @@ class Rule:
     router_input: Literal["inputs", "outputs"] | Sibling = "inputs"
     beside: str | None = None
     site: str | None = None
+    granularity: granularity_lib.Granularity = granularity_lib.Granularity()
+    shared_router: task_routers.TaskRouter | None = None
 
     def __post_init__(self) -> None:
         """Compiles the pattern and makes the adapter once, so that bad settings fail here."""

@@ -13,6 +13,15 @@ from moe_peft.routing.routers import (
     UniformRouter,
     check_positive,
 )
+from moe_peft.routing.task_routers import (
+    PrivateRouter,
+    RandomExampleRouter,
+    RandomTaskRouter,
+    SkillRouter,
+    SkillRouterFactory,
+    TaskRouter,
+    UniformSkillRouter,
+)
 
 __all__ = [
     "PRECISION",
@@ -26,5 +35,12 @@ __all__ = [
     "TokenRouter",
     "UniformRouter",
     "check_positive",
+    "PrivateRouter",
+    "RandomExampleRouter",
+    "RandomTaskRouter",
+    "SkillRouter",
+    "SkillRouterFactory",
+    "TaskRouter",
+    "UniformSkillRouter",
     "losses",
 ]

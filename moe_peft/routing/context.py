@@ -44,6 +44,7 @@ class Site:
         has_rng: the caller gave an rng named "routing".
         wants_losses: the caller collects router losses.
         routes_on_inputs: `router_input` is what the frozen layer reads.
+        shared_weights: Float[b p s], the weights of a task router that several layers share.
         project: kernel [i, e] -> `router_input @ kernel`, float32, by an adapter that multiplies
             the same array with a matrix of its own, both at once; None leaves it to the router.
     """
@@ -58,4 +59,5 @@ class Site:
     has_rng: bool = False
     wants_losses: bool = False
     routes_on_inputs: bool = False
+    shared_weights: Array | None = None
     project: Callable[[Array], Array] | None = None

@@ -13,7 +13,7 @@ import gin
 import jax
 from jaxtyping import PyTree
 
-from moe_peft import methods, patching
+from moe_peft import errors, methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import (
@@ -52,6 +52,7 @@ def train(
     evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
     eval_period: int = 1_000,
     monitors: Sequence[monitors_lib.Monitor] = (),
+    start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Result:
     """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
@@ -80,12 +81,15 @@ def train(
       evaluator: (model, step, params) -> metrics, called every `eval_period` steps and at the end.
       eval_period: steps.
       monitors: looked through every so many steps and at the end; see `monitors`.
+      start_from: folder of a multi-task run that `method` (made by `methods.transferred`, variant
+        "mu" or "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-
+        Head Adapter Routing", section 5. None for fresh adapters.
       mesh: devices; default: all of them, data-parallel.
 
     Raises:
       UserError: a setting, the folder, the backbone or the data is wrong. Before compiling.
     """
-    from moe_peft.data import pipeline  # Imports TensorFlow.
+    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
 
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is not None:
@@ -100,8 +104,10 @@ def train(
         "seed": seed,
     }
 
+    _check_tasks(method, mixture, pack, start_from)
+
     def open_batches(start_batch: int) -> run_lib.Batches:
-        return pipeline.train_batches(
+        batches = pipeline.train_batches(
             mixture,
             batch_size,
             dict(feature_lengths),
@@ -111,6 +117,7 @@ def train(
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
+        return task_ids.checked(batches, method, mixture)
 
     base = encoder_decoder.EncoderDecoder(model, loss)
     return fit(
@@ -132,9 +139,31 @@ def train(
             eval_period=eval_period,
         ),
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
+        start_from=start_from,
         monitors=monitors,
         mesh=mesh,
     )
+
+
+def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
+    """Refuses what would be silently wrong, or could not be restored."""
+    if pack and method.num_tasks is not None:
+        raise errors.UserError(
+            f"{method.name!r} combines its modules for each example's task, and packed rows mix "
+            "examples of several tasks. Set train.pack = False."
+        )
+    variant = method.transfer.variant if method.transfer else None
+    if start_from is not None and variant not in ("mu", "keep"):
+        raise errors.UserError(
+            f"train.start_from goes on with {mixture!r} from a multi-task run, so METHOD has "
+            f"to be `@methods.transferred()` of variant 'mu' or 'keep', not {variant!r}. For new "
+            "tasks use `moe-peft adapt`."
+        )
+    if start_from is None and variant is not None:
+        raise errors.UserError(
+            f"{method.name!r} starts from a multi-task run: give its folder as train.start_from, "
+            "or use `moe-peft adapt`."
+        )
 
 
 def fit(
@@ -147,6 +176,7 @@ def fit(
     settings: run_lib.Settings,
     eval_hook: run_lib.EvalHook | None = None,
     monitors: Sequence[monitors_lib.Monitor] = (),
+    start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Result:
     """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
@@ -161,6 +191,7 @@ def fit(
       settings: numbers and periods.
       eval_hook: (step, params) -> metrics.
       monitors: see `train`.
+      start_from: see `train`.
       mesh: see `train`.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
@@ -193,7 +224,11 @@ def fit(
         )
         active = monitors_lib.start(monitors, watched)
 
-        trees = begin.trees(backbone, settings.seed, settings.frozen_dtype)
+        source = preparation.Source.load(begin.method, start_from) if start_from else None
+        trees = begin.trees(backbone, settings.seed, settings.frozen_dtype, source)
+        if source is not None:
+            source.check_backbone(trees.fingerprint)
+            described = {**described, "source": source.describe()}
         description = preparation.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )

@@ -9,12 +9,18 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from moe_peft import errors, methods, patching
+from moe_peft import errors, methods, patching, transfer
 from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import optimizers
+from moe_peft.training import checkpoints, digest, optimizers
 
 # Parts of the description that must agree with a checkpoint's, and what a person calls them.
-_MUST_AGREE = {"method": "method", "backbone": "backbone", "model": "model config", "data": "data"}
+_MUST_AGREE = {
+    "method": "method",
+    "backbone": "backbone",
+    "model": "model config",
+    "data": "data",
+    "source": "source run",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +58,17 @@ class Start:
             )
         return trainable
 
-    def trees(self, backbone: str, seed: int, frozen_dtype: str) -> "Trees":
-        """Returns the backbone that the spec names with fresh adapters, parted by the method.
+    def trees(
+        self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
+    ) -> "Trees":
+        """Returns the backbone that the spec names with its adapters, parted by the method.
 
         Args:
           backbone: see `backbone.load`.
           seed: of the fresh adapters.
           frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16". Trainable leaves are
             float32, also where they are the backbone's (method `full`).
+          source: the run whose parameters the adapters start from; None for fresh ones.
         """
         loaded = backbone_lib.load(backbone, self.base_shapes(), self._init_base)
         base = patching.flatten(loaded.params)
@@ -69,7 +78,10 @@ class Start:
             flat = patching.flatten(self._init(rng))
             return {path: leaf for path, leaf in flat.items() if path not in base}
 
-        adapters = jax.jit(fresh_adapters)(jax.random.key(seed))
+        if source is None:
+            adapters = jax.jit(fresh_adapters)(jax.random.key(seed))
+        else:
+            adapters = patching.flatten(self.transferred(source, seed))
         frozen, trainable = self.method.split(patching.trees.unflatten({**base, **adapters}))
         return Trees(
             backbone_lib.cast(frozen, frozen_dtype),
@@ -77,11 +89,57 @@ class Start:
             loaded.fingerprint,
         )
 
+    def transferred(self, source: "Source", seed: int, task_weights: Any = None) -> PyTree:
+        """Returns what the method starts from after the run `source`; see `transfer.initial`."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        rng = jax.random.key(seed)
+        return transfer.initial(self.method, source.trainable, shapes, rng, task_weights)
+
     def _init(self, rng):
         return self.model.init(rng, self.batch_shapes)
 
     def _init_base(self, rng):
         return self.base_model.init(rng, self.batch_shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run of another method (or of the same), whose parameters one starts from.
+
+    Attributes:
+      folder: of that run.
+      step: of its checkpoint.
+      trainable: what it trained.
+      description: what it is, see `describe`.
+    """
+
+    folder: str
+    step: int
+    trainable: PyTree
+    description: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, method: methods.Method, folder: str, step: int | None = None) -> "Source":
+        """Reads a run's newest checkpoint, or that of `step`.
+
+        Raises:
+          UserError: there is none, or it is of another method than `method` starts from.
+        """
+        saved = checkpoints.load_trainable(folder, step)
+        transfer.check_source(method, saved.description, folder)
+        return cls(str(folder), saved.step, saved.trainable, saved.description)
+
+    def check_backbone(self, fingerprint: str) -> None:
+        """Raises UserError unless the run had the backbone with this fingerprint."""
+        if self.description["backbone"]["fingerprint"] != fingerprint:
+            raise errors.UserError(
+                f"The run in {self.folder} was trained on another backbone "
+                f"({self.description['backbone_spec']}); give BACKBONE the same weights."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies it, as json types."""
+        return {"step": self.step, "digest": digest.of_tree(self.trainable)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +199,7 @@ def check_same_run(
       UserError: a part differs; the message names the difference.
     """
     for part in parts:
-        difference = _first_difference(saved[part], current[part])
+        difference = first_difference(saved.get(part), current.get(part))
         if difference:
             raise errors.UserError(
                 f"The checkpoints in {model_dir} are of a run with another {_MUST_AGREE[part]}: "
@@ -154,10 +212,10 @@ def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> s
 
     It is no reason to refuse: to train longer, or on at a lower rate, is legitimate.
     """
-    return _first_difference(saved["optimizer"], current["optimizer"])
+    return first_difference(saved["optimizer"], current["optimizer"])
 
 
-def _first_difference(saved: Any, current: Any, path: str = "") -> str:
+def first_difference(saved: Any, current: Any, path: str = "") -> str:
     """Returns "a.b is 1 in the checkpoint and 2 here", or "" where both are equal."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         pairs = [(key, saved.get(key), current.get(key)) for key in sorted({*saved, *current})]
@@ -168,7 +226,7 @@ def _first_difference(saved: Any, current: Any, path: str = "") -> str:
     else:
         return f"{path} is {_short(saved)} in the checkpoint and {_short(current)} here"
     for key, old, new in pairs:
-        found = _first_difference(old, new, f"{path}.{key}" if path else str(key))
+        found = first_difference(old, new, f"{path}.{key}" if path else str(key))
         if found:
             return found
     return ""

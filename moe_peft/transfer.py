@@ -1,0 +1,224 @@
+"""From a multi-task run to a new task: which parameters go over, and what trains then.
+
+The variants of "Multi-Head Adapter Routing" (Caccia et al. 2023) and of its first version:
+
+* keep: the same parameters go on training (LoRA, (IA)3, full fine-tuning: "type A").
+* new_logits: modules go over, a fresh row of logits for the one new task; both train (Poly, MHR).
+* z: the same, but only the logits train (Poly-z, MHR-z).
+* mu: modules are averaged into one adapter, which trains (Poly-mu, MHR-mu, Random-mu, Private-mu).
+* soup: private modules of chosen tasks are averaged into one adapter (AdapterSoup).
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import re
+from typing import Any
+import zlib
+
+import gin
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+import numpy as np
+
+from moe_peft import errors, methods, patching
+from moe_peft.routing import task_routers
+
+VARIANTS = ("keep", "new_logits", "z", "mu", "soup")
+
+# Leaves of scanned layers hold all layers of one stack, the layer axis second.
+_SCANNED = re.compile(r"(encoder/encoder|decoder/decoder)/.*")
+_LAYER_AXIS = 1
+
+
+@gin.register(module="methods")
+def transferred(method: methods.Method, variant: str) -> methods.Method:
+    """Returns the method that trains after a multi-task run of `method`; see the module.
+
+    Args:
+        method: of the multi-task run.
+        variant: one of `VARIANTS`.
+
+    Raises UserError where the variant does not fit the method.
+    """
+    if variant not in VARIANTS:
+        raise errors.UserError(
+            f"Unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}."
+            f"{errors.near(str(variant), VARIANTS)}"
+        )
+    made = _MAKERS[variant](method)
+    name = method.name if variant in ("keep", "new_logits") else f"{method.name}_{variant}"
+    return dataclasses.replace(made, name=name, transfer=methods.Transfer(method, variant))
+
+
+def _kept(method: methods.Method) -> methods.Method:
+    if method.num_tasks is not None:
+        raise errors.UserError(
+            f"Variant 'keep' keeps one adapter for all tasks; {method.name!r} routes by task. "
+            "Choose 'new_logits', 'z' or 'mu'."
+        )
+    return method
+
+
+def _with_new_logits(method: methods.Method, trainable: str) -> methods.Method:
+    if not _has_learned_routers(method):
+        raise errors.UserError(
+            f"{method.name!r} has no learned task routers; choose 'mu', 'soup' or 'keep'."
+        )
+    rules = tuple(_for_one_task(rule) for rule in method.rules)
+    return dataclasses.replace(method, rules=rules, trainable=trainable, num_tasks=None)
+
+
+def _averaged(method: methods.Method, variant: str) -> methods.Method:
+    if method.average is None:
+        raise errors.UserError(
+            f"Variant {variant!r} averages modules; {method.name!r} has none. Choose 'keep'."
+        )
+    if variant == "soup" and _router_class(method) is not task_routers.PrivateRouter:
+        raise errors.UserError(
+            f"Variant 'soup' averages modules of single tasks; those of {method.name!r} serve "
+            "many. Train `methods.private` first."
+        )
+    return method.average
+
+
+_MAKERS: dict[str, Callable[[methods.Method], methods.Method]] = {
+    "keep": _kept,
+    "new_logits": lambda method: _with_new_logits(method, methods.ADAPTER_LEAVES),
+    "z": lambda method: _with_new_logits(method, methods.ROUTER_LEAVES),
+    "mu": lambda method: _averaged(method, "mu"),
+    "soup": lambda method: _averaged(method, "soup"),
+}
+
+
+def _router_class(method: methods.Method) -> type | None:
+    """The class of the method's task routers; None without any."""
+    for rule in method.rules:
+        module = rule.adapter_factory(parent=None)
+        if hasattr(module, "num_skills"):
+            router = module.router_factory(
+                num_skills=module.num_skills, num_splits=module.num_splits, parent=None
+            )
+            return type(router)
+    return None
+
+
+def _has_learned_routers(method: methods.Method) -> bool:
+    return _router_class(method) is task_routers.TaskRouter
+
+
+def _for_one_task(rule: patching.Rule) -> patching.Rule:
+    """The rule with one row of logits."""
+    module = rule.adapter_factory(parent=None)
+    router = functools.partial(module.router_factory, num_tasks=1)
+    shared = rule.shared_router
+    return dataclasses.replace(
+        rule,
+        adapter_factory=functools.partial(rule.adapter_factory, router_factory=router),
+        shared_router=None if shared is None else shared.clone(num_tasks=1, parent=None),
+    )
+
+
+def initial(
+    method: methods.Method,
+    source: PyTree,
+    shapes: PyTree,
+    rng: Array,
+    task_weights: Float[Array | np.ndarray, "n"] | None = None,
+) -> dict[str, Any]:
+    """Returns what `method` starts from: every adapter leaf (every leaf, if all train), nested.
+
+    Args:
+        method: made by `transferred`.
+        source: trainable tree of the source run.
+        shapes: abstract params of the patched model under `method`.
+        rng: of new logits.
+        task_weights: of the source's tasks, adding up to one; for "soup".
+
+    Raises UserError where `source` lacks a leaf or has another shape than expected.
+    """
+    variant = method.transfer.variant
+    if (variant == "soup") != (task_weights is not None):
+        raise errors.UserError("task_weights and the variant 'soup' go together.")
+    have = patching.flatten(source)
+    found = {}
+    for path, want in patching.flatten(shapes).items():
+        if not (method.is_trainable(path) or re.fullmatch(methods.ADAPTER_LEAVES, path)):
+            continue
+        is_router = re.fullmatch(methods.ROUTER_LEAVES, path) is not None
+        if is_router and variant in ("new_logits", "z"):
+            key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+            found[path] = task_routers.init_logits(key, want.shape)
+            continue
+        if path not in have:
+            raise errors.UserError(
+                f"The source run has no parameter {path!r}, which {method.name!r} starts from."
+                f"{errors.near(path, have)}"
+            )
+        leaf = jnp.asarray(have[path])
+        if variant in ("mu", "soup"):
+            leaf = _average(path, leaf, want.shape, task_weights)
+        if leaf.shape != want.shape:
+            raise errors.UserError(
+                f"{path!r} has the shape {leaf.shape} in the source run, {method.name!r} expects "
+                f"{want.shape}."
+            )
+        found[path] = leaf
+    return patching.trees.unflatten(found)
+
+
+def _average(
+    path: str,
+    modules: Float[Array, "..."],
+    shape: tuple[int, ...],
+    weights: Float[Array | np.ndarray, "n"] | None,
+) -> Float[Array, "..."]:
+    """The modules of one leaf averaged, in the shape of the single adapter's leaf."""
+    kind = path.rpartition("/")[2]
+    if _SCANNED.fullmatch(path):
+        one_shape = shape[:_LAYER_AXIS] + shape[_LAYER_AXIS + 1 :]
+        average = functools.partial(_average_one, kind, shape=one_shape, weights=weights)
+        return jax.vmap(average, in_axes=_LAYER_AXIS, out_axes=_LAYER_AXIS)(modules)
+    return _average_one(kind, modules, shape=shape, weights=weights)
+
+
+def _average_one(kind, modules, *, shape, weights):
+    """lora_a [p, s, j, r], lora_b [p, s, r, k] or vectors [s, p, k], averaged over s."""
+    skill_axis = 0 if kind == "vectors" else 1
+    num_skills = modules.shape[skill_axis]
+    if weights is None:
+        weights = np.full(num_skills, 1.0 / num_skills, np.float32)
+    if len(weights) != num_skills:
+        raise errors.UserError(
+            f"There are {len(weights)} task weights for {num_skills} modules of the source run."
+        )
+    mean = jnp.tensordot(jnp.asarray(weights, jnp.float32), modules, axes=(0, skill_axis))
+    if kind == "lora_b":  # [p, r, k] -> [r, p, k]
+        mean = jnp.swapaxes(mean, 0, 1)
+    return mean.reshape(shape)
+
+
+def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
+    """Refuses a source run whose method is not the one that `method` starts from.
+
+    Args:
+        method: made by `transferred`.
+        description: of the source run's checkpoint.
+        folder: of the source run, for the message.
+    """
+    from moe_peft.training import preparation
+
+    if method.transfer is None:
+        raise errors.UserError(
+            f"{method.name!r} does not say what it takes from {folder}: make it with "
+            "`@methods.transferred()`, as methods/transferred.gin does."
+        )
+    saved = description["method"]
+    current = preparation.as_json(method.transfer.source.describe())
+    difference = preparation.first_difference(saved, current)
+    if difference:
+        raise errors.UserError(
+            f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
+            "settings of that run, or another run."
+        )
