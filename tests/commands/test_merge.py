@@ -12,10 +12,7 @@ from moe_peft.models import encoder_decoder
 from moe_peft.training import backbone, checkpoints, preparation
 
 TINY = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "BACKBONE=random:0"]
-SHAPES = {
-    **dict.fromkeys(merging.TOKENS, (1, 2)),
-    "task_ids": (1,),
-}
+SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +33,26 @@ def start(method_name):
 
 @functools.cache
 def trees(method_name):
-    return start(method_name).trees("random:0", 0, "float32")
+    """What a fresh run starts from; compiling the initialisers would take longer than the rest."""
+    shapes = jax.eval_shape(lambda: start(method_name).model.init(jax.random.key(0), SHAPES))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
+    frozen, trainable = start(method_name).method.split(jax.tree.map(draw, shapes))
+    return preparation.Trees(frozen, trainable, "the backbone's fingerprint")
 
 
 @pytest.fixture
 def run_of(monkeypatch):
-    """Pretends that /run is a run of a method, whose trained leaves are not fresh."""
+    """Pretends that /run is a run of a method."""
 
     def pretend(method_name, spoil=1.0):
-        made, rng = trees(method_name), np.random.default_rng(0)
-        moved = lambda leaf: spoil * (leaf + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
-        trainable = jax.tree.map(lambda leaf: np.asarray(moved(leaf)), made.trainable)
+        made = trees(method_name)
+        trainable = jax.tree.map(lambda leaf: spoil * leaf, made.trainable)
         method = preparation.as_json(start(method_name).method.describe())
         record = {"method": method, "backbone": {"fingerprint": made.fingerprint}}
         saved = checkpoints.Saved(7, trainable, {}, {"description": record})
         monkeypatch.setattr(checkpoints, "load_trainable", lambda *args: saved)
+        monkeypatch.setattr(preparation.Start, "trees", lambda *args, **kwargs: made)
         return patching.merge(made.frozen, trainable)
 
     return pretend
