@@ -163,8 +163,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     comparison = commands.add_parser(
         "compare",
-        help="show evaluated runs side by side, as a table and a picture",
-        description="Shows runs that `moe-peft eval` evaluated side by side.",
+        help="show evaluated or adapted runs side by side, as a table and a picture",
+        description="Shows runs that `moe-peft eval` evaluated, or adaptations by `moe-peft "
+        "adapt`, side by side.",
     )
     comparison.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run")
     comparison.add_argument(
@@ -214,12 +215,7 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         return 0
 
     if args.command == "compare":
-        from moe_peft.analysis import report
-
-        for runs in report.load(args.folders).values():
-            report.show(runs)
-            for path in report.write(runs, args.out):
-                print(f"wrote {path}")
+        _compare(args.folders, args.out)
         return 0
 
     command = COMMANDS[args.command]
@@ -234,6 +230,25 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     elif args.command in ("export", "merge"):
         print(f"wrote {result}")
     return 0
+
+
+def _compare(folders: Sequence[str], out: str) -> None:
+    """Shows folders of adaptations as parameters against score, others as tables by group."""
+    from moe_peft.analysis import pareto, report
+
+    adapted = [folder for folder in folders if pareto.is_adaptation(folder)]
+    evaluated = [folder for folder in folders if folder not in adapted]
+    for runs in report.load(evaluated).values():
+        report.show(runs)
+        _say_written(report.write(runs, out))
+    for mixture, (title, rows) in pareto.load(adapted).items():
+        pareto.show(rows, title)
+        _say_written(pareto.write(rows, title, os.path.join(out, f"{mixture}_adapted")))
+
+
+def _say_written(paths) -> None:
+    for path in paths:
+        print(f"wrote {path}")
 
 
 def configure(

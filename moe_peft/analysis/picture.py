@@ -6,13 +6,7 @@ import pathlib
 from matplotlib import figure, ticker
 import numpy as np
 
-from moe_peft import errors
-from moe_peft.analysis import report
-
-# Grey is kept for runs that train nothing. Told apart in print and by the colour-blind (Okabe-Ito).
-_UNTRAINED = "#9aa0a6"
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-_INK = "#333333"
+from moe_peft.analysis import report, style
 
 
 def draw(runs: Sequence[report.Run], path: pathlib.Path | str) -> None:
@@ -38,7 +32,7 @@ def draw(runs: Sequence[report.Run], path: pathlib.Path | str) -> None:
         label = f"{run.name}   {_size(run)}"
         axes.bar(x, means, widths * 0.92, color=color, label=label, zorder=2)
         half = widths * 0.36
-        axes.hlines(medians, x - half, x + half, color=_INK, linewidth=1, zorder=3)
+        axes.hlines(medians, x - half, x + half, color=style.INK, linewidth=1, zorder=3)
         top = max(means[-1], medians[-1])
         axes.annotate(
             f"{means[-1]:.1f}",
@@ -47,7 +41,7 @@ def draw(runs: Sequence[report.Run], path: pathlib.Path | str) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=7,
-            color=_INK,
+            color=style.INK,
         )
     axes.axvline(places[-2] + 0.6, color="#dddddd", linewidth=1, zorder=1)
 
@@ -57,33 +51,24 @@ def draw(runs: Sequence[report.Run], path: pathlib.Path | str) -> None:
     axes.set_ylim(0, None)
     axes.margins(y=0.08)
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
-    axes.yaxis.grid(True, color="#e6e6e6", linewidth=0.8, zorder=0)
-    axes.tick_params(length=0, colors=_INK)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#bbbbbb")
-    axes.set_title(
-        report.title(runs).replace(", per cent", ""), loc="left", fontsize=11, color=_INK, pad=10
-    )
+    style.clean(axes)
+    style.title(axes, report.title(runs).replace(", per cent", ""))
     fig.legend(
         loc="outside lower center",
         ncols=min(len(runs), 3),
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=style.INK,
         title="bar: mean, line: median over templates; trainable parameters beside the name",
         title_fontsize=8,
     )
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, dpi=160)
-    except OSError as error:
-        raise errors.UserError(f"{path} cannot be written: {error}.") from error
+    style.save(fig, path)
 
 
 def _colors(runs: Sequence[report.Run]) -> list[str]:
     trained = [run for run in runs if run.trainable]
-    by_name = {run.name: _COLORS[i % len(_COLORS)] for i, run in enumerate(trained)}
-    return [by_name.get(run.name, _UNTRAINED) for run in runs]
+    by_name = {run.name: style.COLORS[i % len(style.COLORS)] for i, run in enumerate(trained)}
+    return [by_name.get(run.name, style.GREY) for run in runs]
 
 
 def _size(run: report.Run) -> str:
