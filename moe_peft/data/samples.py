@@ -6,21 +6,28 @@ kilobytes.
 """
 
 from collections.abc import Sequence
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
+
+import numpy as np
 
 from moe_peft.data.cldr import store, suite
 
 TRAIN_TASKS = 6
 TEST_TASKS = 3
+CHOICES = 4  # of an example in rank classification
 
 
 def folder() -> pathlib.Path:
     """The folder of the samples: superni/, crossfit/ and p3/; written if it is not there."""
-    place = store.folder() / f"samples-{store.fingerprint()}-{_VERSION}"
+    source = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
+    place = store.folder() / f"samples-{store.fingerprint()}-{source}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=place.parent, prefix="samples-"))
@@ -35,33 +42,31 @@ def folder() -> pathlib.Path:
     return place
 
 
-_VERSION = 1  # of what `write` writes
-
-
 def write(place: pathlib.Path) -> None:
     """Writes all samples under a folder."""
     write_superni(place / "superni")
     write_crossfit(place / "crossfit")
+    write_p3(place / "p3")
 
 
-def _tasks(group: str, count: int) -> Sequence[suite.Task]:
-    """Tasks of different functions with enough rows."""
-    by_function = {}
+def _tasks(group: str, count: int, is_closed: bool = False) -> Sequence[suite.Task]:
+    """Tasks of different functions with enough rows, and answers to choose from if asked."""
+    by_function: dict[str, suite.Task] = {}
     for task in suite.tasks(group):
-        if len(suite.split_items(task).get("train", ())) >= 10:
+        is_large = len(suite.split_items(task).get("train", ())) >= 10
+        if is_large and (suite.answer_choices(task) or not is_closed):
             by_function.setdefault(task.function, task)
     return list(by_function.values())[:count]
 
 
-def _pairs(task: suite.Task) -> list[tuple[str, str]]:
-    """Different questions with their answers, training items first."""
-    found = {
-        example.inputs: example.targets
+def _pairs(task: suite.Task, wordings: Sequence[int] = (0, 1)) -> list[tuple[str, str]]:
+    """Questions with their answers, training items first."""
+    return [
+        (example.inputs, example.targets)
         for split in ("train", "validation")
         for example in suite.examples(task, split)
-        if example.template_id < 2
-    }
-    return list(found.items())
+        if example.template_id in wordings
+    ]
 
 
 def write_superni(place: pathlib.Path) -> None:
@@ -118,8 +123,6 @@ def _superni_task(number: str, task: suite.Task) -> dict:
 
 def write_crossfit(place: pathlib.Path) -> None:
     """`<task>/<task>_32_<seed>_{train,dev,test}.tsv` and `random.json`."""
-    import numpy as np
-
     from moe_peft.data.crossfit import files
 
     groups = {"train": _tasks("train", TRAIN_TASKS), "dev": [], "test": []}
@@ -149,3 +152,76 @@ def write_crossfit(place: pathlib.Path) -> None:
                     path = place / name / f"{name}_32_{seed}_{part}.tsv"
                     path.write_text(text, encoding="utf-8")
     (place / files.PARTITION_FILE).write_text(json.dumps(names), encoding="utf-8")
+
+
+def write_p3(place: pathlib.Path, form: str = "tfrecord") -> None:
+    """Task folders as in bigscience/P3, ordinary and for rank classification, and `tasks.json`.
+
+    Token ids are those of the vocabulary "bytes".
+
+    Args:
+      place: a new folder.
+      form: "tfrecord" (a SeqIO cache) or "parquet".
+    """
+    from moe_peft.data.p3 import names, writing
+
+    wordings = ("first wording", "second wording")
+    table: dict[str, list[dict]] = {"training": [], "held_out": []}
+    for group, count in (("train", TRAIN_TASKS), ("fewshot", TEST_TASKS)):
+        for task in _tasks(group, count, is_closed=group == "fewshot"):
+            subset = f"{task.function}_{task.locale}"
+            line = {"name": "cldr", "subset": subset, "templates": wordings}
+            for number, wording in enumerate(wordings):
+                name = names.task("cldr", subset, wording)
+                if group == "train":
+                    rows = _p3_rows(task, number)
+                    splits = {"train": rows[4:], "validation": rows[:4], "test": []}
+                else:
+                    name, rows = f"{name}_score_eval", _ranked_rows(task, number)
+                    splits = {"train": rows[4 * CHOICES :], "validation": rows[: 4 * CHOICES]}
+                    splits = {split: _shuffled(rows) for split, rows in splits.items()}
+                writing.write_task(place / name, splits, form)
+            if group == "train":
+                table["training"].append(line | {"mixture": "t0", "train_size": len(rows) - 4})
+            else:
+                table["held_out"].append(line | {"set": f"cldr_{task.function}"})
+    (place / names.TABLE_FILE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _byte_ids(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + 3
+
+
+def _p3_rows(task: suite.Task, wording: int) -> list[Any]:
+    from moe_peft.data.p3 import records
+
+    choices = suite.answer_choices(task)
+    return [
+        records.Record(inputs, targets, _byte_ids(inputs), _byte_ids(targets), choices)
+        for inputs, targets in _pairs(task, (wording,))
+    ]
+
+
+def _ranked_rows(task: suite.Task, wording: int) -> list[Any]:
+    """`CHOICES` rows of each example; of one item in every wording under the same number."""
+    ordinary = _p3_rows(task, wording)
+    found = []
+    for number, record in enumerate(ordinary):
+        start = number // CHOICES * CHOICES
+        others = [o.targets for o in (ordinary + ordinary)[start : start + CHOICES]]
+        for choice, text in enumerate(others):
+            found.append(
+                dataclasses.replace(
+                    record,
+                    targets=text,
+                    target_ids=_byte_ids(text),
+                    answer_choices=(),
+                    idx=(number if number < 4 else number - 4, choice),
+                    is_correct=text == record.targets,
+                )
+            )
+    return found
+
+
+def _shuffled(rows: list[Any]) -> list[Any]:
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]

@@ -1,0 +1,148 @@
+"""Which (data set, template) tasks P3 and the T0 mixtures have, how they are called, their caps.
+
+Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization": 38 training
+data sets with 313 templates in `t0`, 10 more (79) in `t0+`, 6 more (72) in `t0++`. The 24 templates
+that the original mixture excludes by name belong to none of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+import re
+from typing import Any
+
+from moe_peft import errors
+
+MAX_EXAMPLES = 500_000  # of a data set, over its templates
+MIXTURES = ("t0", "t0+", "t0++")
+TABLE_FILE = "tasks.json"
+ANLI_ROUNDS = ("r1", "r2", "r3")
+
+NOT_PUBLISHED = ("storycloze",)  # on request only, so not among P3's records
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set of the training mixtures.
+
+    Attributes:
+      name: as its hub calls it.
+      subset: likewise; None where it has none.
+      mixture: the smallest of `MIXTURES` that trains on it.
+      train_size: rows that T0's table of data sets gives.
+      templates: names of all its templates, sorted.
+    """
+
+    name: str
+    subset: str | None
+    mixture: str
+    train_size: int
+    templates: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """P3's names of its tasks, in the order of the templates."""
+        return tuple(task(self.name, self.subset, template) for template in self.templates)
+
+    def cap(self, rule: str) -> int:
+        """Examples of each template that count.
+
+        Rule "t0" (T0, MoV): `MAX_EXAMPLES` divided among the templates where the data set has more
+        rows than `MAX_EXAMPLES`, all of them otherwise. Rule "t_few" (T-Few, MHR): that share, or
+        all rows if there are no more.
+        """
+        share = MAX_EXAMPLES // len(self.templates)
+        if rule == "t_few":
+            return min(self.train_size, share)
+        return share if self.train_size > MAX_EXAMPLES else self.train_size
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A data set that T0 does not train on.
+
+    Attributes:
+      name: short, such as "rte" or "anli_r1".
+      tasks: P3's names of its rank-classification tasks, by template name; their order numbers the
+        templates.
+      templates: names of the templates that ask the original task, sorted.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def task(name: str, subset: str | None, template: str) -> str:
+    """P3's name of a (data set, template) task.
+
+    >>> task("super_glue", "copa", "…What could happen next, C1 or C2?")
+    'super_glue_copa__What_could_happen_next_C1_or_C2_'
+    """
+    return re.sub(r"[^\w.]+", "_", f"{name}_{f'{subset}_' if subset else ''}{template}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Data sets in order: their places are their ids.
+
+    Attributes:
+      training: of all mixtures, those of smaller mixtures first.
+      held_out: evaluation sets.
+    """
+
+    training: tuple[Dataset, ...]
+    held_out: tuple[HeldOut, ...]
+
+    def mixture(self, name: str) -> tuple[Dataset, ...]:
+        """The data sets of one of `MIXTURES`; a larger one holds the smaller ones."""
+        wanted = MIXTURES[: MIXTURES.index(name) + 1]
+        return tuple(dataset for dataset in self.training if dataset.mixture in wanted)
+
+
+@functools.cache
+def official() -> Table:
+    """T0's 54 training data sets and eleven evaluation sets."""
+    text = (importlib.resources.files(__package__) / "tasks.json").read_text(encoding="utf-8")
+    return _table(json.loads(text))
+
+
+@functools.cache
+def of_folder(folder: pathlib.Path) -> Table:
+    """`official()`, unless the folder has a file `tasks.json` of the same form as ours."""
+    path = folder / TABLE_FILE
+    if not path.is_file():
+        return official()
+    try:
+        return _table(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise errors.UserError(
+            f"{path} cannot be used ({type(problem).__name__}: {problem}); expected the form of "
+            "moe_peft/data/p3/tasks.json."
+        ) from problem
+
+
+def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    training = tuple(
+        Dataset(
+            line["name"],
+            line["subset"],
+            line["mixture"],
+            line["train_size"],
+            tuple(line["templates"]),
+        )
+        for line in content["training"]
+    )
+    return Table(training, tuple(found for line in content["held_out"] for found in _sets(line)))
+
+
+def _sets(line: Mapping[str, Any]) -> Iterator[HeldOut]:
+    """The evaluation sets of a data set: one, or ANLI's three rounds."""
+    templates = tuple(line["templates"])
+    ordinary = [task(line["name"], line["subset"], template) for template in templates]
+    for suffix in [f"_{r}" for r in ANLI_ROUNDS] if line["name"] == "anli" else [""]:
+        tasks = tuple(f"{name}{suffix}_score_eval" for name in ordinary)
+        yield HeldOut(line["set"] + suffix, tasks, templates)

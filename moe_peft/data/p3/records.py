@@ -1,0 +1,190 @@
+"""P3's published records, read where they lie, in both published forms.
+
+* TFRecords, a SeqIO cache: `<task>/COMPLETED`, `info.<split>.json`, `stats.<split>.json`,
+  `<split>.tfrecord-00000-of-00001` (the repository's revisions until 2023).
+* Parquet: `<task>/<split>-00000-of-00001.parquet` or `<task>/<split>/0000.parquet` (from 2024 on).
+
+Both hold texts and T5's token ids; `inputs` without end mark, `targets` with it. Rows of a
+`_score_eval` task are one answer choice each, numbered by `idx`, in any order.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from moe_peft import errors
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(\.parquet)?$")
+_TARGETS_END = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One row.
+
+    Attributes:
+      inputs: text.
+      targets: text.
+      input_ids: as published, no end mark.
+      target_ids: as published, end mark taken off.
+      answer_choices: texts; empty where the row has none.
+      idx: (example, choice) in a `_score_eval` task.
+      is_correct: likewise, whether this choice is right.
+    """
+
+    inputs: str
+    targets: str
+    input_ids: np.ndarray
+    target_ids: np.ndarray
+    answer_choices: tuple[str, ...] = ()
+    idx: tuple[int, int] | None = None
+    is_correct: bool = False
+
+
+def task_folder(root: pathlib.Path, task: str) -> pathlib.Path:
+    """Where a task's files are; a UserError if nowhere, or not completely."""
+    for folder in (root / "data" / task, root / task):
+        if folder.is_dir():
+            break
+    else:
+        near = ""
+        if root.is_dir():
+            known = {p.name for r in (root, root / "data") if r.is_dir() for p in r.iterdir()}
+            near = errors.near(task, known)
+        raise errors.UserError(f"P3's task {task!r} has no folder in {root}.{near}")
+    if any(folder.glob("*.tfrecord-*")) and not (folder / "COMPLETED").exists():
+        raise errors.UserError(
+            f"{folder} has no file COMPLETED: it was not written, or downloaded, to its end."
+        )
+    return folder
+
+
+def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The files of a split in order, all shards of it; empty where there is no such split."""
+    found = sorted(
+        {
+            *folder.glob(f"{split}.tfrecord-*"),
+            *folder.glob(f"{split}-*.parquet"),
+            *folder.glob(f"{split}/*.parquet"),
+        }
+    )
+    if not found or _published_size(folder, split) == 0:
+        return []
+    numbered = [match for path in found if (match := _SHARD.search(path.name))]
+    if numbered:
+        missing = int(numbered[0][2]) - len(numbered)
+        if missing:
+            raise errors.UserError(
+                f"{folder} has {len(numbered)} of the {numbered[0][2].lstrip('0')} files of "
+                f"{split!r}."
+            )
+    return found
+
+
+def splits(folder: pathlib.Path) -> tuple[str, ...]:
+    """Names of the splits that have rows."""
+    names = {
+        *(path.name.split(".")[0] for path in folder.glob("*.tfrecord-*")),
+        *(path.name.split("-")[0] for path in folder.glob("*-*.parquet")),
+        *(path.parent.name for path in folder.glob("*/*.parquet")),
+    }
+    return tuple(sorted(name for name in names if split_files(folder, name)))
+
+
+def read(folder: pathlib.Path, split: str) -> Iterator[Record]:
+    """Every row of a split; a UserError names the file and the row that is wrong."""
+    count = 0
+    for path in split_files(folder, split):
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _tfrecord_rows(path)
+        for number, row in enumerate(rows):
+            yield _record(path, number, row)
+            count += 1
+    expected = _published_size(folder, split)
+    if expected is not None and count != expected:
+        raise errors.UserError(
+            f"{folder}: {split!r} has {count} rows, stats.{split}.json says {expected}; cut off?"
+        )
+
+
+def _published_size(folder: pathlib.Path, split: str) -> int | None:
+    path = folder / f"stats.{split}.json"
+    try:
+        return int(json.loads(path.read_text())["examples"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise errors.UserError(
+            f"{path} cannot be used ({type(problem).__name__}); expected JSON with 'examples'."
+        ) from problem
+
+
+def _record(path: pathlib.Path, number: int, row: Mapping[str, Any]) -> Record:
+    for name in ("inputs", "targets", "inputs_pretokenized", "targets_pretokenized"):
+        if row.get(name) is None:
+            raise errors.UserError(f"{path}, row {number}: {name!r} is missing.")
+    targets = np.asarray(row["targets"], np.int32)
+    choices, idx = row.get("answer_choices"), row.get("idx")
+    return Record(
+        row["inputs_pretokenized"],
+        row["targets_pretokenized"],
+        np.asarray(row["inputs"], np.int32),
+        targets[:-1] if targets[-1:] == _TARGETS_END else targets,
+        tuple(choices) if choices is not None else (),
+        (int(idx[0]), int(idx[1])) if idx is not None and len(idx) else None,
+        bool(row.get("is_correct")),
+    )
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as problem:
+        raise errors.UserError(f"{path} needs pyarrow: pip install pyarrow.") from problem
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise errors.UserError(f"{path} cannot be read as Parquet: {problem}.") from problem
+
+
+def _tfrecord_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    import tensorflow as tf
+
+    ids = tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)
+    texts = tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)
+    features = {
+        **dict.fromkeys(("inputs", "targets", "idx", "is_correct"), ids),
+        **dict.fromkeys(("inputs_pretokenized", "targets_pretokenized", "answer_choices"), texts),
+    }
+    batches = tf.data.TFRecordDataset(str(path)).batch(512)
+    count = 0
+    try:
+        for batch in batches:
+            columns = {k: v.numpy() for k, v in tf.io.parse_example(batch, features).items()}
+            for i in range(len(columns["inputs"])):
+                yield _plain({name: column[i] for name, column in columns.items()})
+                count += 1
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as problem:
+        raise errors.UserError(
+            f"{path} is damaged after {count} rows or up to 511 more: {problem.message}."
+        ) from problem
+
+
+def _plain(row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A row of a TFRecord in the form of one of Parquet."""
+    text = lambda name: row[name][0].decode("utf-8") if len(row[name]) else None
+    return {
+        "inputs": row["inputs"],
+        "targets": row["targets"],
+        "inputs_pretokenized": text("inputs_pretokenized"),
+        "targets_pretokenized": text("targets_pretokenized"),
+        "answer_choices": [choice.decode("utf-8") for choice in row["answer_choices"]],
+        "idx": row["idx"],
+        "is_correct": bool(row["is_correct"][0]) if len(row["is_correct"]) else None,
+    }

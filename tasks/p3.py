@@ -1,0 +1,265 @@
+"""P3 as SeqIO tasks over its published records: T0's training mixtures and held-out sets.
+
+* `p3_<task>`: the (data set, template) tasks of T0's mixtures; mixtures `p3_t0` (38 data sets, 313
+  tasks), `p3_t0p` (392), `p3_t0pp` (464).
+* `p3_<set>`: the eleven held-out sets, each with all its templates and its answer choices. Rows
+  are examples, the wordings of one in a row; `template_ids` number the templates by name.
+  Mixtures: `p3_heldout` (all eleven), `p3_heldout_published` (without StoryCloze, which is on
+  request only and is read from `_score_eval` folders of one's own).
+
+Task ids count T0's templates (0 to 312, further mixtures after them) or its data sets (0 to 37);
+held-out sets follow after all of them. Registering reads no data. Token ids are kept on disk after
+the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configured`.
+"""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import functools
+import pathlib
+from typing import Literal
+
+import gin
+import numpy as np
+import seqio
+
+from moe_peft import errors
+from moe_peft.data import places, registration, row_store, rows, vocabularies
+from moe_peft.data.cldr import store
+from moe_peft.data.p3 import held_out, names, records
+
+PREFIX = "p3"
+MIXTURES = {"p3_t0": "t0", "p3_t0p": "t0+", "p3_t0pp": "t0++"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are weighted, numbered and read; see `configured`."""
+
+    cap_rule: str
+    task_ids: str
+    validation_examples: int
+    retokenize: bool
+    common_templates_only: bool
+
+
+@gin.configurable(module="p3")
+def configured(
+    cap_rule: Literal["t0", "t_few"] = "t0",
+    task_ids: Literal["template", "dataset"] = "template",
+    validation_examples: int = 100,
+    retokenize: bool = False,
+    common_templates_only: bool = False,
+) -> Settings:
+    """What gin sets for all P3 tasks.
+
+    Args:
+      cap_rule: "t0" (T0, MoV): all rows are used, a task's rate is its data set's cap. "t_few"
+        (T-Few, MHR): the first so many rows are used, every one of them equally often.
+      task_ids: what is one task to a router.
+      validation_examples: of each training task, set apart from its rows; with "t_few" only, as
+        otherwise a task's own validation split is used.
+      retokenize: make ids from the texts, rather than trust the published ones. Needed with any
+        other vocabulary than T5's.
+      common_templates_only: of held-out sets, leave out templates that apply to some items only
+        (T-Few and MHR: the first eight of COPA's twelve). Training splits always do.
+    """
+    return Settings(cap_rule, task_ids, validation_examples, retokenize, common_templates_only)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a training task stands in its table.
+
+    Attributes:
+      dataset: it belongs to.
+      dataset_id: number of the data set.
+      template_id: number of its template in the data set.
+      task_id: number of the task among all.
+    """
+
+    dataset: names.Dataset
+    dataset_id: int
+    template_id: int
+    task_id: int
+
+
+def _table() -> names.Table:
+    return names.of_folder(places.folder(PREFIX))
+
+
+@functools.cache
+def _places(table: names.Table) -> dict[str, Place]:
+    """By P3's name of the task."""
+    found: dict[str, Place] = {}
+    for dataset_id, dataset in enumerate(table.training):
+        for template_id, task in enumerate(dataset.tasks):
+            found[task] = Place(dataset, dataset_id, template_id, len(found))
+    return found
+
+
+def _place(task: str) -> Place:
+    known = _places(_table())
+    if task not in known:
+        raise errors.UserError(
+            f"{task!r} is in no mixture of {places.folder(PREFIX)}.{errors.near(task, known)}"
+        )
+    return known[task]
+
+
+def _stored(task: str, split: str, is_ranked: bool) -> row_store.Stored:
+    """A task's rows as ids, in the order of its files, or of its examples' numbers."""
+    folder = records.task_folder(places.folder(PREFIX), task)
+    files = records.split_files(folder, split)
+    if not files:
+        raise errors.UserError(
+            f"{folder} has no split {split!r}; it has {', '.join(records.splits(folder))}."
+        )
+    stamps = tuple((str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    settings = configured()
+    key = (vocabularies.fingerprint(), settings.retokenize, is_ranked, stamps)
+    return _open(folder, split, is_ranked, settings.retokenize, key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(
+    folder: pathlib.Path, split: str, is_ranked: bool, retokenize: bool, key: tuple
+) -> row_store.Stored:
+    def lines() -> Iterator[row_store.Line]:
+        found = records.read(folder, split)
+        if is_ranked:
+            found = held_out.examples(found, f"{folder}, {split!r}")
+        yield from _lines(found, folder, retokenize)
+
+    return row_store.stored(store.folder() / PREFIX, f"{folder.name}-{split}", key, lines)
+
+
+def _lines(
+    found: Iterable[records.Record], where: pathlib.Path, retokenize: bool
+) -> Iterator[row_store.Line]:
+    vocabulary = vocabularies.get()
+    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
+    for number, record in enumerate(found):
+        if retokenize:
+            inputs, targets = encode(record.inputs), encode(record.targets)
+        else:
+            inputs, targets = record.input_ids, record.target_ids
+            if number == 0 and not np.array_equal(encode(record.inputs), inputs):
+                raise errors.UserError(
+                    f"{where}: the published token ids are not those of VOCABULARY "
+                    f"{vocabularies.configured()!r}; set p3.configured.retokenize = True, or give "
+                    "T5's vocabulary."
+                )
+        yield row_store.Line(inputs, targets, record.answer_choices)
+
+
+def _training_rows(task: str, split: str) -> rows.Rows:
+    place, settings = _place(task), configured()
+    is_own = settings.cap_rule == "t0"
+    found = _stored(task, split if is_own else "train", is_ranked=False)
+    start, end = 0, len(found)
+    if not is_own:
+        end = min(place.dataset.cap("t_few"), len(found))
+        apart = min(settings.validation_examples, end // 2)  # of a few rows, half stay
+        start, end = (0, apart) if split == "validation" else (apart, end)
+    task_id = place.task_id if settings.task_ids == "template" else place.dataset_id
+    return _as_rows(found, start, end, task_id, place.template_id)
+
+
+def _as_rows(
+    found: row_store.Stored, start: int, end: int, task_id: int, template_id: int
+) -> rows.Rows:
+    constant = lambda value: np.broadcast_to(np.int32(value), (end - start,))
+    return rows.Rows(
+        found.inputs.slice(start, end),
+        found.targets.slice(start, end),
+        {"task_ids": constant(task_id), "template_ids": constant(template_id)},
+    )
+
+
+def _training_splits(task: str) -> tuple[str, ...]:
+    if configured().cap_rule == "t_few":
+        return ("train", "validation") if configured().validation_examples else ("train",)
+    return records.splits(records.task_folder(places.folder(PREFIX), task))
+
+
+def _held_out(name: str) -> tuple[names.HeldOut, int]:
+    """An evaluation set and its task id."""
+    table, settings = _table(), configured()
+    known = {found.name: (found, i) for i, found in enumerate(table.held_out)}
+    if name not in known:
+        raise errors.UserError(
+            f"{name!r} is no evaluation set of {places.folder(PREFIX)}.{errors.near(name, known)}"
+        )
+    found, number = known[name]
+    is_template = settings.task_ids == "template"
+    return found, number + (len(_places(table)) if is_template else len(table.training))
+
+
+def _held_out_rows(name: str, split: str) -> rows.Rows:
+    found, task_id = _held_out(name)
+    parts = [_stored(task, split, is_ranked=True) for task in found.tasks]
+    numbers = np.arange(len(parts), dtype=np.int32)
+    most = max(map(len, parts))
+    if split == "train" or configured().common_templates_only:
+        numbers = numbers[[len(part) == most for part in parts]]
+        parts = [part for part in parts if len(part) == most]
+    if all(len(part) == most for part in parts):
+        join, template_ids = held_out.Woven, np.tile(numbers, most)
+    else:
+        join, template_ids = held_out.Joined, np.repeat(numbers, [len(part) for part in parts])
+    return rows.Rows(
+        join([part.inputs for part in parts]),
+        join([part.targets for part in parts]),
+        {"task_ids": np.full(len(template_ids), task_id, np.int32), "template_ids": template_ids},
+        join([part.answer_choices for part in parts]),
+    )
+
+
+def _held_out_splits(name: str) -> tuple[str, ...]:
+    found, _ = _held_out(name)
+    return records.splits(records.task_folder(places.folder(PREFIX), found.tasks[0]))
+
+
+def _rate(registered: str) -> float:
+    if configured().cap_rule == "t0":
+        return float(_place(registered.removeprefix(f"{PREFIX}_")).dataset.cap("t0"))
+    return float(seqio.TaskRegistry.get(registered).source.num_input_examples("train"))
+
+
+def _register_training(table: names.Table, mixture: str) -> list[str]:
+    """Registers the tasks of a mixture; returns SeqIO's names."""
+    found = []
+    for task in (task for dataset in table.mixture(mixture) for task in dataset.tasks):
+        found.append(f"{PREFIX}_{task}")
+        rows_of = functools.partial(_training_rows, task)
+        registration.add_task(found[-1], rows_of, functools.partial(_training_splits, task))
+    return found
+
+
+def _register_held_out(table: names.Table) -> list[str]:
+    """Registers the evaluation sets; returns SeqIO's names."""
+    found = []
+    for name in (held_out_set.name for held_out_set in table.held_out):
+        found.append(f"{PREFIX}_{name}")
+        rows_of = functools.partial(_held_out_rows, name)
+        registration.add_task(found[-1], rows_of, functools.partial(_held_out_splits, name))
+    return found
+
+
+def _published() -> list[str]:
+    left_out = {f"{PREFIX}_{name}" for name in names.NOT_PUBLISHED}
+    return [name for name in _register_held_out(_table()) if name not in left_out]
+
+
+def register() -> None:
+    """Adds all official tasks and the mixtures to SeqIO's registries."""
+    _register_training(names.official(), names.MIXTURES[-1])
+    _register_held_out(names.official())
+    for mixture, kind in MIXTURES.items():
+        list_tasks = functools.partial(lambda kind: _register_training(_table(), kind), kind)
+        registration.add_mixture(mixture, list_tasks, _rate)
+    registration.add_mixture(f"{PREFIX}_heldout", lambda: _register_held_out(_table()))
+    registration.add_mixture(f"{PREFIX}_heldout_published", _published)
+
+
+register()

@@ -1,0 +1,136 @@
+import itertools
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+from moe_peft import errors
+from moe_peft.data import pipeline, samples, vocabularies
+from moe_peft.tasks import p3
+
+LENGTHS = {"inputs": 64, "targets": 32}
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "parquet"])
+def folder(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param)
+    samples.write_p3(place / "p3", request.param)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _settings(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_PEFT_CACHE", str(tmp_path))
+    gin.clear_config()
+    gin.bind_parameter("places.configured.folder", str(folder))
+    gin.bind_parameter("vocabularies.configured.vocabulary", "bytes")
+    p3._open.cache_clear()
+    yield
+    gin.clear_config()
+
+
+def batches(count, name="p3_t0", **options):
+    found = pipeline.train_batches(name, 8, LENGTHS, 0, **options)
+    return list(itertools.islice(found, count))
+
+
+def test_ids_by_template_and_by_data_set():
+    seen = {(int(t), int(w)) for b in batches(30) for t, w in zip(b["task_ids"], b["template_ids"])}
+    assert seen == {(2 * d + w, w) for d in range(samples.TRAIN_TASKS) for w in range(2)}
+    gin.bind_parameter("p3.configured.task_ids", "dataset")
+    seen = {(int(t), int(w)) for b in batches(30) for t, w in zip(b["task_ids"], b["template_ids"])}
+    assert seen == {(d, w) for d in range(samples.TRAIN_TASKS) for w in range(2)}
+
+
+def test_rows_and_rates_of_both_rules():
+    tasks = pipeline.tasks_of("p3_t0")
+    mixture = seqio.MixtureRegistry.get("p3_t0")
+    sizes = [task.num_input_examples("train") for task in tasks]
+    assert [mixture.get_rate(task) for task in tasks] == sizes
+    first = tasks[0].source.rows("train")
+    assert tasks[0].splits == ("train", "validation")
+    gin.bind_parameter("p3.configured.cap_rule", "t_few")
+    gin.bind_parameter("p3.configured.validation_examples", 3)
+    capped = [task.num_input_examples("train") for task in tasks]
+    assert capped == [size - 3 for size in sizes]
+    assert [mixture.get_rate(task) for task in tasks] == capped
+    apart, kept = tasks[0].source.rows("validation"), tasks[0].source.rows("train")
+    assert len(apart) == 3
+    assert all((first.inputs[i + 3] == kept.inputs[i]).all() for i in range(len(kept)))
+    assert all((first.inputs[i] == apart.inputs[i]).all() for i in range(3))
+
+
+def test_wordings_of_an_item_are_side_by_side():
+    for task in pipeline.tasks_of("p3_heldout"):
+        for split in ("train", "validation"):
+            found = task.source.rows(split)
+            assert found.scalars["template_ids"].tolist() == [0, 1] * (len(found) // 2)
+            for i in range(0, len(found), 2):
+                assert (found.targets[i] == found.targets[i + 1]).all()
+                assert found.answer_choices[i] == found.answer_choices[i + 1]
+                assert len(found.answer_choices[i]) == samples.CHOICES
+                assert vocabularies.get().decode(found.targets[i]) in found.answer_choices[i]
+                assert len(found.inputs[i]) != len(found.inputs[i + 1])
+
+
+def test_a_template_of_some_items_only(folder):
+    found = p3._stored
+    try:
+        p3._stored = lambda task, split, is_ranked: _cut(
+            found(task, split, is_ranked), 3 if "second" in task else 4
+        )
+        task = pipeline.tasks_of("p3_heldout")[0]
+        assert task.source.rows("validation").scalars["template_ids"].tolist() == [0] * 4 + [1] * 3
+        assert task.source.rows("train").scalars["template_ids"].tolist() == [0] * 4
+        gin.bind_parameter("p3.configured.common_templates_only", True)
+        assert task.source.rows("validation").scalars["template_ids"].tolist() == [0] * 4
+    finally:
+        p3._stored = found
+
+
+def _cut(stored, count):
+    return type(stored)(
+        stored.inputs.slice(0, count),
+        stored.targets.slice(0, count),
+        [stored.answer_choices[i] for i in range(count)],
+    )
+
+
+def test_evaluation_has_choices():
+    (batch, *_) = pipeline.eval_examples("p3_heldout", LENGTHS, "validation", 8)
+    assert {example.template_id for example in batch.examples} == {0, 1}
+    for example in batch.examples:
+        assert example.targets in example.answer_choices
+    trained = 2 * samples.TRAIN_TASKS
+    assert set(batch.features["task_ids"]) <= set(range(trained, trained + samples.TEST_TASKS))
+
+
+def test_published_ids_of_another_vocabulary():
+    import pathlib
+
+    model = pathlib.Path(seqio.__file__).parent / "test_data/sentencepiece/sentencepiece.model"
+    gin.bind_parameter("vocabularies.configured.vocabulary", str(model))
+    with pytest.raises(errors.UserError, match=r"not those of VOCABULARY.*retokenize = True"):
+        batches(1)
+    gin.bind_parameter("p3.configured.retokenize", True)
+    (batch,) = batches(1)
+    assert np.max(batch["encoder_input_tokens"]) < 126
+
+
+def test_second_reading_needs_no_records(monkeypatch):
+    first = batches(3)
+    p3._open.cache_clear()
+    monkeypatch.setattr(p3.records, "read", None)
+    for one, other in zip(first, batches(3)):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_official_tasks_are_registered():
+    names = list(seqio.TaskRegistry.names())
+    official = p3.names.official()
+    assert all(f"p3_{task}" in names for d in official.training for task in d.tasks)
+    assert all(f"p3_{found.name}" in names for found in official.held_out)
+    with pytest.raises(errors.UserError, match="'glue_qqp_answer' is in no mixture of"):
+        seqio.TaskRegistry.get("p3_glue_qqp_answer").source.rows("train")
