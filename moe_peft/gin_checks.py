@@ -32,6 +32,7 @@ MACROS = {
     "FEATURE_LENGTHS": "tokens kept of `inputs` and `targets`, a dictionary",
     "MODEL_DIR": "folder of the run",
     "SOURCE": "folder of the multi-task run that `adapt` starts from; None for fresh adapters",
+    "SOURCE_MIXTURE": "what that run was trained on, for methods that compare its tasks with new ones",
     "SHOTS": "training examples of each new task, a number or numbers by task name",
     "VALIDATION_SHOTS": "examples beside the shots that select and stop, likewise",
     "SEEDS": "of the shots and runs of `adapt`, a tuple",

@@ -1,0 +1,304 @@
+"""AdapterSoup: which training tasks' adapters to average for a new task, by likeness of their data.
+
+Every task has an embedding, the mean of its examples' sentence embeddings. A new task takes the
+training tasks whose embeddings have the largest cosine with its own, with equal weights.
+"AdapterSoup" (Chronopoulou et al. 2023) as the baseline in "Multi-Head Adapter Routing" (Caccia et
+al. 2023), which gives neither encoder nor number of neighbours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import gin
+from jaxtyping import Float
+import numpy as np
+
+from moe_peft import errors
+
+if TYPE_CHECKING:  # Data readers import TensorFlow.
+    from moe_peft.training import fleet_data
+
+Encoder = Callable[[Sequence[str]], Float[np.ndarray, "b d"]]
+# From the texts of all training tasks to an encoder, which may have learnt from them.
+EncoderMaker = Callable[[Sequence[str]], Encoder]
+
+_ANY_LENGTH = (2**31, 2**31)  # Texts are compared whole.
+
+
+@gin.register(module="soup")
+def char_ngrams(shortest: int = 2, longest: int = 4, num_buckets: int = 4096) -> EncoderMaker:
+    """TF-IDF of hashed character n-grams within words: needs no pretrained encoder.
+
+    Args:
+      shortest: characters of the shortest n-gram.
+      longest: of the longest.
+      num_buckets: width of an embedding.
+    """
+    if not 1 <= shortest <= longest or num_buckets < 1:
+        raise errors.UserError(
+            f"char_ngrams expects 1 <= shortest <= longest and num_buckets >= 1, got {shortest}, "
+            f"{longest} and {num_buckets}."
+        )
+
+    def fit(texts):
+        from sklearn.feature_extraction import text
+
+        count = text.HashingVectorizer(
+            analyzer="char_wb",
+            ngram_range=(shortest, longest),
+            n_features=num_buckets,
+            alternate_sign=False,
+            norm=None,
+        )
+        weigh = text.TfidfTransformer(sublinear_tf=True).fit(count.transform(texts))
+        return lambda texts: weigh.transform(count.transform(texts)).toarray()
+
+    return fit
+
+
+@gin.register(module="soup")
+def pretrained(encoder: Encoder) -> EncoderMaker:
+    """A sentence encoder as it is, such as `@sentences.minilm()`."""
+    return lambda texts: encoder
+
+
+@gin.register(module="soup")
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """How neighbours are found.
+
+    Attributes:
+      num_neighbours: training tasks whose adapters are averaged.
+      threshold: leave out those with a smaller cosine, but never the nearest one; None for no such
+        limit. What is a small cosine depends on the encoder.
+      encoder: `char_ngrams` or `pretrained`.
+      max_examples: of a training task; a random sample where there are more.
+      with_targets: embed input and answer, not the input alone.
+      seed: of that sample.
+    """
+
+    num_neighbours: int = 5
+    threshold: float | None = None
+    encoder: EncoderMaker = dataclasses.field(default_factory=char_ngrams)
+    max_examples: int = 100
+    with_targets: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        """Refuses what cannot work."""
+        for name in ("num_neighbours", "max_examples"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(
+                    f"Neighbours.{name} is {getattr(self, name)}; expected >= 1."
+                )
+
+    def text(self, example: Any) -> str:
+        """What is embedded of an `evaluation_data.Example`."""
+        return f"{example.inputs} {example.targets}" if self.with_targets else example.inputs
+
+    def choose(self, similarities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Returns the weights, 1/k for each of the k chosen tasks; NaN is never chosen."""
+        order = np.argsort(-similarities, kind="stable")[: self.num_neighbours]
+        order = order[~np.isnan(similarities[order])]
+        if self.threshold is not None:
+            order = order[: max(1, int(np.sum(similarities[order] >= self.threshold)))]
+        weights = np.zeros(len(similarities), np.float32)
+        weights[order] = 1.0 / len(order)
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Neighbours of new tasks.
+
+    Attributes:
+      sources: name of every task id of the multi-task run; "" where it has no data.
+      similarities: new task -> cosine with each of them, NaN where there is no data.
+      weights: new task -> what each counts in the average.
+    """
+
+    sources: Sequence[str]
+    similarities: Mapping[str, Float[np.ndarray, " n"]]
+    weights: Mapping[str, Float[np.ndarray, " n"]]
+
+    def of(self, new: str) -> list[tuple[str, float, float]]:
+        """(training task, cosine, weight) of the chosen ones, nearest first."""
+        similarities, weights = self.similarities[new], self.weights[new]
+        chosen = sorted(np.flatnonzero(weights), key=lambda i: -similarities[i])
+        return [(self.sources[i], float(similarities[i]), float(weights[i])) for i in chosen]
+
+    def table(self) -> str:
+        """A Markdown table, one row per new task."""
+        rows = [
+            f"| {new} | {', '.join(f'{name} ({cos:.2f})' for name, cos, _ in self.of(new))} |"
+            for new in self.weights
+        ]
+        return "\n".join(["| new task | averages the adapters of (cosine) |", "|---|---|", *rows])
+
+    def write(self, folder: pathlib.Path | str) -> list[pathlib.Path]:
+        """Writes soup.md and soup.json into `folder`; returns their paths."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("task", "cosine", "weight")
+        chosen = {new: [dict(zip(names, row)) for row in self.of(new)] for new in self.weights}
+        texts = {"soup.md": self.table(), "soup.json": json.dumps(chosen, indent=1)}
+        for name, text in texts.items():
+            (folder / name).write_text(text + "\n")
+        return [folder / name for name in texts]
+
+
+class Sources:
+    """Embeddings of the tasks of a multi-task run.
+
+    Attributes:
+      settings: how neighbours are found.
+      names: of every task id.
+    """
+
+    def __init__(self, mixture: str, num_tasks: int, settings: Neighbours):
+        """Reads and embeds the train split of every task of the mixture.
+
+        Raises:
+          UserError: there is no such mixture, its tasks carry no ids, or an id is out of range.
+        """
+        texts = _source_texts(mixture, num_tasks, settings)
+        self.settings = settings
+        self.names = [name for name, _ in texts]
+        self._encode = settings.encoder([text for _, own in texts for text in own])
+        self._embeddings = [self._embed(own) if own else None for _, own in texts]
+
+    def compare(self, new: Mapping[str, Sequence[str]]) -> Found:
+        """Finds the neighbours of new tasks, given texts of each."""
+        similarities = {name: self._similarities(texts) for name, texts in new.items()}
+        weights = {name: self.settings.choose(found) for name, found in similarities.items()}
+        return Found(self.names, similarities, weights)
+
+    def _embed(self, texts: Sequence[str]) -> Float[np.ndarray, " d"]:
+        """The mean embedding, of norm 1 (0 where no text has anything that the encoder knows)."""
+        mean = np.mean(np.asarray(self._encode(texts), np.float64), axis=0)
+        return mean / max(np.linalg.norm(mean), 1e-12)
+
+    def _similarities(self, texts: Sequence[str]) -> Float[np.ndarray, " n"]:
+        own = self._embed(texts)
+        return np.array([np.nan if e is None else float(e @ own) for e in self._embeddings])
+
+
+def neighbours(
+    train_mixture: str,
+    new_mixture: str,
+    num_tasks: int,
+    settings: Neighbours | None = None,
+    rows: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Float[np.ndarray, " n"]]:
+    """Returns, for each new task, the weights of the multi-task run's tasks.
+
+    Args:
+      train_mixture: what the multi-task run was trained on.
+      new_mixture: the new tasks.
+      num_tasks: n, task ids that run tells apart.
+      settings: how neighbours are found.
+      rows: of the train split of each new task: its shots. None takes a sample of all, which a
+        few-shot run does not have.
+    """
+    return dict(compare(train_mixture, new_mixture, num_tasks, settings, rows).weights)
+
+
+def compare(
+    train_mixture: str,
+    new_mixture: str,
+    num_tasks: int,
+    settings: Neighbours | None = None,
+    rows: Mapping[str, Sequence[int]] | None = None,
+) -> Found:
+    """As `neighbours`, with the similarities and names that a report wants."""
+    from moe_peft.data import lookup
+
+    settings = settings or Neighbours()
+    new = {
+        task.name: _texts(task, settings, None if rows is None else rows[task.name])
+        for task in lookup.tasks_with(new_mixture, "train")
+    }
+    return Sources(train_mixture, num_tasks, settings).compare(new)
+
+
+@gin.register(module="soup")
+def task_weights(
+    source_mixture: str,
+    num_tasks: int,
+    shots: int | Mapping[str, int],
+    wordings: int = 1,
+    neighbours: Neighbours | None = None,
+) -> Callable[["fleet_data.Job"], Float[np.ndarray, " n"]]:
+    """Returns a run's task and seed -> weights of the source's tasks, for `adapt.task_weights`.
+
+    A new task is known by the shots of the run alone, all their wordings.
+
+    Args:
+      source_mixture: what the multi-task run was trained on.
+      num_tasks: task ids that run tells apart.
+      shots: as `adapt` has them.
+      wordings: likewise.
+      neighbours: how neighbours are found.
+    """
+    from moe_peft.data import fewshot, lookup
+
+    settings, sizes = neighbours or Neighbours(), fewshot.Sizes(shots, 0, wordings)
+    lookup.get(source_mixture)
+    sources = functools.cache(lambda: Sources(source_mixture, num_tasks, settings))
+
+    def weights(job: "fleet_data.Job") -> Float[np.ndarray, " n"]:
+        (task,) = lookup.tasks_of(job.task)
+        number = len(_rows(task, None))
+        drawn = fewshot.draw(job.task, number, sizes, job.seed)
+        texts = _texts(task, settings, drawn.shots.reshape(-1).tolist())
+        return sources().compare({job.task: texts}).weights[job.task]
+
+    return weights
+
+
+def _rows(task, limit: int | None):
+    from moe_peft.data import evaluation_data
+
+    return evaluation_data.task_rows(task, "train", _ANY_LENGTH, limit)
+
+
+def _texts(task, settings: Neighbours, chosen: Sequence[int] | None) -> list[str]:
+    """Texts of some rows of the train split, or of a sample."""
+    from moe_peft.data import evaluation_data
+
+    found = _rows(task, settings.max_examples if chosen is None else None)
+    if chosen is None:
+        chosen = _sample(len(found), settings)
+    return [settings.text(evaluation_data.example(task, found, int(index))) for index in chosen]
+
+
+def _sample(number: int, settings: Neighbours) -> np.ndarray:
+    order = np.random.default_rng(settings.seed).permutation(number)
+    return np.sort(order[: settings.max_examples])
+
+
+def _source_texts(
+    mixture: str, num_tasks: int, settings: Neighbours
+) -> list[tuple[str, list[str]]]:
+    """(name, texts) of every task id; where templates are tasks, their numbers are in the name."""
+    from moe_peft.data import evaluation_data, lookup, task_ids
+
+    found = [("", []) for _ in range(num_tasks)]
+    for task in lookup.tasks_with(mixture, "train"):
+        rows = _rows(task, None)
+        if "task_ids" not in rows.scalars:
+            raise errors.UserError(f"The task {task.name!r} of {mixture!r} carries no task ids.")
+        ids = task_ids.per_template(rows.scalars)["task_ids"]
+        task_ids.check(ids, num_tasks, repr(task.name))
+        for task_id in np.unique(ids):
+            own = np.flatnonzero(ids == task_id)
+            own = own[_sample(len(own), settings)]
+            examples = [evaluation_data.example(task, rows, int(index)) for index in own]
+            is_template = len(np.unique(ids)) > 1
+            name = f"{task.name}, template {examples[0].template_id}" if is_template else task.name
+            found[task_id] = (name, [settings.text(example) for example in examples])
+    return found
