@@ -1,5 +1,6 @@
 """What all pictures share: colours, bare axes, and one way to be saved."""
 
+from collections.abc import Sequence
 import pathlib
 
 from matplotlib import axes as axes_lib
@@ -9,10 +10,18 @@ from moe_peft import errors
 
 # Told apart in print and by the colour-blind (Okabe-Ito). Grey is kept for what trains nothing.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+# Beside them where there are more names than colours (mostly Tol's muted scheme).
+_MORE = ("#332288", "#882255", "#8c564b", "#999933", "#000000", "#aa4499", "#44aa99", "#117733")
 GREY = "#9aa0a6"
 INK = "#333333"
 
 _DPI = 160
+
+
+def by_name(names: Sequence[str]) -> dict[str, str]:
+    """Returns a colour for each name; beyond fifteen they repeat."""
+    colors = COLORS + _MORE
+    return {name: colors[number % len(colors)] for number, name in enumerate(names)}
 
 
 def clean(axes: axes_lib.Axes, grid: str = "y") -> None:

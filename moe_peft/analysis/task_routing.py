@@ -24,6 +24,11 @@ _SCANNED = re.compile(r"(encoder|decoder)/\1/(.*)")
 STATISTICS = ("entropy", "sparsity", "max_weight")
 
 
+def is_in(trainable: PyTree) -> bool:
+    """Whether a tree holds logits of task routing."""
+    return any(_LOGITS.fullmatch(path) for path in patching.flatten(trainable))
+
+
 def logits(trainable: PyTree) -> dict[str, Float[Array, "n p s"]]:
     """Returns the logits of every selector by its layer or group of layers, in the model's order.
 

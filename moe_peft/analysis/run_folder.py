@@ -1,0 +1,115 @@
+"""What a picture needs to know of a run: its name, its parameters, what its tasks are called."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.training import checkpoints
+
+CONFIG = "config.gin"
+OTHER = "other"  # group of tasks that the expression does not match
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """The tasks of a run in the order of their ids.
+
+    Attributes:
+      names: as short as they stay different.
+      groups: what each is reported under.
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def by_group(self) -> np.ndarray:
+        """Places that put tasks of a group together, by name within each."""
+        keys = list(zip(self.groups, self.names, strict=True))
+        return np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
+
+
+def labels(folders: Sequence[pathlib.Path], saved: Sequence[checkpoints.Saved]) -> list[str]:
+    """Returns what runs are called: by method, or by folder where two share it."""
+    names = [each.description["method"]["name"] for each in saved]
+    return [
+        name if names.count(name) == 1 else folder.name
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def tasks(
+    folder: pathlib.Path, saved: checkpoints.Saved, num_tasks: int, group: str | None = None
+) -> Tasks:
+    """Returns the tasks of a run's logits.
+
+    The names come from the mixture, which the run's config.gin tells how to find. Where that cannot
+    be read any more (a module is gone, files were moved), tasks are called by their numbers.
+
+    Args:
+      folder: of the run.
+      saved: a checkpoint of it.
+      num_tasks: rows of its logits.
+      group: as `Evaluator.task_group`; None takes that of the run, if it has one.
+    """
+    configured = task_group(folder)  # Registers what the run's settings import, too.
+    found = _task_names(folder, saved.description["data"])
+    names = [found.get(number, f"task {number}") for number in range(num_tasks)]
+    return named(names, group or configured)
+
+
+def named(names: Sequence[str], group: str | None = None) -> Tasks:
+    """Returns the tasks of some names, grouped by the first parenthesis of `group`."""
+    from moe_peft.evaluation import suites
+
+    pattern = suites.compile_group(group) if group else None
+    groups = []
+    for name in names:
+        match = pattern.fullmatch(name) if pattern else None
+        groups.append(match[1] if match else OTHER)
+    # Names of tasks begin alike: "cldr_".
+    common = re.match(r"(?:.*_)?", os.path.commonprefix(list(names)))[0] if len(names) > 1 else ""
+    return Tasks(tuple(name.removeprefix(common) for name in names), tuple(groups))
+
+
+def task_group(folder: pathlib.Path) -> str | None:
+    """Returns the expression that a run reports its tasks under; None if it cannot be found."""
+    config = _config(folder)
+    group = config.macro("TASK_GROUP") if config else None
+    return group.value if group else None
+
+
+def _config(folder: pathlib.Path):
+    """The settings of a run, in force from here on; None if they cannot be read any more."""
+    from moe_peft import gin_utils
+
+    try:
+        return gin_utils.load([str((folder / CONFIG).absolute())])
+    except (errors.UserError, ImportError) as error:
+        print(f"{folder}: its settings cannot be read ({gin_utils.one_line(error)})")
+        return None
+
+
+def _task_names(folder: pathlib.Path, data: Mapping[str, object]) -> dict[int, str]:
+    """{id: name of a task, with the template where each has an id of its own}."""
+    from moe_peft.data import evaluation_data, lookup, task_ids  # Imports TensorFlow.
+
+    names: dict[int, str] = {}
+    try:
+        lengths = lookup.check_lengths(data["feature_lengths"])
+        for task in lookup.tasks_with(data["mixture"], "train"):
+            scalars = evaluation_data.task_rows(task, "train", lengths, limit=1).scalars
+            ids = np.asarray(scalars["task_ids"])
+            templates = np.asarray(scalars.get("template_ids", np.zeros_like(ids)))
+            new_ids = task_ids.per_template(scalars)["task_ids"]
+            is_per_template = not np.array_equal(new_ids, ids)
+            for number, template in zip(new_ids.tolist(), templates.tolist(), strict=True):
+                names[number] = f"{task.name}_t{template}" if is_per_template else task.name
+    except (errors.UserError, KeyError) as error:
+        print(f"{folder}: tasks are called by their numbers ({error})")
+        return {}
+    return names
