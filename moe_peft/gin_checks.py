@@ -29,6 +29,8 @@ MACROS = {
     "MIXTURE": "name of the SeqIO mixture or task to train on",
     "EVAL_MIXTURES": "names of those to evaluate on, a tuple",
     "TARGET_MIXTURE": "name of the mixture of new tasks, where one file trains and adapts",
+    "TARGET_METHOD": "what trains on new tasks, likewise",
+    "TARGET_OPTIMIZER": "that of a run on a new task, likewise",
     "TARGET_STEPS": "updates of a run on a new task, likewise",
     "TARGET_BATCH_SIZE": "shots of a batch on a new task, likewise",
     "EXTRA_STEPS": "updates after a multi-task run, before zero-shot evaluation",

@@ -24,7 +24,15 @@ import moe_peft
 from moe_peft import errors, quiet
 
 # Configurables that library code calls itself, rather than by a reference from a gin file.
-CALLED_BY_LIBRARY = ("sentences.configured", "task_ids.per_template")
+CALLED_BY_LIBRARY = (
+    "sentences.configured",
+    "task_ids.per_template",
+    "places.configured",
+    "vocabularies.configured",
+    "superni.configured",
+    "crossfit.configured",
+    "p3.configured",
+)
 
 # A value on the command line that is not a gin value but looks like a name or a path is a string.
 _BARE_STRING = re.compile(r"[A-Za-z~./_][\w./:~@+-]*")

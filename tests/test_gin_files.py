@@ -22,7 +22,7 @@ RUN = [
 ]
 SCANNED = "T5Config.scan_layers=True"  # one layer stands for a stack: faster, same adapters
 
-SEEN = {"models", "methods", "optimizers", "data", "runs", "experiments"}
+SEEN = {"models", "methods", "optimizers", "data", "runs", "samples", "monitors", "experiments"}
 
 
 @pytest.fixture(autouse=True)

@@ -30,26 +30,27 @@ class Sizes:
 
     Attributes:
       shots: a number, or numbers by regular expressions on whole task names, the first that
-        matches.
+        matches; None for all examples that are not for validation.
       validation: likewise; may be 0.
-      wordings: consecutive rows that are one example in other words. Counts are of examples; a
-        training step sees one wording of an example, drawn anew each time, evaluation sees all.
+      wordings: consecutive rows that are one example in other words, likewise. Counts are of
+        examples; a training step sees one wording of an example, drawn anew each time, evaluation
+        sees all.
     """
 
-    shots: Count
+    shots: Count | None
     validation: Count = 0
-    wordings: int = 1
+    wordings: Count = 1
 
-    def __post_init__(self):
-        if self.wordings < 1:
-            raise errors.UserError(f"wordings is {self.wordings}; expected 1 or more.")
-
-    def of(self, task: str) -> tuple[int, int]:
+    def of(self, task: str) -> tuple[int | None, int]:
         """(shots, validation examples) of a task."""
         return (
-            _count("shots", self.shots, task, 1),
+            None if self.shots is None else _count("shots", self.shots, task, 1),
             _count("validation_shots", self.validation, task, 0),
         )
+
+    def wordings_of(self, task: str) -> int:
+        """Rows of one example of a task."""
+        return _count("wordings", self.wordings, task, 1)
 
 
 def _count(what: str, counts: Count, task: str, least: int) -> int:
@@ -85,13 +86,16 @@ def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
     Raises:
       UserError: there are not enough of them, or rows do not divide into examples.
     """
-    if num_rows % sizes.wordings:
+    num_wordings = sizes.wordings_of(task)
+    if num_rows % num_wordings:
         raise errors.UserError(
             f"The train split of {task!r} has {num_rows} rows, which are no examples of "
-            f"{sizes.wordings} wordings each."
+            f"{num_wordings} wordings each."
         )
-    available = num_rows // sizes.wordings
+    available = num_rows // num_wordings
     num_shots, num_validation = sizes.of(task)
+    if num_shots is None:
+        num_shots = max(available - num_validation, 1)
     if num_shots + num_validation > available:
         more = f" and {num_validation} for validation" if num_validation else ""
         raise errors.UserError(
@@ -100,7 +104,7 @@ def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
         )
     order = list(range(available))  # A list: NumPy shuffles arrays in another order.
     np.random.RandomState(seed).shuffle(order)
-    wordings = np.array(order)[:, None] * sizes.wordings + np.arange(sizes.wordings)
+    wordings = np.array(order)[:, None] * num_wordings + np.arange(num_wordings)
     return Draw(wordings[:num_shots], wordings[num_shots : num_shots + num_validation])
 
 
@@ -155,32 +159,54 @@ class Task:
     """One task's rows, read once, encoded where they are needed."""
 
     def __init__(
-        self, name: str, feature_lengths: Mapping[str, int], test_split: str, with_choices: bool
+        self,
+        name: str,
+        feature_lengths: Mapping[str, int],
+        test_split: str,
+        with_choices: bool,
+        train_split: str = "train",
+        validation_split: str | None = None,
     ):
-        """Reads nothing yet but checks that both splits exist.
+        """Reads nothing yet but checks that the reported split exists.
 
         Args:
           name: of a SeqIO task.
           feature_lengths: tokens of "inputs" and "targets".
           test_split: the reported one.
           with_choices: encode answer choices where examples have some.
+          train_split: where shots come from; "{seed}" in it stands for the run's seed.
+          validation_split: where validation examples come from, all of them; likewise. None: from
+            the train split, beside the shots.
         """
         self.name, self._with_choices, self._test_split = name, with_choices, test_split
+        self._train_split, self._validation_split = train_split, validation_split
         self._lengths = lookup.check_lengths(feature_lengths)
         (self._task,) = lookup.tasks_of(name)
-        for split in ("train", test_split):
-            lookup.tasks_with(name, split)
+        lookup.tasks_with(name, test_split)
+        self._read = functools.cache(
+            lambda split: evaluation_data.task_rows(self._task, split, self._lengths)
+        )
         self._tokens = functools.lru_cache(maxsize=4096)(self._choice_tokens)
 
-    @functools.cached_property
-    def train(self) -> rows.Rows:
-        """The split shots come from."""
-        return evaluation_data.task_rows(self._task, "train", self._lengths)
+    def draw(self, sizes: Sizes, seed: int) -> tuple[Encoded, Encoded, int]:
+        """(shots, validation examples, wordings of each) of one seed; see `draw`."""
+        train = self._rows(self._train_split, seed)
+        drawn = draw(self.name, len(train), sizes, seed)
+        shots = self.encode(train, drawn.shots.reshape(-1))
+        if self._validation_split is None:
+            return shots, self.encode(train, drawn.validation.reshape(-1)), drawn.shots.shape[1]
+        found = self._rows(self._validation_split, seed)
+        return shots, self.encode(found, range(len(found))), drawn.shots.shape[1]
+
+    def _rows(self, split: str, seed: int) -> rows.Rows:
+        name = split.replace("{seed}", str(seed))
+        lookup.tasks_with(self.name, name)
+        return self._read(name)
 
     @functools.cached_property
     def test(self) -> Encoded:
         """The reported split."""
-        found = evaluation_data.task_rows(self._task, self._test_split, self._lengths)
+        found = self._read(self._test_split)
         return self.encode(found, range(len(found)))
 
     def encode(self, source: rows.Rows, chosen: Sequence[int]) -> Encoded:

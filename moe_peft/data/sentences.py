@@ -44,7 +44,7 @@ def minilm(device: str = "cpu") -> Encoder:
 
 @gin.configurable(module="sentences")
 def configured(encoder: Encoder | None = None) -> Encoder | None:
-    """The encoder all batches use: `configured.encoder = @sentences.minilm()`; None for none.
+    """The encoder all batches use, `sentences.configured.encoder = @sentences.minilm()`, or None.
 
     Separate from `train_batches`, whose errors gin would wrap in several lines.
     """

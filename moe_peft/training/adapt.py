@@ -38,7 +38,7 @@ def adapt(
     mixture: str = gin.REQUIRED,
     feature_lengths: Mapping[str, int] = gin.REQUIRED,
     task_group: str = gin.REQUIRED,
-    shots: Count = gin.REQUIRED,
+    shots: Count | None = gin.REQUIRED,
     seeds: Sequence[int] = gin.REQUIRED,
     num_steps: int = gin.REQUIRED,
     batch_size: int = gin.REQUIRED,
@@ -46,7 +46,9 @@ def adapt(
     model_dir: str = gin.REQUIRED,
     source: str | None = None,
     validation_shots: Count = 0,
-    wordings: int = 1,
+    wordings: Count = 1,
+    train_split: str = "train",
+    validation_split: str | None = None,
     loss: encoder_decoder.LossConfig | None = None,
     few_shot_loss: few_shot.FewShotLoss | None = None,
     selection: str = "validation",
@@ -90,6 +92,10 @@ def adapt(
       source: folder of the multi-task run; None starts from fresh adapters.
       validation_shots: further examples of the train split, which select and stop.
       wordings: consecutive rows of a task that are one example in other words (templates).
+      train_split: where shots come from; "{seed}" in it stands for the run's seed, where a data set
+        comes as several samples (CrossFit's "train_{seed}").
+      validation_split: where validation examples come from, all of them, likewise; None for
+        `validation_shots` of the train split.
       loss: of language modelling.
       few_shot_loss: T-Few's three losses, for tasks with answer choices; None leaves language
         modelling alone.
@@ -123,14 +129,22 @@ def adapt(
     settings = fleet_run.Settings(
         num_steps, batch_size, eval_period, selection, patience, save_seconds
     )
-    _check(settings, seeds, validation_shots, metric, decoding, group_size, eval_batch_size)
+    has_validation = validation_shots != 0 or validation_split is not None
+    _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size)
     lookup.check_vocabulary(mixture, model.config.vocab_size)
     names = [task.name for task in lookup.tasks_of(mixture)]
     report_under = _groups(names, suites.compile_group(task_group))
     sizes = fewshot.Sizes(shots, validation_shots, wordings)
     needs_choices = few_shot_loss is not None and few_shot_loss.needs_choices
     tasks = {
-        name: fewshot.Task(name, feature_lengths, test_split, needs_choices or rank_choices)
+        name: fewshot.Task(
+            name,
+            feature_lengths,
+            test_split,
+            needs_choices or rank_choices,
+            train_split,
+            validation_split,
+        )
         for name in names
     }
     data = fleet_data.read(tasks, sizes, seeds, feature_lengths, needs_choices, rank_choices)
@@ -168,6 +182,8 @@ def adapt(
                 "shots": shots,
                 "validation_shots": validation_shots,
                 "wordings": wordings,
+                "train_split": train_split,
+                "validation_split": validation_split,
                 "test_split": test_split,
                 "seeds": list(seeds),
             },
@@ -227,16 +243,16 @@ def adapt(
     return results
 
 
-def _check(settings, seeds, validation_shots, metric, decoding, group_size, eval_batch_size):
+def _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size):
     """Refuses what cannot work, before any data is read."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise errors.UserError(
             f"seeds is {tuple(seeds)}; expected different numbers, at least one."
         )
-    if settings.selection == "validation" and validation_shots == 0:
+    if settings.selection == "validation" and not has_validation:
         raise errors.UserError(
-            "selection='validation' needs examples to select on: give validation_shots, or choose "
-            "selection='last'."
+            "selection='validation' needs examples to select on: give validation_shots or "
+            "validation_split, or choose selection='last'."
         )
     metrics.get(metric)
     if decoding is None and metric != "exact_match":

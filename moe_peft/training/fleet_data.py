@@ -98,24 +98,19 @@ def read(
     """
     found = []
     for name, task in tasks.items():
-        draws = {seed: fewshot.draw(name, len(task.train), sizes, seed) for seed in seeds}
-        for seed, drawn in draws.items():
-            parts = {
-                "shots": task.encode(task.train, drawn.shots.reshape(-1)),
-                "validation": task.encode(task.train, drawn.validation.reshape(-1)),
-                "test": task.test,
-            }
+        for seed in seeds:
+            shots, validation, wordings = task.draw(sizes, seed)
+            parts = {"shots": shots, "validation": validation, "test": task.test}
             # A shape depends on the job alone: dropout draws as many numbers as a batch has places.
             shapes = [
                 _shape(list(parts.values()), feature_lengths, with_choices)
                 for with_choices in (choices_in_training, choices_in_evaluation)
             ]
-            num_shots, job = len(drawn.shots), Job(name, seed)
             found.append(
                 JobData(
-                    job,
-                    num_shots=num_shots,
-                    wordings=sizes.wordings,
+                    Job(name, seed),
+                    num_shots=len(shots) // wordings,
+                    wordings=wordings,
                     **parts,
                     shape=shapes[0],
                     eval_shape=shapes[1],

@@ -42,7 +42,7 @@ def stand_in():
 
 
 def test_gin_can_set_the_encoder():
-    gin.parse_config("configured.encoder = @test_sentences.stand_in()")
+    gin.parse_config("sentences.configured.encoder = @test_sentences.stand_in()")
     try:
         batch = next(pipeline.train_batches("cldr_train", 4, LENGTHS, 0))
         assert batch["sentence_embeddings"].shape == (4, 2)
