@@ -16,8 +16,8 @@ from moe_peft.routing import task_routers
 
 LEVELS = ("linear", "sublayer", "block", "blocks", "coder", "model")
 
-_BLOCK = re.compile(r"(?P<coder>(?:.*?/)?(?:encoder|decoder))/layers_(?P<number>\d+)/.*")
-_CODER = re.compile(r"((?:.*?/)?(?:encoder|decoder))/.*")
+_BLOCK = re.compile(r"(?P<coder>(?:.*?/)??(?:encoder|decoder))/layers_(?P<number>\d+)/.*")
+_CODER = re.compile(r"((?:.*?/)??(?:encoder|decoder))/.*")
 
 
 @dataclasses.dataclass(frozen=True)
