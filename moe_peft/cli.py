@@ -1,4 +1,4 @@
-"""The command line: `moe-peft plan | train | adapt | eval | infer | export | merge | compare | files`.
+"""The command line: `moe-peft plan | train | adapt | eval | infer | export | merge | ...`.
 
 Only argument parsing happens in this module's own imports, so `--help` is instant. A command names
 the gin configurable that is its entry point; everything that configurable takes comes from gin.
@@ -171,8 +171,36 @@ def parser() -> argparse.ArgumentParser:
     comparison.add_argument(
         "--out", default="results", metavar="FOLDER", help="where to write table and picture"
     )
+    _add_report(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
+
+
+def _add_report(commands) -> None:
+    sub = commands.add_parser(
+        "report",
+        help="draw what runs recorded: task routing, gradient alignment",
+        description=(
+            "Draws everything that the folders of runs have data for: weights of tasks and skills, "
+            "a tree of tasks by routing, the course of routing, gradient alignment."
+        ),
+    )
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run")
+    sub.add_argument("--out", default="results", metavar="FOLDER", help="where to write pictures")
+    sub.add_argument("--step", type=int, help="checkpoint to draw; default: the newest")
+    sub.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="its first parenthesis is what a task is grouped by; default: the run's TASK_GROUP",
+    )
+    sub.add_argument(
+        "--layers",
+        metavar="REGEX",
+        help="layers whose weights are drawn, such as 'decoder/layers_0/'; default: a few",
+    )
+    sub.add_argument(
+        "--splits", metavar="0,1,...", help="splits (heads) whose weights are drawn; default: four"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if args.command in ("plan", "export", "merge"):
+    if args.command in ("plan", "report", "export", "merge"):
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
@@ -218,6 +246,10 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         _compare(args.folders, args.out)
         return 0
 
+    if args.command == "report":
+        _report(args)
+        return 0
+
     command = COMMANDS[args.command]
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
@@ -244,6 +276,27 @@ def _compare(folders: Sequence[str], out: str) -> None:
     for mixture, (title, rows) in pareto.load(adapted).items():
         pareto.show(rows, title)
         _say_written(pareto.write(rows, title, os.path.join(out, f"{mixture}_adapted")))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from moe_peft.analysis import run_report
+
+    try:
+        splits = None if args.splits is None else [int(each) for each in args.splits.split(",")]
+    except ValueError:
+        raise errors.UserError(
+            f"--splits is {args.splits!r}; expected numbers such as 0,1,2."
+        ) from None
+    _say_written(
+        run_report.write(
+            args.folders,
+            args.out,
+            step=args.step,
+            group=args.group,
+            layers=args.layers,
+            splits=splits,
+        )
+    )
 
 
 def _say_written(paths) -> None:

@@ -70,6 +70,18 @@ def test_data_names_a_mixture(name):
     assert set(gin.query_parameter("%FEATURE_LENGTHS")) == {"inputs", "targets"}
 
 
+@pytest.mark.parametrize("name", names("monitors"))
+def test_monitors_watch_training(name):
+    cli.configure("train", [*TINY, "runs/train.gin", "optimizers/adamw.gin", name], RUN)
+    watching = gin.query_parameter("train.monitors")
+    expected = name.removeprefix("monitors/").removesuffix(".gin").split("_and_")
+    assert len(watching) == len(expected)
+    for monitor, word in zip(watching, expected, strict=True):
+        made = monitor.scoped_configurable_fn()
+        assert made.name == word
+        assert made.period == 100
+
+
 @pytest.mark.parametrize("name", [n for n in names("experiments") if not n.endswith("/common.gin")])
 def test_experiment_is_complete_and_plans(name):
     head = (ROOT / name).read_text().split("include", 1)[0]

@@ -34,11 +34,16 @@ class Tasks:
 
 
 def labels(folders: Sequence[pathlib.Path], saved: Sequence[checkpoints.Saved]) -> list[str]:
-    """Returns what runs are called: by method, or by folder where two share it."""
-    names = [each.description["method"]["name"] for each in saved]
+    """Returns what runs are called: by method; where two share it, by folder; else by path."""
+    by_method = [each.description["method"]["name"] for each in saved]
+    paths = [folder.absolute() for folder in folders]
+    by_folder = [path.name for path in paths]
+    by_path = ["-".join(path.parts[1:]) for path in paths]
     return [
-        name if names.count(name) == 1 else folder.name
-        for name, folder in zip(names, folders, strict=True)
+        next(names[i] for names in (by_method, by_folder, by_path) if names.count(names[i]) == 1)
+        if paths.count(paths[i]) == 1
+        else by_path[i]
+        for i in range(len(folders))
     ]
 
 
