@@ -5,7 +5,9 @@
 * `p3_<set>`: the eleven held-out sets, each with all its templates and its answer choices. Rows
   are examples, the wordings of one in a row; `template_ids` number the templates by name.
   Mixtures: `p3_heldout` (all eleven), `p3_heldout_published` (without StoryCloze, which is on
-  request only and is read from `_score_eval` folders of one's own).
+  request only and is read from `_score_eval` folders of one's own). Split "t_few" is what T-Few and
+  MHR report: ANLI's and StoryCloze's test split, the validation split of all others; StoryCloze's
+  train split is its validation split, as they have it.
 
 Task ids count T0's templates (0 to 312, further mixtures after them) or its data sets (0 to 37);
 held-out sets follow after all of them. Registering reads no data. Token ids are kept on disk after
@@ -28,6 +30,8 @@ from moe_peft.data.cldr import store
 from moe_peft.data.p3 import held_out, names, records
 
 PREFIX = "p3"
+T_FEW_SPLIT = "t_few"
+(STORYCLOZE,) = names.NOT_PUBLISHED
 MIXTURES = {"p3_t0": "t0", "p3_t0p": "t0+", "p3_t0pp": "t0++"}
 
 
@@ -195,9 +199,18 @@ def _held_out(name: str) -> tuple[names.HeldOut, int]:
     return found, number + (len(_places(table)) if is_template else len(table.training))
 
 
+def _source_split(name: str, split: str) -> str:
+    """The published split behind one of a held-out set's own."""
+    tests_on_test = name.startswith("anli_") or name == STORYCLOZE
+    if split == T_FEW_SPLIT:
+        return "test" if tests_on_test else "validation"
+    return "validation" if split == "train" and name == STORYCLOZE else split
+
+
 def _held_out_rows(name: str, split: str) -> rows.Rows:
     found, task_id = _held_out(name)
-    parts = [_stored(task, split, is_ranked=True) for task in found.tasks]
+    published = _source_split(name, split)
+    parts = [_stored(task, published, is_ranked=True) for task in found.tasks]
     numbers = np.arange(len(parts), dtype=np.int32)
     most = max(map(len, parts))
     if split == "train" or configured().common_templates_only:
@@ -217,7 +230,9 @@ def _held_out_rows(name: str, split: str) -> rows.Rows:
 
 def _held_out_splits(name: str) -> tuple[str, ...]:
     found, _ = _held_out(name)
-    return records.splits(records.task_folder(places.folder(PREFIX), found.tasks[0]))
+    published = records.splits(records.task_folder(places.folder(PREFIX), found.tasks[0]))
+    own = [s for s in ("train", T_FEW_SPLIT) if _source_split(name, s) in published]
+    return tuple(dict.fromkeys((*published, *own)))
 
 
 def _rate(registered: str) -> float:

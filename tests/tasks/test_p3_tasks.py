@@ -97,6 +97,17 @@ def _cut(stored, count):
     )
 
 
+def test_split_that_t_few_reports():
+    assert p3._source_split("anli_r1", "t_few") == "test"
+    assert p3._source_split("storycloze", "t_few") == "test"
+    assert p3._source_split("storycloze", "train") == "validation"
+    assert p3._source_split("rte", "t_few") == "validation"
+    assert p3._source_split("anli_r1", "validation") == "validation"
+    task = pipeline.tasks_of("p3_heldout")[0]
+    assert task.splits == ("train", "validation", "t_few")
+    assert len(task.source.rows("t_few")) == len(task.source.rows("validation"))
+
+
 def test_evaluation_has_choices():
     (batch, *_) = pipeline.eval_examples("p3_heldout", LENGTHS, "validation", 8)
     assert {example.template_id for example in batch.examples} == {0, 1}
