@@ -230,7 +230,7 @@ def task_weights(
     source_mixture: str,
     num_tasks: int,
     shots: int | Mapping[str, int],
-    wordings: int = 1,
+    wordings: int | Mapping[str, int] = 1,
     neighbours: Neighbours | None = None,
 ) -> Callable[["fleet_data.Job"], Float[np.ndarray, " n"]]:
     """Returns a run's task and seed -> weights of the source's tasks, for `adapt.task_weights`.
