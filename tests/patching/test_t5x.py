@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import methods, patching
+from moe_peft import merging, methods, patching, routing
 
 TOKENS = (jnp.asarray([[5, 6, 1, 0]]), jnp.asarray([[0, 3, 4]]), jnp.asarray([[3, 4, 1]]))
 
@@ -62,3 +62,20 @@ def test_t5x_networks(network, name):
     assert jnp.abs(call(patched, moved) - plain).max() > 1e-2
     encode = functools.partial(call, method=network.encode, args=TOKENS[:1])
     assert jnp.abs(encode(patched, moved) - encode(network, base)).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_adapters_merge_into_t5x_networks(network, adapter):
+    method = methods.mhr(3, num_skills=2, num_splits=2, adapter=adapter)
+    context = routing.RoutingContext(task_ids=jnp.asarray([1]))
+    init = functools.partial(method.patch(network).init, enable_dropout=False, routing=context)
+    params = jax.jit(init)(jax.random.key(0), *TOKENS)["params"]
+    noise = lambda leaf: leaf + 0.1 * np.random.default_rng(0).normal(size=leaf.shape)
+    frozen, trainable = method.split(params)
+    params = patching.merge(frozen, jax.tree.map(lambda x: jnp.float32(noise(x)), trainable))
+    merged = merging.merge_into_base(network, method, params, task=1)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, frozen)
+    assert merging.logit_gap(network, method, params, merged, task=1).relative < 1e-5
+    assert merging.logit_gap(network, method, params, frozen, task=1).relative > 1e-4
