@@ -212,10 +212,17 @@ class Groups:
         folder.mkdir(parents=True, exist_ok=True)
         scorer = self._scorer(fleet, members)
         trainables = self.start.trainables([one.job for one in members])
+        num_rows = max(len(one.shots) for one in members)
         group = fleet_run.GroupRun(
             fleet,
             self.make_optimizer(trainables[0]),
-            members,
+            fleet_run.Runs(
+                [one.job for one in members],
+                fleet_data.tables(members, num_rows),
+                lambda steps: np.stack(
+                    [one.schedule(self.settings.batch_size, steps) for one in members]
+                ),
+            ),
             scorer,
             self.settings,
             folder,

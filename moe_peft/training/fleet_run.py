@@ -1,13 +1,13 @@
 """One group of a fleet from its first step to its last: evaluates, selects, stops, saves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
 import time
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 import numpy as np
 import optax
 
@@ -52,6 +52,21 @@ class Settings:
             raise errors.UserError(
                 "patience needs evaluations to lose it with; selection='last' makes none."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What the runs of a group are and see.
+
+    Attributes:
+      jobs: of each.
+      tables: feature name to [R, rows, ...], the last row being padding.
+      schedule: steps -> Int[R k b], the rows that each step of each run sees.
+    """
+
+    jobs: Sequence[fleet_data.Job]
+    tables: Mapping[str, np.ndarray]
+    schedule: Callable[[range], Int[np.ndarray, "R k b"]]
 
 
 @dataclasses.dataclass
@@ -102,7 +117,7 @@ class GroupRun:
         self,
         fleet: fleet_lib.Fleet,
         optimizer: optax.GradientTransformation,
-        data: Sequence[fleet_data.JobData],
+        runs: Runs,
         scorer: Scorer,
         settings: Settings,
         folder: pathlib.Path,
@@ -113,13 +128,13 @@ class GroupRun:
         Args:
           fleet: compiled programs.
           optimizer: of one run.
-          data: of each run.
+          runs: what they are and see.
           scorer: evaluates all runs.
           settings: numbers.
           folder: of this group, for the metrics and for going on after a kill.
           progress: shows every run.
         """
-        self._fleet, self._optimizer, self._data = fleet, optimizer, data
+        self._fleet, self._optimizer, self._runs = fleet, optimizer, runs
         self._scorer, self._settings, self._folder = scorer, settings, folder
         self._progress, self._piece = progress, 1
         self._started, self.seconds_before = time.monotonic(), 0.0
@@ -130,15 +145,14 @@ class GroupRun:
         Args:
           trainables: initial leaves of every run.
         """
-        seeds = [one.job.key_seed for one in self._data]
+        seeds = [job.key_seed for job in self._jobs]
         states = self._fleet.create(trainables, self._optimizer, seeds)
         best = self._fleet.put(fleet_lib.stack(trainables))
-        standings, step = [Standing() for _ in self._data], 0
+        standings, step = [Standing() for _ in self._jobs], 0
         saved = self._load(states, best)
         if saved:
             states, best, standings, step = saved
-        num_rows = max(len(one.shots) for one in self._data)
-        tables = self._fleet.put(fleet_data.tables(self._data, num_rows))
+        tables = self._fleet.put(self._runs.tables)
         with metrics_writer.MetricsWriter(self._folder, step) as writer:
             self._saved = time.monotonic()
             while step < self._settings.num_steps and any(one.is_running for one in standings):
@@ -157,18 +171,13 @@ class GroupRun:
 
     @property
     def _jobs(self):
-        return [one.job for one in self._data]
+        return self._runs.jobs
 
     def _period(self, states, best, standings, step, tables, writer):
         """Trains up to the next evaluation and evaluates."""
         settings = self._settings
         count = min(settings.eval_period - step % settings.eval_period, settings.num_steps - step)
-        rows = np.stack(
-            [
-                one.schedule(settings.batch_size, range(step, step + settings.eval_period))
-                for one in self._data
-            ]
-        )
+        rows = self._runs.schedule(range(step, step + settings.eval_period))
         took_part = np.array([standing.is_running for standing in standings])
         states, found = self._train(states, standings, tables, self._fleet.put(rows), count)
         step += count

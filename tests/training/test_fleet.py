@@ -1,0 +1,463 @@
+"""Runs of a fleet against the same runs one by one; stopping, selection, going on after a kill."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe_peft import errors, patching
+from moe_peft.evaluation import fewshot_scores
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import fleet as fleet_lib
+from moe_peft.training import fleet_data, fleet_progress, fleet_run, optimizers, schedules
+from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
+
+NUM_RUNS, NUM_ROWS, BATCH, PERIOD, STEPS = 5, 12, 4, 3, 12
+JOBS = [fleet_data.Job(f"task_{run // 2}", run % 2) for run in range(NUM_RUNS)]
+
+
+class Quiet:
+    """A progress that keeps what it was told."""
+
+    def __init__(self):
+        self.said, self.updates = [], 0
+
+    def update(self, jobs, standings, losses=None):
+        self.updates += 1
+
+    def say(self, text):
+        self.said.append(text)
+
+    def close(self):
+        pass
+
+
+def optimizer_of(toy, trainable):
+    made = optimizers.adamw(schedules.linear_warmup_linear_decay(3e-2, STEPS), clip_norm=0.5)
+    return made.build(trainable, toy.ADAPTED.learning_rate_group)
+
+
+def trees(toy, run):
+    """(frozen, trainable) of one run: the same backbone, adapters of its own."""
+    params = toy.MODEL.init(jax.random.key(0), {"x": (1, toy.WIDTH)})
+    own = toy.MODEL.init(jax.random.key(100 + run), {"x": (1, toy.WIDTH)})
+    frozen, _ = toy.ADAPTED.split(params)
+    _, trainable = toy.ADAPTED.split(own)
+    return frozen, jax.tree.map(np.asarray, trainable)
+
+
+def table(toy, run):
+    """Rows of one run, the last one padding; gradients of very different size between runs."""
+    rows = toy.batch(run, NUM_ROWS)
+    rows["y"] = rows["y"] * 10.0**run
+    return {k: np.pad(v, [(0, 1)] + [(0, 0)] * (v.ndim - 1)) for k, v in rows.items()}
+
+
+def schedule(run, steps):
+    """Some rows; every third batch of run 1 is incomplete."""
+    chosen = np.stack(
+        [np.random.default_rng((run, s)).permutation(NUM_ROWS)[:BATCH] for s in steps]
+    )
+    if run == 1:
+        chosen[::3, -2:] = -1
+    return chosen.astype(np.int32)
+
+
+def update_of(toy, trainable):
+    return step_lib.make_update(toy.MODEL, optimizer_of(toy, trainable), patching.merge)
+
+
+def one_by_one(toy, run, num_steps):
+    """(losses, state) of a run on its own, by the trainer's own step."""
+    frozen, trainable = trees(toy, run)
+    optimizer = optimizer_of(toy, trainable)
+    step = step_lib.make_train_step(toy.MODEL, optimizer, patching.merge)
+    state = state_lib.create(trainable, optimizer, JOBS[run].key_seed)
+    rows, losses = table(toy, run), []
+    for chosen in schedule(run, range(num_steps)):
+        batch = {name: values[chosen] for name, values in rows.items()}
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss_sum"] / metrics["normalizer"]))
+    return losses, state
+
+
+def make_fleet(toy, width=NUM_RUNS, devices=1, update=None):
+    frozen, trainable = trees(toy, 0)
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
+
+    def score(frozen, trainable, batch):
+        """A row is right if it is wrong by less than half the target's scale."""
+        params = patching.merge(frozen, trainable)
+        wrong = toy.MODEL.net.apply({"params": params}, batch["x"]) - batch["y"]
+        return (abs(wrong) < batch["scale"]).astype("float32"), wrong**2
+
+    return fleet_lib.Fleet(update or update_of(toy, trainable), score, frozen, width, mesh)
+
+
+def runs_of(toy, members):
+    tables = [table(toy, run) for run in members]
+    return fleet_run.Runs(
+        [JOBS[run] for run in members],
+        {name: np.stack([one[name] for one in tables]) for name in tables[0]},
+        lambda steps: np.stack([schedule(run, steps) for run in members]),
+    )
+
+
+def check_chunk(toy, members):
+    rows = [{**toy.batch(run, 6, seed=9), "scale": np.full(6, 10.0**run)} for run in members]
+    for run, one in zip(members, rows, strict=True):
+        one["y"] = one["y"] * 10.0**run
+    return {name: np.stack([one[name] for one in rows]).astype(np.float32) for name in rows[0]}
+
+
+def group(toy, folder, members=range(NUM_RUNS), fleet=None, scorer=None, **settings):
+    fleet = fleet or make_fleet(toy, len(members))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def scores(trainables, split):
+        found = fleet.score(trainables, [check_chunk(toy, members)], len(members))
+        return [
+            fewshot_scores.Scored(s, float(np.mean(x)), ()) for s, x in zip(*found, strict=True)
+        ]
+
+    defaults = {"num_steps": STEPS, "batch_size": BATCH, "eval_period": PERIOD}
+    return fleet_run.GroupRun(
+        fleet,
+        optimizer_of(toy, trees(toy, 0)[1]),
+        runs_of(toy, members),
+        scorer(scores) if scorer else scores,
+        fleet_run.Settings(**(defaults | settings)),
+        folder,
+        Quiet(),
+    )
+
+
+def go(toy, folder, members=range(NUM_RUNS), **kwargs):
+    made = group(toy, folder, members, **kwargs)
+    best, standings = made.go([trees(toy, run)[1] for run in members])
+    return made._fleet.get(best, len(members)), standings
+
+
+def assert_trees_equal(got, want, **tolerance):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+# Eight steps of Adam whose early steps divide by small second moments: a rounding of 1e-7 grows.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+@pytest.mark.parametrize("devices", [1, 2], ids=["one device", "two devices"])
+def test_a_fleet_is_its_runs_one_by_one(toy, devices):
+    fleet = make_fleet(toy, devices=devices)
+    optimizer = optimizer_of(toy, trees(toy, 0)[1])
+    trainables = [trees(toy, run)[1] for run in range(NUM_RUNS)]
+    states = fleet.create(trainables, optimizer, [job.key_seed for job in JOBS])
+    runs = runs_of(toy, range(NUM_RUNS))
+    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(8)))
+    active = np.ones(NUM_RUNS, bool)
+    states, still, first = fleet.advance(states, active, tables, rows, 0, 3)
+    states, still, second = fleet.advance(states, still, tables, rows, 3, 5)
+    assert np.all(still)
+    states = fleet.get(states, NUM_RUNS)
+    losses = np.concatenate([first.losses, second.losses], axis=1)
+    for run in range(NUM_RUNS):
+        want_losses, want = one_by_one(toy, run, 8)
+        np.testing.assert_allclose(losses[run], want_losses, rtol=2e-5)
+        assert_trees_equal(fleet_lib.unstack(states.trainable, run), want.trainable, **TOLERANCE)
+        assert states.step[run] == 8
+        np.testing.assert_array_equal(states.rng[run], want.rng)
+
+
+def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy):
+    fleet = make_fleet(toy, 3)
+    optimizer = optimizer_of(toy, trees(toy, 0)[1])
+    trainables = [trees(toy, run)[1] for run in range(3)]
+    states = fleet.create(trainables, optimizer, [1, 2, 3])
+    before = fleet.get(states, 3)
+    runs = runs_of(toy, range(3))
+    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(4)))
+    states, still, found = fleet.advance(states, np.array([1, 0, 1], bool), tables, rows, 0, 4)
+    after = fleet.get(states, 3)
+    same = jax.tree.map(lambda a, b: np.all(a[1] == b[1]), after, before)
+    assert all(jax.tree.leaves(same))
+    assert list(found.steps) == [4, 0, 4]
+    assert list(still) == [True, False, True]
+    assert not np.array_equal(
+        after.trainable["first"]["adapter"]["lora_b"][0],
+        before.trainable["first"]["adapter"]["lora_b"][0],
+    )
+
+
+def test_a_run_that_diverges_stops_before_that_step(toy):
+    members = range(3)
+    fleet = make_fleet(toy, 3)
+    optimizer = optimizer_of(toy, trees(toy, 0)[1])
+    states = fleet.create([trees(toy, run)[1] for run in members], optimizer, [1, 2, 3])
+    runs = runs_of(toy, members)
+    tables = {name: values.copy() for name, values in runs.tables.items()}
+    rows = runs.schedule(range(4))
+    rows[1] = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3]]
+    tables["y"][1, 8] = np.inf  # seen first at the third step
+    states, still, found = fleet.advance(
+        states, np.ones(3, bool), fleet.put(tables), fleet.put(rows), 0, 4
+    )
+    assert list(found.steps) == [4, 2, 4]
+    assert list(still) == [True, False, True]
+    got = fleet.get(states, 3)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got.trainable))
+    assert list(got.step) == [4, 2, 4]
+
+
+def test_groups_do_not_matter(toy, tmp_path):
+    together, standings = go(toy, tmp_path / "all")
+    for run in (1, 4):
+        alone, (standing,) = go(toy, tmp_path / str(run), [run])
+        got = fleet_lib.unstack(together, run)
+        assert_trees_equal(got, fleet_lib.unstack(alone, 0), **TOLERANCE)
+        assert standing.best_step == standings[run].best_step
+        for ours, theirs in zip(standing.curve, standings[run].curve, strict=True):
+            assert ours["score"] == theirs["score"]
+            np.testing.assert_allclose(ours["train_loss"], theirs["train_loss"], rtol=2e-5)
+
+
+class Scripted:
+    """Replaces scores by a script, one number an evaluation and run."""
+
+    def __init__(self, script, losses=None):
+        self.script, self.losses, self.calls = script, losses or script, []
+
+    def __call__(self, scorer):
+        def scores(trainables, split):
+            index = len(self.calls)
+            self.calls.append((split, jax.tree.map(np.asarray, trainables)))
+            return [
+                fewshot_scores.Scored([score[index]], -loss[index], ())
+                for score, loss in zip(self.script, self.losses, strict=True)
+            ]
+
+        return scores
+
+
+def test_each_run_stops_and_selects_on_its_own(toy, tmp_path):
+    script = Scripted([[0.1, 0.5, 0.4, 0.3], [0.1, 0.2, 0.3, 0.4]])
+    best, standings = go(toy, tmp_path, range(2), scorer=script, patience=1)
+    first, second = standings
+    assert (first.state, first.steps, first.best_step) == ("stopped early", 9, 6)
+    assert (second.state, second.steps, second.best_step) == ("done", 12, 12)
+    assert [entry["score"] for entry in first.curve] == [0.1, 0.5, 0.4]
+    kept = fleet_lib.unstack(script.calls[1][1], 0)
+    assert_trees_equal(fleet_lib.unstack(best, 0), kept, rtol=0)
+    # Nothing moved after the run had stopped.
+    third, fourth = (fleet_lib.unstack(call[1], 0) for call in script.calls[2:4])
+    assert_trees_equal(third, fourth, rtol=0)
+
+
+def test_a_fleet_ends_when_all_runs_have_stopped(toy, tmp_path):
+    script = Scripted([[0.5, 0.4, 0.3, 0.2]] * 2)
+    _, standings = go(toy, tmp_path, range(2), scorer=script, patience=1)
+    assert [standing.steps for standing in standings] == [6, 6]
+    assert len(script.calls) == 2
+
+
+def test_of_equal_scores_the_lower_loss_then_the_earlier_step_decides(toy, tmp_path):
+    script = Scripted([[0.5] * 4, [0.5] * 4], losses=[[1, 3, 3, 2], [1, 1, 1, 1]])
+    _, standings = go(toy, tmp_path, range(2), scorer=script)
+    assert [standing.best_step for standing in standings] == [6, 3]
+
+
+@pytest.mark.parametrize("selection", ["reported_split", "validation"])
+def test_which_split_selects(toy, tmp_path, selection):
+    script = Scripted([[0.1, 0.2, 0.3, 0.4]] * 2)
+    go(toy, tmp_path, range(2), scorer=script, selection=selection)
+    split = "test" if selection == "reported_split" else "validation"
+    assert [call[0] for call in script.calls] == [split] * 4
+
+
+def test_the_last_parameters_need_no_evaluation(toy, tmp_path):
+    script = Scripted([[]] * 2)
+    best, standings = go(toy, tmp_path, range(2), scorer=script, selection="last")
+    assert script.calls == []
+    assert [standing.best_step for standing in standings] == [STEPS, STEPS]
+    _, want = one_by_one(toy, 1, STEPS)
+    assert_trees_equal(fleet_lib.unstack(best, 1), want.trainable, **TOLERANCE)
+
+
+def test_a_score_that_is_no_number_is_the_worst(toy, tmp_path):
+    script = Scripted([[np.nan, 0.0, 0.0, 0.0]], losses=[[np.nan, 1, 1, 1]])
+    _, (standing,) = go(toy, tmp_path, range(1), scorer=script)
+    assert standing.best_step == 6
+    assert standing.curve[0]["score"] == 0.0
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_group_goes_on_where_it_was_saved(toy, tmp_path):
+    want, want_standings = go(toy, tmp_path / "whole")
+
+    def dying(scorer):
+        calls = []
+
+        def scores(trainables, split):
+            calls.append(split)
+            if len(calls) == 3:
+                raise Killed
+            return scorer(trainables, split)
+
+        return scores
+
+    with pytest.raises(Killed):
+        go(toy, tmp_path / "killed", scorer=dying, save_seconds=0.0)
+    got, standings = go(toy, tmp_path / "killed", save_seconds=0.0)
+    assert_trees_equal(got, want, rtol=0)
+    assert standings == want_standings
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert lines[0] == lines[1]
+
+
+def test_what_was_saved_by_other_runs_is_refused(toy, tmp_path):
+    made = group(toy, tmp_path, range(2), save_seconds=0.0)
+    made.go([trees(toy, run)[1] for run in range(2)])
+    with pytest.raises(errors.UserError, match="other runs"):
+        go(toy, tmp_path, range(1, 3))
+    made.forget()
+    go(toy, tmp_path, range(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"selection": "validaton"}, "Did you mean 'validation'"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"selection": "last", "patience": 2}, "makes none"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    defaults = {"num_steps": 1, "batch_size": 1, "eval_period": 1}
+    with pytest.raises(errors.UserError, match=message):
+        fleet_run.Settings(**(defaults | settings))
+
+
+def test_groups_fit_memory():
+    assert fleet_lib.group_sizes(33, 12) == [11, 11, 11]
+    assert fleet_lib.group_sizes(33, 16) == [11, 11, 11]
+    assert fleet_lib.group_sizes(5, 3) == [3, 2]
+    assert fleet_lib.group_sizes(3, 100) == [3]
+    assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=600) == 16
+    assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=100) == 0
+    assert fleet_lib.device_memory() > 0
+
+
+def test_what_a_fleet_needs_grows_with_its_width(toy):
+    needed = []
+    for width in (2, 8):
+        fleet = make_fleet(toy, width)
+        optimizer = optimizer_of(toy, trees(toy, 0)[1])
+        states = fleet.create([trees(toy, 0)[1]], optimizer, [0])
+        runs = runs_of(toy, [0])
+        analysis = fleet.compile(states, fleet.put(runs.tables), fleet.put(runs.schedule(range(4))))
+        needed.append(fleet_lib.needed_memory(analysis))
+    assert 2 < needed[1] / needed[0] < 5
+
+
+def test_adapters_are_kept_by_run(toy, tmp_path):
+    stacked = fleet_lib.stack([trees(toy, run)[1] for run in range(3)])
+    path = tmp_path / "adapters.safetensors"
+    fleet_run.write_adapters(path, stacked, JOBS[:3], {})
+    found = fleet_run.read_adapters(path)
+    assert list(found) == JOBS[:3]
+    assert_trees_equal(found[JOBS[2]], trees(toy, 2)[1], rtol=0)
+
+
+def test_jobs_have_seeds_of_their_own():
+    jobs = [fleet_data.Job(f"task_{i}", seed) for i in range(50) for seed in range(5)]
+    assert len({job.key_seed for job in jobs}) == len(jobs)
+
+
+def standing(**kwargs):
+    return fleet_run.Standing(**kwargs)
+
+
+def test_lines_name_every_run_once(capsys):
+    shown = fleet_progress.Lines(10, 2)
+    standings = [standing(steps=5), standing(steps=5)]
+    shown.update(JOBS[:2], standings)
+    assert capsys.readouterr().err == ""
+    for one in standings:
+        one.curve.append({"step": 5, "train_loss": 1.25, "score": 0.5, "loss": 1.0})
+        one.best_score = 0.5
+    shown.update(JOBS[:2], standings)
+    shown.update(JOBS[:2], standings)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "task_0  seed 0  step 5/10  loss 1.2500  best 50.0  running",
+        "task_0  seed 1  step 5/10  loss 1.2500  best 50.0  running",
+    ]
+
+
+def test_the_table_shows_every_run():
+    import io
+
+    import rich.console
+
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
+    shown = fleet_progress.Table(10, 2, console)
+    ended = standing(steps=4, state="stopped early", best_score=0.25)
+    shown.update(JOBS[:2], [standing(steps=7), ended], [0.5, None])
+    shown.say("a word")
+    shown.close()
+    text = console.file.getvalue()
+    for word in ("task_0", "7/10", "0.5000", "25.0", "stopped early", "1 of 2 runs", "a word"):
+        assert word in text
+
+
+def train_until_killed(folder):
+    """What the subprocess does."""
+    toy = sys.modules["training_toy"]
+    slow = lambda scorer: lambda *args: (time.sleep(0.05), scorer(*args))[1]
+    best, standings = go(toy, folder, scorer=slow, save_seconds=0.0, num_steps=60)
+    fleet_run.write_adapters(folder / "best.safetensors", best, JOBS, {})
+    return [dataclasses.asdict(standing) for standing in standings]
+
+
+def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
+    want, want_standings = go(toy, tmp_path / "whole", num_steps=60)
+    folder = tmp_path / "killed"
+    here = pathlib.Path(__file__).parent
+    code = (
+        "import os, sys; os.environ['JAX_PLATFORMS'] = 'cpu'\n"
+        f"os.environ['XLA_FLAGS'] = {os.environ['XLA_FLAGS']!r}\n"
+        "import importlib.util, pathlib\n"
+        "def load(name, path):\n"
+        "    spec = importlib.util.spec_from_file_location(name, path)\n"
+        "    module = importlib.util.module_from_spec(spec); sys.modules[name] = module\n"
+        "    spec.loader.exec_module(module); return module\n"
+        f"load('training_toy', {str(here / 'toy.py')!r})\n"
+        f"load('test_fleet', {__file__!r}).train_until_killed(pathlib.Path({str(folder)!r}))\n"
+    )
+    saved = folder / "progress.safetensors"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 120
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert saved.exists()
+    assert not (folder / "best.safetensors").exists()
+    got, standings = go(toy, folder, num_steps=60)
+    assert_trees_equal(got, want, rtol=0)
+    assert standings == want_standings
