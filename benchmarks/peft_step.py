@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+# Of Poly and MHR, in both frameworks.
+NUM_TASKS = 8
+NUM_SPLITS = 64
+
 
 def available() -> str | None:
     """Returns why the comparison cannot run, or None."""
@@ -30,16 +34,26 @@ def _config(name: str):
             target_modules=["k", "v", "wi_1"],
             feedforward_modules=[],
         )
+    if name in ("poly", "mhr"):
+        return peft.PolyConfig(
+            task_type="SEQ_2_SEQ_LM",
+            poly_type="poly",
+            r=1,
+            n_tasks=NUM_TASKS,
+            n_skills=8,
+            n_splits=1 if name == "poly" else NUM_SPLITS,
+            target_modules=sites,
+        )
     raise ValueError(f"unknown PEFT method {name!r}")
 
 
 def make_step(
     name: str, sizes: dict[str, int], batch: dict[str, np.ndarray]
 ) -> Callable[[], float]:
-    """Returns a call that runs one AdamW step of `name` ("lora", "ia3" or "full") on `batch`.
+    """Returns a call that runs one AdamW step of a method of PEFT, or of "full", on `batch`.
 
     `sizes` has vocab_size, emb_dim, head_dim, mlp_dim, num_heads, num_layers; `batch` has
-    encoder_input_tokens [b, t] and decoder_target_tokens [b, t].
+    encoder_input_tokens [b, t], decoder_target_tokens [b, t] and task_ids [b].
     """
     import peft
     import torch
@@ -66,9 +80,13 @@ def make_step(
     inputs = torch.tensor(batch["encoder_input_tokens"].astype(np.int64))
     labels = torch.tensor(batch["decoder_target_tokens"].astype(np.int64))
 
+    tasks = {}
+    if name in ("poly", "mhr"):
+        tasks["task_ids"] = torch.tensor(batch["task_ids"].astype(np.int64))
+
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=inputs, labels=labels).loss
+        loss = model(input_ids=inputs, labels=labels, **tasks).loss
         loss.backward()
         optimizer.step()
         return float(loss.detach())

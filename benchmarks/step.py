@@ -36,9 +36,19 @@ SMALL = {
     "num_decoder_layers": 8,
 }
 REFERENCE = "frozen, forward and backward"
-METHODS = ("ia3", "lora", "lora_big", "mov", "molora", "full")
+# Arguments of each method's constructor, where defaults are not meant.
+METHODS = {
+    "ia3": {},
+    "lora": {},
+    "lora_big": {},
+    "mov": {},
+    "molora": {},
+    "poly": {"num_tasks": peft_step.NUM_TASKS},
+    "mhr": {"num_tasks": peft_step.NUM_TASKS, "num_splits": peft_step.NUM_SPLITS},
+    "full": {},
+}
 # PEFT's methods and ours with the same adapted matrices.
-PEFT_METHODS = ("ia3", "lora", "full")
+PEFT_METHODS = ("ia3", "lora", "poly", "mhr", "full")
 
 
 def make_batch(batch: int, inputs: int, targets: int) -> dict[str, np.ndarray]:
@@ -51,6 +61,7 @@ def make_batch(batch: int, inputs: int, targets: int) -> dict[str, np.ndarray]:
         "decoder_target_tokens": target,
         "decoder_input_tokens": np.pad(target[:, :-1], ((0, 0), (1, 0))),
         "decoder_loss_weights": np.ones_like(target, np.float32),
+        "task_ids": np.arange(batch, dtype=np.int32) % peft_step.NUM_TASKS,
     }
 
 
@@ -74,7 +85,7 @@ def frozen_call(module: nn.Module, params, batch):
 
 def method_call(name: str, module: nn.Module, backbone, batch):
     """One AdamW step of a method through the project's own train step."""
-    method = methods.get(name)()
+    method = methods.get(name)(**METHODS[name])
     network = encoder_decoder.EncoderDecoder(
         method.patch(module), encoder_decoder.LossConfig(), method
     )

@@ -21,7 +21,6 @@ MACROS = {
     "MODEL": "the network without adapters, `@models.Transformer()`",
     "NOMINAL_SIZE": "the size in the model's name, which papers divide by",
     "METHOD": "what is adapted and what trains, such as `@methods.mov()`",
-    "MULTITASK_METHOD": "the method before it is transferred to new tasks; equal to METHOD without",
     "VARIANT": "how it is transferred: `keep`, `new_logits`, `z`, `mu` or `soup`",
     "NUM_TASKS": "task ids of the mixture that task routers tell apart",
     "BACKBONE": "the network's own weights: `embedded:cldr_tiny`, `file:weights.safetensors`, "

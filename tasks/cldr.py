@@ -1,9 +1,10 @@
-"""The CLDR suite as SeqIO tasks: `cldr_<function>_<locale>`, three mixtures of them, and
+"""The CLDR suite as SeqIO tasks: `cldr_<function>_<locale>`, four mixtures of them, and
 pre-training text.
 
 * `cldr_train`: training combinations; splits train, validation.
 * `cldr_heldout`: combinations never trained (zero-shot); split validation.
 * `cldr_fewshot`: locales never trained; splits train, validation.
+* `cldr_new`: locales neither trained nor in the pre-training text; splits train, validation.
 * `cldr_denoise`: denoising of CLDR lines; splits train, validation.
 
 Registering is cheap. Rows are generated at first use and cached on disk
@@ -29,7 +30,12 @@ _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
 TEXT_FEATURES = {"inputs": _text, "targets": _text}
 FEATURES = {**TEXT_FEATURES, "task_ids": _scalar, "template_ids": _scalar}
 
-MIXTURES = {"cldr_train": "train", "cldr_heldout": "heldout", "cldr_fewshot": "fewshot"}
+MIXTURES = {
+    "cldr_train": "train",
+    "cldr_heldout": "heldout",
+    "cldr_fewshot": "fewshot",
+    "cldr_new": "new",
+}
 
 
 @functools.cache
@@ -77,7 +83,8 @@ def _instruction_columns() -> store.Columns:
 @functools.cache
 def _instructions() -> dict[tuple[int, int], rows.Rows]:
     """Rows by (task id, split id)."""
-    columns = store.cached("cldr-instructions", _instruction_columns)
+    name = "-".join(("cldr-instructions", *MIXTURES.values()))  # What is in it, and in what order.
+    columns = store.cached(name, _instruction_columns)
     inputs, targets = _ragged(columns, "inputs"), _ragged(columns, "targets")
     keys, starts = np.unique(columns["keys"], axis=0, return_index=True)
     ends = [*starts[1:], len(inputs)]

@@ -1,10 +1,12 @@
 """The suite as data: locales, tasks, and which of them train.
 
-A task is a (function, locale) pair. Three groups, disjoint as tasks:
+A task is a (function, locale) pair. Four groups, disjoint as tasks:
 
 * training combinations: examples split by item into train and validation;
 * held-out combinations (zero-shot): function and locale are both trained, never together;
-* held-out locales (few-shot): every function in locales no training task uses.
+* held-out locales (few-shot): every function in locales no training task uses;
+* new locales (few-shot): the same with locales that the pre-training text does not have either,
+  and only functions whose answers a few examples can teach.
 
 Within a task, items are ordered by the SHA-256 of "function|locale|item"; the first fifth is
 validation, the rest train.
@@ -45,7 +47,16 @@ TRAINING_LOCALES = {
     "tr": "Turkish",
 }
 FEWSHOT_LOCALES = {"gl": "Galician", "ms": "Malay", "sk": "Slovak", "sq": "Albanian"}
-LOCALES = {**TRAINING_LOCALES, **FEWSHOT_LOCALES}
+LOCALES = {**TRAINING_LOCALES, **FEWSHOT_LOCALES}  # of the pre-training text
+NEW_LOCALES = {
+    "br": "Breton",
+    "fo": "Faroese",
+    "ku": "Kurdish",
+    "lb": "Luxembourgish",
+    "uz": "Uzbek",
+}
+NEW_FUNCTIONS = ("number", "percent", "currency", "date", "day", "unit", "list")
+_LANGUAGES = {**LOCALES, **NEW_LOCALES}
 
 VALIDATION_FRACTION = 5  # one item in five
 
@@ -85,7 +96,9 @@ def held_out(function: str, locale: str) -> bool:
 
 
 def tasks(group: str) -> tuple[Task, ...]:
-    """Tasks of a group: "train", "heldout" or "fewshot", in a fixed order."""
+    """Tasks of a group: "train", "heldout", "fewshot" or "new", in a fixed order."""
+    if group == "new":
+        return tuple(Task(name, locale) for name in NEW_FUNCTIONS for locale in NEW_LOCALES)
     pairs = [
         Task(function, locale)
         for function in functions.FUNCTIONS
@@ -122,7 +135,7 @@ def examples(task: Task, split: str) -> list[Example]:
                 task.function,
                 template_id,
                 item=item,
-                language=LOCALES[task.locale],
+                language=_LANGUAGES[task.locale],
                 code=task.locale,
             )
             rows.append(Example(task, item, template_id, text, target))
