@@ -1,5 +1,7 @@
 """Every gin file that comes with the package parses, is complete in its place, and plans."""
 
+import re
+
 import gin
 import pytest
 
@@ -82,12 +84,52 @@ def test_monitors_watch_training(name):
         assert made.period == 100
 
 
-@pytest.mark.parametrize("name", [n for n in names("experiments") if not n.endswith("/common.gin")])
-def test_experiment_is_complete_and_plans(name):
-    head = (ROOT / name).read_text().split("include", 1)[0]
+EXPERIMENTS = [n for n in names("experiments") if not n.endswith("/common.gin")]
+FIRST_OF_TABLE = {name.rsplit("/", 1)[0]: name for name in reversed(EXPERIMENTS)}.values()
+
+
+def commands_of(name):
+    """(command, gin files, bindings) of every command line in the head that names the file."""
+    head = (ROOT / name).read_text().split("\ninclude", 1)[0].replace("\\\n#", "")
+    lines = [line for line in head.splitlines() if "moe-peft " in line and name in line]
+    for line in lines:
+        words = line[line.index("moe-peft ") :].split()
+        files = [words[i + 1] for i, word in enumerate(words) if word == "--gin_file"]
+        bindings = [w.removeprefix("--gin.") for w in words if w.startswith("--gin.")]
+        yield words[1], files, bindings
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_says_what_it_is_and_its_commands_parse(name):
+    head = (ROOT / name).read_text().split("\ninclude", 1)[0]
     for part in ("# Number:", "# Command:", "# Expected:", "# Hardware:", "# In two minutes:"):
         assert part in head
-    assert name in head
-    plan = cli.configure("plan", [name])()
-    command = "eval" if plan.trainable == 0 else "train"
-    cli.configure(command, [name], ["MODEL_DIR=/nowhere"])
+    assert "@HW@" not in head
+    commands = list(commands_of(name))
+    assert commands
+    for command, files, bindings in commands:
+        cli.configure(command, files, bindings)
+        if sample := re.search(r"samples/\w+\.gin", head):
+            left = [b for b in bindings if not b.startswith(("BACKBONE=file", "VOCABULARY="))]
+            cli.configure(command, [*files, sample[0]], left)
+
+
+def plan(name):
+    large = [SCANNED] if "/cldr/" not in name else []
+    return cli.configure("plan", [name], large)()
+
+
+@pytest.mark.parametrize("name", FIRST_OF_TABLE)
+def test_first_experiment_of_a_table_plans(name):
+    assert plan(name).base > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_plans(name):
+    found = plan(name)
+    assert (found.trainable == 0) == ("methods/frozen.gin" in (ROOT / name).read_text())
+    text = re.sub(r"\n#\s+", " ", (ROOT / name).read_text())
+    counted = re.search(r"plan counts ([\d,]+) parameters", text)
+    if counted:
+        assert found.trainable == int(counted[1].replace(",", ""))

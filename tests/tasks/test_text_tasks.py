@@ -9,7 +9,7 @@ import pytest
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import pipeline, samples, vocabularies
+from moe_peft.data import fewshot, pipeline, samples, vocabularies
 from moe_peft.tasks import crossfit, superni
 
 LENGTHS = {"inputs": 300, "targets": 64}
@@ -167,3 +167,21 @@ def test_evaluation_reads_the_same_rows():
         (batch, *_) = pipeline.eval_examples(name, LENGTHS, "test", 4)
         assert batch.examples[0].task.startswith(name.split("_")[0])
         assert batch.features["task_ids"][0] >= samples.TRAIN_TASKS
+
+
+def test_a_few_shot_run_takes_the_rows_of_its_sample():
+    name = pipeline.tasks_of("crossfit_test")[0].name
+    source = seqio.TaskRegistry.get(name).source
+    task = fewshot.Task(name, LENGTHS, "test", False, "train_{seed}", "validation_{seed}")
+    for seed in (13, 100):
+        shots, validation, wordings = task.draw(fewshot.Sizes(None), seed)
+        assert wordings == 1
+        texts = lambda encoded: sorted(example.inputs for example in encoded.examples)
+        rows = lambda split: sorted(
+            vocabularies.get().decode(source.rows(split).inputs[i])
+            for i in range(source.num_input_examples(split))
+        )
+        assert texts(shots) == rows(f"train_{seed}")
+        assert texts(validation) == rows(f"validation_{seed}")
+    with pytest.raises(errors.UserError, match="no split 'train_14'"):
+        task.draw(fewshot.Sizes(None), 14)
