@@ -1,16 +1,38 @@
 """33 few-shot runs as one fleet against the same runs one after another.
 
-Eleven tasks of the CLDR suite with three seeds each adapt the backbone that ships with it. Both ways
-run the same code: a fleet of 33, and a fleet of one, compiled once and used 33 times. Every round
-makes the same few steps and one evaluation of every run, both ways.
+Eleven tasks of the CLDR suite with three seeds each adapt the backbone that ships with it. Both
+ways run the same code: groups as `moe-peft adapt` makes them, and a fleet of one, compiled once and
+used 33 times. Every round makes the same few steps and one evaluation of every run, both ways.
 
-    python benchmarks/fleet.py [--method lora|mhr] [--rounds 5] [--steps 5] [--output fleet.json]
+On a CPU every core is a device for the fleet (`--devices 1` for one device with all cores); a run
+on its own has one device with all cores.
+
+    python benchmarks/fleet.py [--method lora|mhr] [--rounds 5] [--steps 5] [--width 8]
+        [--devices 2] [--output fleet.json]
 """
 
 import argparse
 import os
 
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=("lora", "mhr"), default="lora")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--width", type=int, help="runs of a group; default: as adapt chooses")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--devices", type=int, default=cores, help="CPU devices of the fleet")
+    parser.add_argument("--output", help="JSON file for the figures")
+    return parser.parse_args()
+
+
+OPTIONS = _options()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={OPTIONS.devices}"
+)
 
 import jax
 import measure
@@ -21,10 +43,10 @@ from moe_peft.data import fewshot, lookup
 from moe_peft.evaluation import fewshot_scores
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
+import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
 from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import fleet_data, fleet_start, optimizers, preparation, schedules
 from moe_peft.training import step as step_lib
-import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
 
 LENGTHS = {"inputs": 56, "targets": 28}
 OPEN = ("number", "percent", "currency", "date", "day", "unit", "relative", "list")
@@ -82,14 +104,7 @@ class Runs:
 
 def main() -> None:
     """Measures, prints, saves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--output", help="JSON file for the figures")
-    options = parser.parse_args()
-
+    options = OPTIONS
     sizes = fewshot.Sizes(shots=16, validation=4, wordings=4)
     tasks = {name: fewshot.Task(name, LENGTHS, "validation", False) for name in TASKS}
     data = fleet_data.read(tasks, sizes, SEEDS, LENGTHS, False, False)
@@ -114,14 +129,20 @@ def main() -> None:
         patching.merge,
     )
     score = fewshot_scores.score_rows(model, 0, True)
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    make = lambda width: fleet_lib.Fleet(update, score, start.frozen, width, mesh)
+    fleet_of = lambda width, devices: fleet_lib.Fleet(
+        *(update, score, start.frozen, width), mesh_lib.make_mesh(devices=devices)
+    )
     setting = (options.batch_size, options.steps)
-    together = Runs(make(len(data)), start, optimizer, data, *setting)
-    alone = make(1)
+    devices = jax.devices()
+    width = options.width or fleet_lib.useful_width(mesh_lib.make_mesh(devices=devices), len(data))
+    fleet, together, left = fleet_of(width, devices), [], list(data)
+    for size in fleet_lib.group_sizes(len(data), width):
+        together.append(Runs(fleet, start, optimizer, left[:size], *setting))
+        left = left[size:]
+    alone = fleet_of(1, devices[:1])
     apart = [Runs(alone, start, optimizer, [one], *setting) for one in data]
     calls = {
-        "33 runs as a fleet": together.both,
+        "33 runs as a fleet": lambda: [runs.both() for runs in together],
         "one after another": lambda: [runs.both() for runs in apart],
         "one run": apart[0].both,
     }
@@ -134,7 +155,7 @@ def main() -> None:
     print(measure.hardware())
     measure.show(
         f"{options.method}: {options.steps} steps of batch {options.batch_size} and 16 evaluated "
-        "examples of each run",
+        f"examples of each run; {len(together)} groups of {width} on {len(devices)} devices",
         columns,
         rows,
     )
@@ -145,6 +166,8 @@ def main() -> None:
             "method": options.method,
             "steps": options.steps,
             "batch_size": options.batch_size,
+            "width": width,
+            "devices": len(devices),
             "seconds": {name: timing.seconds for name, timing in timings.items()},
             "one_after_another_over_fleet": timings["one after another"].ratio,
         },

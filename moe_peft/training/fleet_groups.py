@@ -106,10 +106,11 @@ class Groups:
           group_size: runs of a group at most; None takes as many as fit the memory.
         """
         by_job = {one.job: one for one in data}
+        by_key = _by_key(data)
         fleets: dict[Any, fleet_lib.Fleet] = {}
         plan = self._read_plan(description)
         if plan is None:
-            plan = self._plan(data, group_size, fleets)
+            plan = self._plan(by_key, group_size, fleets)
             record = {"description": description, "groups": [_as_json(group) for group in plan]}
             predictions.write_json(self.folder / FOLDER / _PLAN, record)
         found = []
@@ -121,7 +122,7 @@ class Groups:
                 if key not in fleets:
                     same = [len(group) for group in plan if _key(by_job[group[0]]) == key]
                     fleets[key] = self._fleet(members[0], max(same))
-                self._run_group(folder, members, fleets[key])
+                self._run_group(folder, members, fleets[key], _num_rows(by_key[key]))
             record = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
             found.append(Finished(folder, record["seconds"], record["runs"]))
         return found
@@ -142,11 +143,8 @@ class Groups:
                 )
         return [[fleet_data.Job(**job) for job in group] for group in record["groups"]]
 
-    def _plan(self, data, group_size, fleets) -> list[list[fleet_data.Job]]:
+    def _plan(self, by_key, group_size, fleets) -> list[list[fleet_data.Job]]:
         """Groups of jobs of one shape each; `fleets` gets what was compiled to find out."""
-        by_key: dict[Any, list[fleet_data.JobData]] = {}
-        for one in data:
-            by_key.setdefault(_key(one), []).append(one)
         plan = []
         for key, members in by_key.items():
             largest = group_size
@@ -160,7 +158,8 @@ class Groups:
 
     def _largest_fleet(self, members) -> tuple[fleet_lib.Fleet, int]:
         """The fleet of as many runs as fit, compiled, and their number."""
-        size, shared = len(members), state.num_bytes(self.start.frozen)
+        size = fleet_lib.useful_width(self.mesh, len(members))
+        shared = state.num_bytes(self.start.frozen)
         available = fleet_lib.device_memory()
         while True:
             fleet = self._fleet(members[0], size)
@@ -184,9 +183,8 @@ class Groups:
         """Shapes of the arguments of `advance` for the largest group."""
         (trainable,) = self.start.trainables([members[0].job])
         optimizer = self.make_optimizer(trainable)
-        num_rows = max(len(one.shots) for one in members)
         one_state = jax.eval_shape(lambda tree: state.create(tree, optimizer, 0), trainable)
-        table = fleet_data.tables(members[:1], num_rows)
+        table = fleet_data.tables(members[:1], _num_rows(members))
         rows = np.zeros((1, self.settings.eval_period, self.settings.batch_size), np.int32)
         stacked = lambda leaf: fleet.abstract(leaf.shape, leaf.dtype)
         of_one = lambda leaf: fleet.abstract(leaf.shape[1:], leaf.dtype)
@@ -207,12 +205,11 @@ class Groups:
         )
         return fleet_lib.Fleet(update, score, self.start.frozen, width, self.mesh)
 
-    def _run_group(self, folder, members, fleet) -> None:
+    def _run_group(self, folder, members, fleet, num_rows) -> None:
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         scorer = self._scorer(fleet, members)
         trainables = self.start.trainables([one.job for one in members])
-        num_rows = max(len(one.shots) for one in members)
         group = fleet_run.GroupRun(
             fleet,
             self.make_optimizer(trainables[0]),
@@ -306,6 +303,18 @@ class Groups:
 
 def _key(one: fleet_data.JobData) -> tuple[fleet_data.Shape, fleet_data.Shape]:
     return one.shape, one.eval_shape
+
+
+def _by_key(data: Sequence[fleet_data.JobData]) -> dict[Any, list[fleet_data.JobData]]:
+    found: dict[Any, list[fleet_data.JobData]] = {}
+    for one in data:
+        found.setdefault(_key(one), []).append(one)
+    return found
+
+
+def _num_rows(members: Sequence[fleet_data.JobData]) -> int:
+    """Rows of every table, so that one program serves all groups of a shape."""
+    return max(len(one.shots) for one in members)
 
 
 def _as_json(jobs: Sequence[fleet_data.Job]) -> list[dict[str, Any]]:
