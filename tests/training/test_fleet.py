@@ -1,6 +1,7 @@
 """Runs of a fleet against the same runs one by one; stopping, selection, going on after a kill."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -24,6 +25,9 @@ NUM_RUNS, NUM_ROWS, BATCH, PERIOD, STEPS = 5, 12, 4, 3, 12
 JOBS = [fleet_data.Job(f"task_{run // 2}", run % 2) for run in range(NUM_RUNS)]
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
 class Quiet:
     """A progress that keeps what it was told."""
 
@@ -45,6 +49,7 @@ def optimizer_of(toy, trainable):
     return made.build(trainable, toy.ADAPTED.learning_rate_group)
 
 
+@functools.cache
 def trees(toy, run):
     """(frozen, trainable) of one run: the same backbone, adapters of its own."""
     params = toy.MODEL.init(jax.random.key(0), {"x": (1, toy.WIDTH)})
@@ -119,7 +124,7 @@ def check_chunk(toy, members):
 
 
 def group(toy, folder, members=range(NUM_RUNS), fleet=None, scorer=None, **settings):
-    fleet = fleet or make_fleet(toy, len(members))
+    fleet = fleet or make_fleet(toy)
     folder.mkdir(parents=True, exist_ok=True)
 
     def scores(trainables, split):
@@ -164,13 +169,14 @@ def test_a_fleet_is_its_runs_one_by_one(toy, devices):
     trainables = [trees(toy, run)[1] for run in range(NUM_RUNS)]
     states = fleet.create(trainables, optimizer, [job.key_seed for job in JOBS])
     runs = runs_of(toy, range(NUM_RUNS))
-    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(8)))
-    active = np.ones(NUM_RUNS, bool)
-    states, still, first = fleet.advance(states, active, tables, rows, 0, 3)
-    states, still, second = fleet.advance(states, still, tables, rows, 3, 5)
-    assert np.all(still)
+    tables, active = fleet.put(runs.tables), np.ones(NUM_RUNS, bool)
+    losses = np.zeros((NUM_RUNS, 0))
+    for start, first, count in ((0, 0, 3), (3, 0, 1), (3, 1, 2), (6, 0, 2)):  # in pieces
+        rows = fleet.put(runs.schedule(range(start, start + PERIOD)))
+        states, still, found = fleet.advance(states, active, tables, rows, first, count)
+        assert np.all(still)
+        losses = np.concatenate([losses, found.losses], axis=1)
     states = fleet.get(states, NUM_RUNS)
-    losses = np.concatenate([first.losses, second.losses], axis=1)
     for run in range(NUM_RUNS):
         want_losses, want = one_by_one(toy, run, 8)
         np.testing.assert_allclose(losses[run], want_losses, rtol=2e-5)
@@ -180,18 +186,18 @@ def test_a_fleet_is_its_runs_one_by_one(toy, devices):
 
 
 def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy):
-    fleet = make_fleet(toy, 3)
+    fleet = make_fleet(toy)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     trainables = [trees(toy, run)[1] for run in range(3)]
     states = fleet.create(trainables, optimizer, [1, 2, 3])
     before = fleet.get(states, 3)
     runs = runs_of(toy, range(3))
-    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(4)))
-    states, still, found = fleet.advance(states, np.array([1, 0, 1], bool), tables, rows, 0, 4)
+    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(3)))
+    states, still, found = fleet.advance(states, np.array([1, 0, 1], bool), tables, rows, 0, 3)
     after = fleet.get(states, 3)
     same = jax.tree.map(lambda a, b: np.all(a[1] == b[1]), after, before)
     assert all(jax.tree.leaves(same))
-    assert list(found.steps) == [4, 0, 4]
+    assert list(found.steps) == [3, 0, 3]
     assert list(still) == [True, False, True]
     assert not np.array_equal(
         after.trainable["first"]["adapter"]["lora_b"][0],
@@ -201,22 +207,22 @@ def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy):
 
 def test_a_run_that_diverges_stops_before_that_step(toy):
     members = range(3)
-    fleet = make_fleet(toy, 3)
+    fleet = make_fleet(toy)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     states = fleet.create([trees(toy, run)[1] for run in members], optimizer, [1, 2, 3])
     runs = runs_of(toy, members)
     tables = {name: values.copy() for name, values in runs.tables.items()}
-    rows = runs.schedule(range(4))
-    rows[1] = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3]]
-    tables["y"][1, 8] = np.inf  # seen first at the third step
+    rows = runs.schedule(range(3))
+    rows[1] = [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    tables["y"][1, 4] = np.inf  # seen at the second step
     states, still, found = fleet.advance(
-        states, np.ones(3, bool), fleet.put(tables), fleet.put(rows), 0, 4
+        states, np.ones(3, bool), fleet.put(tables), fleet.put(rows), 0, 3
     )
-    assert list(found.steps) == [4, 2, 4]
+    assert list(found.steps) == [3, 1, 3]
     assert list(still) == [True, False, True]
     got = fleet.get(states, 3)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got.trainable))
-    assert list(got.step) == [4, 2, 4]
+    assert list(got.step) == [3, 1, 3]
 
 
 def test_groups_do_not_matter(toy, tmp_path):
@@ -359,6 +365,17 @@ def test_groups_fit_memory():
     assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=600) == 16
     assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=100) == 0
     assert fleet_lib.device_memory() > 0
+
+
+def test_groups_of_a_cpu_are_narrow_and_full():
+    assert fleet_lib.even_width(33, 4) == 3
+    assert fleet_lib.even_width(48, 4) == 4
+    assert fleet_lib.even_width(33, 8, shards=2) == 6
+    assert fleet_lib.even_width(2, 4) == 2
+    assert fleet_lib.even_width(1, 4) == 1
+    assert fleet_lib.even_width(1, 16, shards=8) == 8
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
+    assert fleet_lib.useful_width(mesh, 48) == 8
 
 
 def test_what_a_fleet_needs_grows_with_its_width(toy):
