@@ -1,7 +1,10 @@
 """Both monitors in a real run: it trains the same with them, resumes, and can be reported."""
 
+import shutil
+
 import gin
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
@@ -17,9 +20,9 @@ include 'optimizers/adafactor.gin'
 include 'methods/mhr.gin'
 BACKBONE = "random:0"
 MIXTURE = "cldr_fewshot"
-FEATURE_LENGTHS = {"inputs": 24, "targets": 12}
 NUM_TASKS = 400
 BATCH_SIZE = 8
+TRAIN_STEPS = 5
 T5Config.num_encoder_layers = 1
 T5Config.num_decoder_layers = 1
 mhr.num_skills = 2
@@ -37,38 +40,51 @@ MONITORS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _compiled_once(tmp_path):
+    """Three runs of one program."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
 @pytest.mark.slow
 def test_monitored_runs(tmp_path):
     (tmp_path / "settings.gin").write_text(SETTINGS)
 
-    def train(name, num_steps, *flags):
+    def train(name, *flags):
         files = ("--gin_file", str(tmp_path / "settings.gin"))
-        flags = (f"--gin.MODEL_DIR={tmp_path / name}", f"--gin.TRAIN_STEPS={num_steps}", *flags)
-        assert cli.main(["train", *files, *flags]) == 0
+        assert cli.main(["train", *files, f"--gin.MODEL_DIR={tmp_path / name}", *flags]) == 0
         gin.clear_config()
         return tmp_path / name
 
-    plain = train("plain", 3)
-    watched = train("watched", 3, *MONITORS)
+    plain, watched = train("plain"), train("watched", *MONITORS)
     trees = [checkpoints.load_trainable(folder).trainable for folder in (plain, watched)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     lines = metrics_writer.read(watched)
     assert [line for line in lines if "loss" in line] == metrics_writer.read(plain)
-    assert [line["step"] for line in lines if "alignment/mean_cosine" in line] == [2, 3]
-    assert [line["step"] for line in lines if "routing/entropy" in line] == [1, 2, 3]
-    assert [record["step"] for record in alignment.records(watched)] == [2, 3]
-    assert [record["step"] for record in routing_course.records(watched)] == [1, 2, 3]
+    assert [line["step"] for line in lines if "alignment/mean_cosine" in line] == [2, 4, 5]
+    assert [line["step"] for line in lines if "routing/entropy" in line] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in alignment.records(watched)] == [2, 4, 5]
+    assert [record["step"] for record in routing_course.records(watched)] == [1, 2, 3, 4, 5]
 
-    # Killed after step 3 of 5, whose records were written, with the checkpoint of step 2 at hand.
-    whole = train("whole", 5, *MONITORS)
-    killed = train("killed", 3, *MONITORS)
-    for step in checkpoints.steps(killed)[1:]:
-        (killed / checkpoints.FOLDER / str(step)).rename(tmp_path / f"gone-{step}")
-    train("killed", 5, *MONITORS)
-    for name in ("alignment", "routing"):
-        files = [folder / "monitors" / f"{name}.jsonl" for folder in (whole, killed)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    # Killed after its last records were written, with the checkpoint of step 2 at hand.
+    shutil.copytree(watched, tmp_path / "killed")
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "killed" / checkpoints.FOLDER / str(step))
+    killed = train("killed", *MONITORS)
+    for name in ("monitors/alignment.jsonl", "monitors/routing.jsonl", metrics_writer.FILE_NAME):
+        assert (killed / name).read_bytes() == (watched / name).read_bytes()
 
-    assert cli.main(["report", str(whole), "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["report", str(killed), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "mhr_routing_tree.png").is_file()
     gin.clear_config()
