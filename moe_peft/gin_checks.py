@@ -32,7 +32,6 @@ MACROS = {
     "TARGET_OPTIMIZER": "that of a run on a new task, likewise",
     "TARGET_STEPS": "updates of a run on a new task, likewise",
     "TARGET_BATCH_SIZE": "shots of a batch on a new task, likewise",
-    "EXTRA_STEPS": "updates after a multi-task run, before zero-shot evaluation",
     "DATA_DIR": "folder of the benchmarks' files, or `embedded:samples`; None: $MOE_PEFT_DATA",
     "VOCABULARY": "path of T5's SentencePiece model, or `bytes`",
     "INPUT_TOKENS": "longest input that prompts are made for, end mark included",

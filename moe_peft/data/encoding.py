@@ -69,6 +69,6 @@ def encode(
             batch[f"{side}_segment_ids"] = features["segment_ids"]
             batch[f"{side}_positions"] = features["positions"]
         return batch
-    for name in examples[0][0].scalars:
+    for name in examples[0][0].scalars if examples else ():
         batch[name] = np.array([source.scalars[name][i] for source, i in examples], np.int32)
     return batch

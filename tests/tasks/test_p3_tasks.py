@@ -6,7 +6,7 @@ import pytest
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import pipeline, samples, vocabularies
+from moe_peft.data import fewshot, pipeline, samples, vocabularies
 from moe_peft.tasks import p3
 
 LENGTHS = {"inputs": 64, "targets": 32}
@@ -145,3 +145,16 @@ def test_official_tasks_are_registered():
     assert all(f"p3_{found.name}" in names for found in official.held_out)
     with pytest.raises(errors.UserError, match="'glue_qqp_answer' is in no mixture of"):
         seqio.TaskRegistry.get("p3_glue_qqp_answer").source.rows("train")
+
+
+def test_few_shot_draws_items_and_keeps_their_wordings():
+    task = fewshot.Task("p3_cldr_month", LENGTHS, "t_few", with_choices=True)
+    sizes = fewshot.Sizes(shots={"p3_.*": 3}, wordings={"p3_cldr_.*": 2, ".*": 5})
+    shots, validation, wordings = task.draw(sizes, 42)
+    assert (len(shots), len(validation), wordings) == (6, 0, 2)
+    for i in range(0, 6, 2):
+        first, second = shots.examples[i : i + 2]
+        assert (first.template_id, second.template_id) == (0, 1)
+        assert first.targets == second.targets
+        assert first.answer_choices == second.answer_choices
+        assert len(shots.features[fewshot.CHOICES][i]) == samples.CHOICES
