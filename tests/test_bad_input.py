@@ -19,6 +19,7 @@ include 'methods/mov.gin'
 include 'data/cldr.gin'
 include 'runs/train.gin'
 import moe_peft.training.optimizers
+import moe_peft.transfer
 
 BACKBONE = "random:0"
 BATCH_SIZE = 16
@@ -80,6 +81,13 @@ def run(capsys, *arguments):
     return code, capsys.readouterr().err.splitlines()
 
 
+TRANSFERRED = [
+    "--gin.METHOD=@methods.transferred()",
+    "--gin.transferred.method=@methods.mhr()",
+    "--gin.transferred.variant=%VARIANT",
+    "--gin.mhr.num_tasks=249",
+]
+
 # name: (flags, what the line says)
 TRAIN_MISTAKES = {
     "misspelt macro": (["--gin.TRAIN_STEP=3"], "TRAIN_STEP.*Did you mean 'TRAIN_STEPS'"),
@@ -117,6 +125,31 @@ TRAIN_MISTAKES = {
     "steps 0": (["--gin.TRAIN_STEPS=0"], "num_steps must be at least 1, got 0"),
     "unknown mixture": (["--gin.MIXTURE=cldr_trian"], "'cldr_trian'.*'cldr_train'"),
     "unknown feature": (["--gin.FEATURE_LENGTHS={'input': 8}"], "feature_lengths"),
+    "too few tasks": (
+        ["--gin.METHOD=@methods.poly()", "--gin.poly.num_tasks=3"],
+        r"'cldr_train' has the task id \d+, but the method tells 3 tasks apart \(0 to 2\)",
+    ),
+    "no task ids": (
+        ["--gin.METHOD=@methods.poly()", "--gin.poly.num_tasks=3", "--gin.MIXTURE=cldr_denoise"],
+        "'poly' routes by task, but 'cldr_denoise' has no feature 'task_ids'",
+    ),
+    "packed tasks": (
+        ["--gin.METHOD=@methods.poly()", "--gin.poly.num_tasks=249", "--gin.train.pack=True"],
+        "'poly' combines its modules for each example's task, and packed rows mix",
+    ),
+    "splits that do not divide": (
+        ["--gin.METHOD=@methods.mhr()", "--gin.mhr.num_tasks=249", "--gin.mhr.num_splits=5"],
+        "5 splits do not divide the inputs, 32 wide. Choose num_splits among 1, 2, 4, 8, 16, 32",
+    ),
+    "no source": (
+        [*TRANSFERRED, "--gin.VARIANT=mu"],
+        "'mhr_mu' starts from a multi-task run: give its folder as train.start_from",
+    ),
+    "unknown variant": ([*TRANSFERRED, "--gin.VARIANT=mean"], "Unknown variant 'mean'"),
+    "variant of single tasks": (
+        [*TRANSFERRED, "--gin.VARIANT=z", "--gin.train.start_from=/nowhere"],
+        "variant 'mu' or 'keep', not 'z'. For new tasks use `moe-peft adapt`",
+    ),
     "unknown dtype": (["--gin.DTYPE=bf16"], "bf16.*bfloat16"),
     "unknown frozen dtype": (["--gin.FROZEN_DTYPE=int8"], "int8"),
 }

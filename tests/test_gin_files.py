@@ -53,7 +53,11 @@ def test_model_plans(name):
 
 @pytest.mark.parametrize("name", names("methods"))
 def test_method_plans_and_holds_no_size(name):
-    plan = cli.configure("plan", ["models/tiny.gin", name])()
+    files, bindings = ["models/tiny.gin", name], ["NUM_TASKS=5"]
+    if name == "methods/transferred.gin":
+        files, bindings = [files[0], "methods/mhr.gin", name], [*bindings, "VARIANT=z"]
+    plan = cli.configure("plan", files, bindings)()
+    assert plan.target_method == ("mhr_z" if name == "methods/transferred.gin" else None)
     assert plan.trainable + plan.frozen == plan.base + plan.adapters
     assert (plan.trainable == 0) == (name == "methods/frozen.gin")
     assert "T5Config" not in (ROOT / name).read_text()

@@ -1,5 +1,6 @@
 """The registry of methods; parameter counts beside the published figures."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -293,3 +294,32 @@ def test_gin_names():
             assert method.describe() == methods.mov(num_experts=3).describe()
         finally:
             gin.clear_config()
+
+
+# Facts: logits of one task (the parameters of Poly-z and MHR-z) at small, large and xl.
+@pytest.mark.parametrize(
+    ("splits", "counts"), [(1, (1_152, 3_456, 3_456)), (64, (73_728, 221_184, 221_184))]
+)
+def test_parameters_of_poly_and_mhr(splits, counts):
+    """Eight modules are eight LoRAs of rank 1; published: 17M, 3.5K (Poly-z), 220K (MHR-z)."""
+    lora = methods.lora(rank=1, alpha=1.0, placement="all7", a_init="uniform")
+    for size, expected in zip(("small", "large", "xl"), counts, strict=True):
+        method = methods.mhr(num_tasks=3, num_splits=splits)
+        routing = dataclasses.replace(method, trainable=methods.ROUTER_LEAVES)
+        assert count(routing, size) == 3 * expected
+        assert count(method, size) == 8 * count(lora, size) + 3 * expected
+
+
+@pytest.mark.parametrize(
+    ("placement", "modules", "logits"), [("light", 7_471_104, 1_536), ("qkvo", 9_437_184, 2_304)]
+)
+def test_parameters_of_other_placements(placement, modules, logits):
+    """Published for light: 7.5M, and 2.1K of logits, which its own placement does not give."""
+    method = methods.poly(num_tasks=1, placement=placement)
+    assert count(method, "xl") == modules + logits
+
+
+def test_poly_of_vectors_counts_eight_sets():
+    method = methods.poly(num_tasks=1, adapter="ia3")
+    places = 3 * 24 * 2 + 2 * 24
+    assert count(method, "xl") == 8 * 540_672 + 8 * places

@@ -81,6 +81,8 @@ class Plan:
       export_bytes: the trainable parameters alone.
       frozen_bytes: the frozen parameters in bfloat16.
       leaves: the adapters' leaves.
+      target_method: name of what trains on a new task afterwards, if that is another method.
+      target_trainable: parameters that learn there.
     """
 
     method: dict[str, Any]
@@ -97,6 +99,8 @@ class Plan:
     export_bytes: int
     frozen_bytes: int
     leaves: tuple[LeafPlan, ...]
+    target_method: str | None = None
+    target_trainable: int | None = None
 
 
 @gin.configurable(module="analysis")
@@ -105,6 +109,7 @@ def plan(
     method: methods.Method = gin.REQUIRED,
     nominal_size: int | float | None = None,
     embedding_dim: int = 384,
+    target_method: methods.Method | None = None,
 ) -> Plan:
     """Returns what `method` does to `model`.
 
@@ -113,6 +118,7 @@ def plan(
       method: which layers get what, and what learns.
       nominal_size: the size in the model's name, which papers divide by.
       embedding_dim: width of sentence embeddings, if routers use them.
+      target_method: what trains on a new task after a multi-task run of `method`.
 
     Raises:
       UserError: a rule matches nothing, or two rules match one layer.
@@ -122,10 +128,18 @@ def plan(
     found.check()
 
     extras = {"task_ids": (1,), "sentence_embeddings": (1, embedding_dim)}
-    network = encoder_decoder.EncoderDecoder(method.patch(model), method=method)
-    variables = jax.eval_shape(
-        lambda rng: network.init_variables(rng, {**shapes, **extras}), jax.random.key(0)
-    )
+
+    def abstract(method):
+        network = encoder_decoder.EncoderDecoder(method.patch(model), method=method)
+        init = lambda rng: network.init_variables(rng, {**shapes, **extras})
+        return jax.eval_shape(init, jax.random.key(0))
+
+    variables = abstract(method)
+    target = {}
+    if target_method is not None and target_method != method:
+        learns = target_method.split(abstract(target_method)["params"])[1]
+        target["target_method"] = target_method.name
+        target["target_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(learns))
     params = patching.flatten(variables["params"])
     axes = _axes(variables)
     sizes = {path: leaf.size for path, leaf in params.items()}
@@ -150,6 +164,7 @@ def plan(
         export_bytes=4 * num_trainable,
         frozen_bytes=2 * num_frozen,
         leaves=_leaves({path: params[path] for path in in_adapters}, axes),
+        **target,
     )
 
 
@@ -177,8 +192,8 @@ def _rules(found: patching.Matches, sizes: dict[str, int]) -> tuple[RulePlan, ..
 def _parts(sizes: dict[str, int]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, size in sizes.items():
-        _, _, inside = path.rpartition(f"/{patching.ADAPTER}/")
-        part = inside.split("/")[0]
+        names = path.split("/")
+        part = names[names.index(patching.ADAPTER) + 1]
         parts[part] = parts.get(part, 0) + size
     return dict(sorted(parts.items()))
 
@@ -243,6 +258,9 @@ def _count_table(result: Plan) -> rich.table.Table:
     if result.nominal_percent is not None:
         nominal = f"trainable, % of the nominal {result.nominal_size:,}"
         table.add_row(nominal, f"{result.nominal_percent:.4f}")
+    if result.target_method is not None:
+        name = f"trainable on a new task ({result.target_method})"
+        table.add_row(name, f"{result.target_trainable:,}")
     table.add_row("checkpoint with AdamW", _bytes(result.checkpoint_bytes))
     table.add_row("exported adapters, float32", _bytes(result.export_bytes))
     table.add_row("frozen weights, bfloat16", _bytes(result.frozen_bytes))

@@ -25,6 +25,7 @@ def evaluate(
     evaluator: evaluator_lib.Evaluator = gin.REQUIRED,
     step: int | None = None,
     frozen_dtype: str = "float32",
+    start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run on every mixture of `evaluator` and prints a table.
@@ -41,6 +42,8 @@ def evaluate(
       evaluator: what is asked and how.
       step: which checkpoint; None for the newest.
       frozen_dtype: "float32", or "bfloat16" for half the memory.
+      start_from: folder of a multi-task run that `method` (made by `methods.transferred`) takes its
+        parameters from, to evaluate them before any further step; `model_dir` only gets results.
       mesh: devices; default: all, data-parallel.
 
     Returns:
@@ -59,7 +62,15 @@ def evaluate(
         evaluator.suite(mixture)
     shapes = evaluator.batch_shapes()
     restored = restore.restore(
-        model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
+        model,
+        method,
+        backbone,
+        model_dir,
+        shapes,
+        mesh,
+        step=step,
+        frozen_dtype=frozen_dtype,
+        start_from=start_from,
     )
     found = {}
     for mixture in evaluator.mixtures:

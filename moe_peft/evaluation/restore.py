@@ -39,6 +39,7 @@ def restore(
     *,
     step: int | None = None,
     frozen_dtype: str = "float32",
+    start_from: str | None = None,
 ) -> Restored:
     """Returns the model that a run of `method` left in `model_dir`.
 
@@ -51,6 +52,7 @@ def restore(
       mesh: devices that get a copy.
       step: which checkpoint; None for the newest.
       frozen_dtype: "float32" or "bfloat16", how frozen weights are stored.
+      start_from: see `trained.load`.
 
     Raises:
       UserError: the checkpoint is missing or damaged, or is of another method, backbone or model.
@@ -61,7 +63,7 @@ def restore(
     shapes = jax.eval_shape(lambda rng: model.init(rng, batch_shapes), jax.random.key(0))
     frozen, trainable = map(_count, method.split(shapes))
     params, step = trained.load(
-        start, backbone, model_dir if trainable else None, step, frozen_dtype
+        start, backbone, model_dir if trainable else None, step, frozen_dtype, start_from
     )
     run = {
         "method": preparation.as_json(method.describe()),

@@ -15,6 +15,7 @@ def load(
     model_dir: str | pathlib.Path | None,
     step: int | None = None,
     frozen_dtype: str = "float32",
+    start_from: str | None = None,
 ) -> tuple[PyTree, int]:
     """Returns (params, step) of a run: its backbone and what it has trained, merged.
 
@@ -24,10 +25,17 @@ def load(
       model_dir: folder of the run; None gives the backbone with fresh adapters and step 0.
       step: which checkpoint; None takes the newest.
       frozen_dtype: how frozen leaves are stored.
+      start_from: folder of a run that a transferred method starts from: its parameters, transferred
+        and not trained further, instead of those of `model_dir`.
 
     Raises:
       UserError: no such checkpoint, or the run had another method, backbone or model config.
     """
+    if start_from is not None:
+        source = preparation.Source.load(start.method, start_from)
+        trees = start.trees(backbone, 0, frozen_dtype, source)
+        source.check_backbone(trees.fingerprint)
+        return patching.merge(trees.frozen, trees.trainable), 0
     if model_dir is None:
         trees = start.trees(backbone, seed=0, frozen_dtype=frozen_dtype)
         return patching.merge(trees.frozen, trees.trainable), 0

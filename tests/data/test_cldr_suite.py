@@ -9,13 +9,14 @@ from moe_peft.data.cldr import corpus, functions, suite, templates
 
 
 def test_groups_are_disjoint_and_complete():
-    groups = {name: set(suite.tasks(name)) for name in ("train", "heldout", "fewshot")}
+    groups = {name: set(suite.tasks(name)) for name in ("train", "heldout", "fewshot", "new")}
     assert {name: len(tasks) for name, tasks in groups.items()} == {
         "train": 249,
         "heldout": 63,
         "fewshot": 48,
+        "new": 35,
     }
-    assert len(set.union(*groups.values())) == 360
+    assert len(set.union(*groups.values())) == 395
     assert not {t.locale for t in groups["fewshot"]} & {t.locale for t in groups["train"]}
 
 
@@ -56,6 +57,23 @@ def test_the_suite_is_locked():
                     )
                     digest.update(line.encode())
     assert digest.hexdigest()[:16] == "98b75a40f71a79c4"
+
+
+def test_new_locales_are_neither_trained_nor_read():
+    tasks = suite.tasks("new")
+    assert not {task.locale for task in tasks} & set(suite.LOCALES)
+    assert dict(corpus._LOCALES) == suite.LOCALES
+    digest = hashlib.sha256()
+    for task in tasks:
+        items = suite.split_items(task)
+        assert (len(items["train"]), len(items["validation"])) == (48, 12)
+        for split in items:
+            for example in suite.examples(task, split):
+                assert len(example.inputs.encode()) <= 55
+                assert len(example.targets.encode()) <= 27
+                line = "|".join((task.name, split, example.item, example.inputs, example.targets))
+                digest.update(line.encode())
+    assert digest.hexdigest()[:16] == "218fec8961900289"
 
 
 def test_values_are_those_of_cldr():

@@ -7,17 +7,18 @@ from moe_peft.tasks import cldr
 
 def test_every_task_is_registered():
     names = [name for name in seqio.TaskRegistry.names() if name.startswith("cldr_")]
-    assert len(names) == 361
+    assert len(names) == 396
     assert {name for name in seqio.MixtureRegistry.names() if name.startswith("cldr_")} == {
         "cldr_train",
         "cldr_heldout",
         "cldr_fewshot",
+        "cldr_new",
     }
 
 
 def test_task_ids_number_training_tasks_first():
     ids = cldr.task_ids()
-    assert list(ids.values()) == list(range(360))
+    assert list(ids.values()) == list(range(395))
     assert [ids[task] for task in cldr.suite.tasks("train")] == list(range(249))
 
 
