@@ -52,11 +52,11 @@ def test_model_plans(name):
 
 
 @pytest.mark.parametrize("name", names("methods"))
-def test_method_plans_and_holds_no_size(name):
-    files, bindings = ["models/tiny.gin", name], ["NUM_TASKS=5"]
-    if name == "methods/transferred.gin":
-        files, bindings = [files[0], "methods/mhr.gin", name], [*bindings, "VARIANT=z"]
-    plan = cli.configure("plan", files, bindings)()
+def test_method_plans_and_holds_no_size(name, tmp_path):
+    macros = tmp_path / "macros.gin"
+    macros.write_text("NUM_TASKS = 5\nVARIANT = 'z'\n")
+    base = "methods/mhr.gin" if name == "methods/transferred.gin" else "models/tiny.gin"
+    plan = cli.configure("plan", ["models/tiny.gin", str(macros), base, name])()
     assert plan.target_method == ("mhr_z" if name == "methods/transferred.gin" else None)
     assert plan.trainable + plan.frozen == plan.base + plan.adapters
     assert (plan.trainable == 0) == (name == "methods/frozen.gin")
