@@ -9,7 +9,7 @@ import pytest
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import fewshot, pipeline, samples, vocabularies
+from moe_peft.data import feature_converter, fewshot, pipeline, samples, vocabularies
 from moe_peft.tasks import crossfit, superni
 
 LENGTHS = {"inputs": 300, "targets": 64}
@@ -185,3 +185,12 @@ def test_a_few_shot_run_takes_the_rows_of_its_sample():
         assert texts(validation) == rows(f"validation_{seed}")
     with pytest.raises(errors.UserError, match="no split 'train_14'"):
         task.draw(fewshot.Sizes(None), 14)
+
+
+@pytest.mark.parametrize("name", ["superni_train", "crossfit_test"])
+def test_seqio_itself_reads_a_mixture(name):
+    converter = feature_converter.RoutingEncDecFeatureConverter()
+    dataset = seqio.get_dataset(name, LENGTHS, converter, "train", shuffle=False, verbose=False)
+    (example,) = dataset.take(1).as_numpy_iterator()
+    assert example["encoder_input_tokens"].shape == (300,)
+    assert example["task_ids"] in range(samples.TRAIN_TASKS + 4)
