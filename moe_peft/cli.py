@@ -327,6 +327,8 @@ def configure(
     config = gin_utils.load(gin_files, gin_bindings, search_paths, command.defaults)
     entry_points = [other.entry_point for other in COMMANDS.values()]
     gin_checks.check(config, command.entry_point, entry_points, gin_utils.CALLED_BY_LIBRARY)
+    for binding in gin_checks.obsolete(config, entry_points, gin_utils.CALLED_BY_LIBRARY):
+        config.forget(binding)
     return gin.get_configurable(command.entry_point)
 
 

@@ -322,15 +322,39 @@ def _check_required(config: gin_utils.Config, root: str) -> None:
             )
 
 
-def _check_used(config: gin_utils.Config, roots: Sequence[str]) -> None:
-    used = {
+def obsolete(
+    config: gin_utils.Config, entry_points: Collection[str], called: Collection[str]
+) -> list[gin_utils.Binding]:
+    """The bindings that something read before a later file replaced it, and nothing reads now.
+
+    Macros that files may set for whoever reads them are not among these.
+    """
+    roots = [_full_name(name) for name in (*entry_points, *called) if _is_known(name)]
+    used = _used([config.bindings], roots)
+    return [
+        binding
+        for binding in config.all_bindings()
+        if (binding.scope, binding.selector, binding.parameter) not in used
+        and not (binding.is_macro and binding.scope in MACROS)
+    ]
+
+
+def _used(
+    states: Sequence[Mapping[gin_utils.Key, Mapping[str, gin_utils.Binding]]], roots: Sequence[str]
+) -> set[tuple[str, str, str]]:
+    """(scope, configurable, parameter) of all that the roots read in one of the states."""
+    return {
         (binding.scope, binding.selector, binding.parameter)
-        for bindings in config.history
+        for bindings in states
         for root in roots
         for selector, scope, *_ in _reachable(bindings, root)
         for level in _levels(bindings, selector, scope)
         for binding in level.values()
     }
+
+
+def _check_used(config: gin_utils.Config, roots: Sequence[str]) -> None:
+    used = _used(config.history, roots)
     unused = [
         binding
         for binding in config.all_bindings()

@@ -94,6 +94,14 @@ class Config:
         """Remembers the present state in `history`."""
         self.history.append({key: dict(values) for key, values in self.bindings.items()})
 
+    def forget(self, binding: Binding) -> None:
+        """Takes one binding out, here and in gin, so that `resolved_text` leaves it out."""
+        key = (binding.scope, binding.selector)
+        del self.bindings[key][binding.parameter]
+        del gin_config._CONFIG[key][binding.parameter]
+        if not self.bindings[key]:
+            del self.bindings[key], gin_config._CONFIG[key]
+
     def macro(self, name: str) -> Binding | None:
         """The binding of a macro, or None where it has no value."""
         return self.bindings.get((name, "gin.macro"), {}).get("value")

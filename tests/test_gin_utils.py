@@ -5,7 +5,7 @@ import dataclasses
 import gin
 import pytest
 
-from moe_peft import errors, gin_checks, gin_utils
+from moe_peft import cli, errors, gin_checks, gin_utils
 
 
 @gin.configurable(module="toys")
@@ -185,3 +185,18 @@ def test_resolved_scopes_are_followed(tmp_path):
     assert cart()[2].spokes == 20
     with pytest.raises(errors.UserError, match="reads it: bigg/Wheel.spokes"):
         read(tmp_path, text + "\nbigg/toys.Wheel.spokes = 20")
+
+
+def test_resolved_text_runs_again_after_a_method_was_replaced(tmp_path):
+    """What a later file made obsolete is not written: by itself nothing would read it."""
+    files = ["experiments/cldr/mov.gin", "methods/poly.gin", "optimizers/adafactor_mhr.gin"]
+    cli.configure("train", files, ["MODEL_DIR='x'"])
+    text = gin_utils.resolved_text()
+    assert "mov.num_experts" not in text
+    assert "adamw." not in text
+    assert "poly.num_skills = 8" in text
+    again = tmp_path / "config.gin"
+    again.write_text(text)
+    gin.clear_config()
+    cli.configure("train", [str(again)])
+    assert gin_utils.resolved_text() == text
