@@ -11,6 +11,8 @@ from moe_peft import errors, methods, patching, transfer
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, fleet_data, preparation
 
+_NO_JOB = fleet_data.Job("", 0)  # stands for any: frozen leaves are the same for all
+
 TaskWeights = Callable[[fleet_data.Job], Float[np.ndarray, "n"]]
 
 
@@ -62,7 +64,7 @@ class Start:
         self._base = patching.flatten(backbone_lib.cast(loaded.params, "float32"))
         self._shapes = jax.eval_shape(self._init, jax.random.key(0))
         self._fresh = jax.jit(self._fresh_adapters)
-        frozen = patching.flatten(self._split(fleet_data.Job("", 0))[0])
+        frozen = patching.flatten(self._split(_NO_JOB)[0])
         cast = backbone_lib.cast(
             {path: leaf for path, leaf in frozen.items() if path in self._base}, frozen_dtype
         )
@@ -82,10 +84,19 @@ class Start:
         if self._source is None:
             adapters = self._fresh(rng)
         else:
-            weights = self._task_weights(job) if self._task_weights else None
+            weights = self._weights(job)
             found = transfer.initial(self._method, self._source, self._shapes, rng, weights)
             adapters = patching.flatten(found)
         return self._method.split(patching.trees.unflatten({**self._base, **adapters}))
+
+    def _weights(self, job: fleet_data.Job) -> Float[np.ndarray, "n"] | None:
+        """Weights of the source's tasks; equal ones where only frozen leaves matter."""
+        if self._task_weights is None:
+            return None
+        if job is _NO_JOB:
+            num_tasks = self._method.transfer.source.num_tasks
+            return np.full(num_tasks, 1 / num_tasks, np.float32)
+        return self._task_weights(job)
 
     def _fresh_adapters(self, rng):
         # Only these are returned, so the compiler leaves out the base's random weights.
