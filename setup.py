@@ -26,8 +26,10 @@ REQUIREMENTS = [
     "rich>=13,<16",
     "matplotlib>=3.9,<4",
     "tensorboardX>=2.6,<3",
+    "pyarrow>=17,<30",
     "rouge-score>=0.1.2,<0.2",
     "scikit-learn>=1.5,<2",
+    "scipy>=1.13,<2",
     "safetensors>=0.5,<1",
 ]
 
