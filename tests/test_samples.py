@@ -26,7 +26,11 @@ RANDOM = (*SHORT, "BACKBONE=random:0")
 
 @pytest.mark.parametrize(
     ("experiment", "sample"),
-    [("mhr/superni/mhr", "superni"), ("poly_s/crossfit/poly", "crossfit"), ("mhr/t0_xl/mhr", "p3")],
+    [
+        ("mhr/superni/poly", "superni"),
+        ("poly_s/crossfit/poly", "crossfit"),
+        ("mhr/t0_xl/poly", "p3"),
+    ],
 )
 def test_train_on_a_sample(tmp_path, experiment, sample):
     run("train", experiment, sample, tmp_path, *RANDOM)
