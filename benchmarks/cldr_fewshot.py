@@ -44,7 +44,7 @@ VARIANTS = {
 # zero, and so are the gradients. The papers compare these.
 ALIGNED = ("lora", "lora_big", "poly", "mhr")
 ALIGNED_STEPS = 100
-ALIGNED_PERIOD = 20
+ALIGNED_PERIOD = 10
 
 
 def call(verb: str, folder: pathlib.Path, *arguments: str) -> float:
