@@ -98,9 +98,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines.append(line("**all tasks**", overall, overall["num_tasks"]))
     lines += [line(name, found, found["num_tasks"]) for name, found in results["groups"].items()]
     note = (
-        f"Per cent. mean, median, IQR and std are over {len(seeds)} seeds, of each seed's mean over "
-        "the tasks of the line; std is that of a sample (n - 1). Mean over tasks of the median over "
-        f"seeds: {_percent(overall['mean_of_task_medians'])}."
+        f"Per cent. mean, median, IQR and std are over {len(seeds)} seeds, of each seed's mean "
+        "over the tasks of the line; std is that of a sample (n - 1). Mean over tasks of the "
+        f"median over seeds: {_percent(overall['mean_of_task_medians'])}."
     )
     return "\n".join([*lines, "", note])
 
