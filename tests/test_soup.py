@@ -135,8 +135,8 @@ def test_mistakes_are_one_line(call, words):
 
 
 def test_gin_file_is_complete():
-    files = ["models/tiny.gin", "methods/private.gin", "methods/transferred.gin", "data/cldr.gin"]
-    files += ["runs/fewshot.gin", "runs/soup.gin", "optimizers/adamw_mhr.gin"]
+    files = ["models/tiny.gin", "data/cldr.gin", "runs/fewshot.gin", "methods/private.gin"]
+    files += ["methods/transferred.gin", "runs/soup.gin", "optimizers/adamw_mhr.gin"]
     settings = ["BACKBONE=random:0", "MODEL_DIR=/nowhere", "SOURCE=/run", "BATCH_SIZE=8"]
     settings += ["TRAIN_STEPS=2", "SHOTS=8", "SOURCE_MIXTURE=cldr_train", "WORDINGS=4"]
     cli.configure("adapt", files, settings)

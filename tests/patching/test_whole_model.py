@@ -267,9 +267,11 @@ def test_bfloat16_activations_stay_bfloat16(name):
             seen["/".join(module.path)] = (call.outputs.dtype, result.dtype)
             return result
 
-    spy = Spy(method.rules, CONTEXT)
-
     def run(params):
+        shared = patching.granularity.weights(
+            params, method.rules, patching.ADAPTER, CONTEXT, None, len(TARGETS)
+        )
+        spy = Spy(method.rules, CONTEXT, shared_weights=shared)
         with patching.proxy.nn.intercept_methods(spy):
             return network(dtype="bfloat16").apply(
                 {"params": params}, *TOKENS, enable_dropout=False
