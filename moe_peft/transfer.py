@@ -144,10 +144,10 @@ def initial(
     have = patching.flatten(source)
     found = {}
     for path, want in patching.flatten(shapes).items():
-        if not (method.is_trainable(path) or re.fullmatch(methods.ADAPTER_LEAVES, path)):
+        group = method.learning_rate_group(path)
+        if group == "base" and not method.is_trainable(path):
             continue
-        is_router = re.fullmatch(methods.ROUTER_LEAVES, path) is not None
-        if is_router and variant in ("new_logits", "z"):
+        if group == "routers" and variant in ("new_logits", "z"):
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
             found[path] = task_routers.init_logits(key, want.shape)
             continue
