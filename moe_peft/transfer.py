@@ -12,7 +12,6 @@ The variants of "Multi-Head Adapter Routing" (Caccia et al. 2023) and of its fir
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import re
 from typing import Any
 import zlib
 
@@ -26,10 +25,6 @@ from moe_peft import errors, methods, patching
 from moe_peft.routing import task_routers
 
 VARIANTS = ("keep", "new_logits", "z", "mu", "soup")
-
-# Leaves of scanned layers hold all layers of one stack, the layer axis second.
-_SCANNED = re.compile(r"(encoder/encoder|decoder/decoder)/.*")
-_LAYER_AXIS = 1
 
 
 @gin.register(module="methods")
@@ -176,10 +171,11 @@ def _average(
 ) -> Float[Array, "..."]:
     """The modules of one leaf averaged, in the shape of the single adapter's leaf."""
     kind = path.rpartition("/")[2]
-    if _SCANNED.fullmatch(path):
-        one_shape = shape[:_LAYER_AXIS] + shape[_LAYER_AXIS + 1 :]
+    if patching.trees.stack(path):
+        axis = patching.trees.LAYER_AXIS
+        one_shape = shape[:axis] + shape[axis + 1 :]
         average = functools.partial(_average_one, kind, shape=one_shape, weights=weights)
-        return jax.vmap(average, in_axes=_LAYER_AXIS, out_axes=_LAYER_AXIS)(modules)
+        return jax.vmap(average, in_axes=axis, out_axes=axis)(modules)
     return _average_one(kind, modules, shape=shape, weights=weights)
 
 

@@ -1,11 +1,22 @@
 """Two trees from one and back: what is frozen, and what trains."""
 
 from collections.abc import Callable, Mapping
+import re
 from typing import Any
 
 import flax.traverse_util
 
 Params = Mapping[str, Any]
+
+# Leaves of scanned layers hold all layers of one stack, on this axis.
+LAYER_AXIS = 1
+_STACK = re.compile(r"(encoder/encoder|decoder/decoder)/.*")
+
+
+def stack(path: str) -> str | None:
+    """Returns the scanned stack that a parameter belongs to, or None for a single layer's."""
+    found = _STACK.fullmatch(path)
+    return found and found[1]
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import re
 from typing import Any, Literal
 
 import gin
@@ -21,9 +20,6 @@ GroupOf = Callable[[str], str]
 # What `Method.learning_rate_group` returns.
 GROUPS = ("adapters", "routers", "base")
 
-# Leaves of scanned layers: all layers of one stack in one array, the layer axis second.
-_STACK = re.compile(r"^(encoder/encoder|decoder/decoder)/")
-_STACK_AXIS = 1
 # What `adafactor.factoring` names, with the size from which dimensions are factored by default.
 _FACTORINGS = {
     "two_largest": (optax.scale_by_factored_rms, 128),
@@ -247,11 +243,7 @@ def _per_layer(
 ) -> optax.GradientTransformation:
     """Applies `inner` to each layer of stacked leaves on its own, and to other leaves as it is."""
 
-    def stack(path: str) -> str:
-        found = _STACK.match(path)
-        return found.group(1) if found else "single"
-
-    labels = {path: stack(path) for path in patching.flatten(trainable)}
+    labels = {path: patching.trees.stack(path) or "single" for path in patching.flatten(trainable)}
     if set(labels.values()) <= {"single"}:
         return inner
     transforms = {
@@ -262,10 +254,10 @@ def _per_layer(
 
 def _over_layers(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def init(params):
-        return jax.vmap(inner.init, in_axes=_STACK_AXIS)(params)
+        return jax.vmap(inner.init, in_axes=patching.trees.LAYER_AXIS)(params)
 
     def update(updates, state, params):
-        axes = (_STACK_AXIS, 0, _STACK_AXIS)
+        axes = (patching.trees.LAYER_AXIS, 0, patching.trees.LAYER_AXIS)
         return jax.vmap(inner.update, in_axes=axes, out_axes=axes[:2])(updates, state, params)
 
     return optax.GradientTransformation(init, update)
