@@ -9,7 +9,7 @@ The variants of "Multi-Head Adapter Routing" (Caccia et al. 2023) and of its fir
 * soup: private modules of chosen tasks are averaged into one adapter (AdapterSoup).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -193,28 +193,3 @@ def _average_one(kind, modules, *, shape, weights):
     if kind == "lora_b":  # [p, r, k] -> [r, p, k]
         mean = jnp.swapaxes(mean, 0, 1)
     return mean.reshape(shape)
-
-
-def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
-    """Refuses a source run whose method is not the one that `method` starts from.
-
-    Args:
-        method: made by `transferred`.
-        description: of the source run's checkpoint.
-        folder: of the source run, for the message.
-    """
-    from moe_peft.training import preparation
-
-    if method.transfer is None:
-        raise errors.UserError(
-            f"{method.name!r} does not say what it takes from {folder}: make it with "
-            "`@methods.transferred()`, as methods/transferred.gin does."
-        )
-    saved = description["method"]
-    current = preparation.as_json(method.transfer.source.describe())
-    difference = preparation.first_difference(saved, current)
-    if difference:
-        raise errors.UserError(
-            f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
-            "settings of that run, or another run."
-        )

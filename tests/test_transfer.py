@@ -9,6 +9,7 @@ import pytest
 
 from moe_peft import errors, methods, patching, transfer
 from moe_peft.models import encoder_decoder, t5
+from moe_peft.training import preparation
 
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -183,7 +184,7 @@ def test_sources_that_do_not_fit():
     new = transfer.transferred(poly(), "z")
     saved = {"method": poly(num_skills=3).describe()}
     with pytest.raises(errors.UserError, match=r"run in /r .*num_skills is 3 in the checkpoint"):
-        transfer.check_source(new, saved, "/r")
-    transfer.check_source(new, {"method": poly().describe()}, "/r")
+        preparation.check_source(new, saved, "/r")
+    preparation.check_source(new, {"method": poly().describe()}, "/r")
     with pytest.raises(errors.UserError, match="does not say what it takes from /r"):
-        transfer.check_source(poly(), saved, "/r")
+        preparation.check_source(poly(), saved, "/r")

@@ -50,7 +50,7 @@ class Start:
         _check(method, source)
         saved = checkpoints.load_trainable(_folder(source)) if source else None
         if saved:
-            transfer.check_source(method, saved.description, str(source))
+            preparation.check_source(method, saved.description, str(source))
         shapes = start.base_shapes()
         loaded = backbone_lib.load(
             backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)

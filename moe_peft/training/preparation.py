@@ -126,7 +126,7 @@ class Source:
           UserError: there is none, or it is of another method than `method` starts from.
         """
         saved = checkpoints.load_trainable(folder, step)
-        transfer.check_source(method, saved.description, folder)
+        check_source(method, saved.description, folder)
         return cls(str(folder), saved.step, saved.trainable, saved.description)
 
     def check_backbone(self, fingerprint: str) -> None:
@@ -179,6 +179,29 @@ def describe(
 def as_json(value: Any) -> Any:
     """Returns `value` as it comes back from a json file, so that both can be compared."""
     return json.loads(json.dumps(value, default=str))
+
+
+def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
+    """Refuses a source run whose method is not the one that `method` starts from.
+
+    Args:
+        method: made by `transfer.transferred`.
+        description: of the source run's checkpoint.
+        folder: of the source run, for the message.
+    """
+    if method.transfer is None:
+        raise errors.UserError(
+            f"{method.name!r} does not say what it takes from {folder}: make it with "
+            "`@methods.transferred()`, as methods/transferred.gin does."
+        )
+    saved = description["method"]
+    current = as_json(method.transfer.source.describe())
+    difference = first_difference(saved, current)
+    if difference:
+        raise errors.UserError(
+            f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
+            "settings of that run, or another run."
+        )
 
 
 def check_same_run(
