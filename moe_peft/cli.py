@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="results", metavar="FOLDER", help="where to write table and picture"
     )
     _add_report(commands)
+    _add_experiments(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
 
@@ -202,6 +203,33 @@ def _add_report(commands) -> None:
     )
     sub.add_argument(
         "--splits", metavar="0,1,...", help="splits (heads) whose weights are drawn; default: four"
+    )
+
+
+def _add_experiments(commands) -> None:
+    sub = commands.add_parser(
+        "experiments",
+        help="list the rows of the papers' tables, their published values and what was checked",
+        description="Lists the experiment files of the papers' tables, or checks them.",
+    )
+    sub.add_argument("names", nargs="*", metavar="NAME", help="such as mhr/t0_xl or mov/3b/mov_10")
+    sub.add_argument("--paper", action="append", default=[], help="mhr, poly_s or mov")
+    sub.add_argument("--table", action="append", default=[], help="as printed (6), or its folder")
+    sub.add_argument("--size", action="append", default=[], help="770M, 3B or 11B")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.add_argument("--markdown", action="store_true", help="print the tables of the docs")
+    sub.add_argument(
+        "--check",
+        choices=("parse", "plan", "run"),
+        help="read all settings; count parameters at full size; run the two-minute versions",
+    )
+    sub.add_argument("--shard", metavar="I/N", help="check part I of N only")
+    sub.add_argument("--again", action="store_true", help="repeat what was checked before")
+    sub.add_argument("--record", metavar="FILE", help="where outcomes are kept")
+    sub.add_argument(
+        "--folder",
+        default="results/experiments",
+        help="where two-minute versions run; default: %(default)s",
     )
 
 
@@ -252,6 +280,9 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         _report(args)
         return 0
 
+    if args.command == "experiments":
+        return _experiments(args)
+
     command = COMMANDS[args.command]
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
@@ -299,6 +330,28 @@ def _report(args: argparse.Namespace) -> None:
             splits=splits,
         )
     )
+
+
+def _experiments(args: argparse.Namespace) -> int:
+    """Lists or checks experiments; 1 if one of those checked fails."""
+    import pathlib
+
+    from moe_peft.commands import experiments
+
+    found = experiments.select(args.names, args.paper, args.table, args.size)
+    if args.shard:
+        found = experiments.shard(found, args.shard)
+    record = pathlib.Path(args.record) if args.record else experiments.default_record()
+    if args.check:
+        folder = pathlib.Path(args.folder)
+        rows = experiments.check(found, args.check, record, folder, args.again)
+    else:
+        rows = experiments.rows(found, record)
+    if args.markdown:
+        print(experiments.markdown(rows))
+    else:
+        experiments.show(rows, args.json)
+    return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 
 
 def _say_written(paths) -> None:
