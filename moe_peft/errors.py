@@ -11,6 +11,26 @@ class UserError(ValueError):
     """
 
 
+def twice(names: Iterable[str]) -> str | None:
+    """Returns the first name that came before, or None.
+
+    >>> twice(["a", "b", "a"])
+    'a'
+    """
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def check_one_of(what: str, value: object, options: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of the options."""
+    options = tuple(options)
+    if value not in options:
+        raise UserError(
+            f"{what} is {value!r}; expected one of {', '.join(options)}."
+            + near(str(value), options)
+        )
+
+
 def near(name: str, options: Iterable[str], limit: int = 3) -> str:
     """Returns " Did you mean 'x'?" with the options closest to `name`, or "" if none is close.
 

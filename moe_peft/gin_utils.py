@@ -28,6 +28,7 @@ CALLED_BY_LIBRARY = (
     "sentences.configured",
     "task_ids.per_template",
     "places.configured",
+    "bad_rows.configured",
     "vocabularies.configured",
     "superni.configured",
     "crossfit.configured",

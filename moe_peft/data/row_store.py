@@ -1,7 +1,8 @@
 """Rows of ids on disk, used as if they were in memory.
 
 Data sets of millions of rows are turned into ids once, task by task, written as plain arrays and
-mapped into memory: `pipeline` then reads any row at once, and memory stays flat.
+mapped into memory: `pipeline` then reads any row at once, and memory stays flat. What was skipped
+on the way (`bad_rows`) is written beside them, and told whenever they are opened.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +14,16 @@ import logging
 import os
 import pathlib
 import shutil
+import struct
 import tempfile
 
 import numpy as np
 
-from moe_peft.data import rows
+from moe_peft import errors
+from moe_peft.data import bad_rows, rows
 
-_FORMAT = 1
+_FORMAT = 2
+_SKIPPED = "skipped.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +55,12 @@ class Texts(Sequence[tuple[str, ...]]):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Columns of one split of one task."""
+    """Columns of one split of one task, and what was skipped when they were made."""
 
     inputs: rows.Ragged
     targets: rows.Ragged
     answer_choices: Texts
+    skipped: bad_rows.Counts = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -77,53 +82,67 @@ def stored(
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, key)]).encode()).hexdigest()[:12]
     place = folder / f"{name}-{digest}"
-    if not place.is_dir():
+    was_there = place.is_dir()
+    if not was_there:
         logging.info("Reading %s, once; token ids are kept in %s.", name, folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=folder, suffix=".tmp"))
         try:
-            _write(temporary, make())
+            with bad_rows.counting() as skipped:
+                _write(temporary, make())
+            if skipped and not (temporary / "inputs_ends.bin").stat().st_size:
+                raise errors.UserError(f"{name} has no row left. {bad_rows.summary(skipped)}.")
+            listed = [[*row, count] for row, count in skipped.items()]
+            (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
             os.replace(temporary, place)
         except OSError:
             if not place.is_dir():  # otherwise another process was faster
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return _open(place)
+    found = _open(place)
+    if was_there:
+        bad_rows.remember(found.skipped)
+    return found
 
 
 _COLUMNS = {"inputs": np.int32, "targets": np.int32, "choices": np.uint8}
+_ENDS = (*(f"{name}_ends" for name in _COLUMNS), "rows_ends")
 
 
 def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
-    ends: dict[str, list[int]] = {name: [] for name in _COLUMNS}
     totals = dict.fromkeys(_COLUMNS, 0)
-    choice_ends = []
+    num_choices = 0
     with contextlib.ExitStack() as stack:
-        files = {n: stack.enter_context(open(place / f"{n}.bin", "wb")) for n in _COLUMNS}
+        files = {
+            name: stack.enter_context(open(place / f"{name}.bin", "wb"))
+            for name in (*_COLUMNS, *_ENDS)
+        }
+
+        def add(name: str, sequence: np.ndarray) -> None:
+            files[name].write(np.asarray(sequence, _COLUMNS[name]).tobytes())
+            totals[name] += len(sequence)
+            files[f"{name}_ends"].write(struct.pack("=q", totals[name]))
+
         for line in lines:
-            choices = [np.frombuffer(c.encode("utf-8"), np.uint8) for c in line.answer_choices]
-            for name, sequences in (
-                ("inputs", [line.inputs]),
-                ("targets", [line.targets]),
-                ("choices", choices),
-            ):
-                for sequence in sequences:
-                    files[name].write(np.asarray(sequence, _COLUMNS[name]).tobytes())
-                    totals[name] += len(sequence)
-                    ends[name].append(totals[name])
-            choice_ends.append(len(ends["choices"]))
-    for name, values in ends.items():
-        np.save(place / f"{name}_ends.npy", np.array(values, np.int64))
-    np.save(place / "rows_ends.npy", np.array(choice_ends, np.int64))
+            add("inputs", line.inputs)
+            add("targets", line.targets)
+            for choice in line.answer_choices:
+                add("choices", np.frombuffer(choice.encode("utf-8"), np.uint8))
+            num_choices += len(line.answer_choices)
+            files["rows_ends"].write(struct.pack("=q", num_choices))
 
 
 def _open(place: pathlib.Path) -> Stored:
-    def column(name: str) -> rows.Ragged:
-        path, dtype = place / f"{name}.bin", _COLUMNS[name]
+    def mapped(name: str, dtype: type) -> np.ndarray:
+        path = place / f"{name}.bin"
         # An empty file cannot be mapped.
-        flat = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-        return rows.Ragged(flat, np.load(place / f"{name}_ends.npy", mmap_mode="r"))
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-    choices = Texts(column("choices"), np.load(place / "rows_ends.npy", mmap_mode="r"))
-    return Stored(column("inputs"), column("targets"), choices)
+    def column(name: str) -> rows.Ragged:
+        return rows.Ragged(mapped(name, _COLUMNS[name]), mapped(f"{name}_ends", np.int64))
+
+    choices = Texts(column("choices"), mapped("rows_ends", np.int64))
+    listed = json.loads((place / _SKIPPED).read_text(encoding="utf-8"))
+    skipped = {(path, reason): count for path, reason, count in listed}
+    return Stored(column("inputs"), column("targets"), choices, skipped)

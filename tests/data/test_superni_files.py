@@ -139,14 +139,17 @@ def remove(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove("Definition"), r"json: \['Definition'\] is missing; expected text or a list"),
-        (remove("Instances"), r"\['Instances'\] is missing; expected a list"),
-        (lambda c: c.update(Definition=[]), r"Definition\[0\] is missing; expected text"),
-        (lambda c: c.update(Instances={}), r"\['Instances'\] is a dict; expected a list"),
-        (lambda c: c["Instances"][1].pop("input"), r"Instances\[1\]\['input'\] is missing"),
+        (
+            remove("Definition"),
+            r"the whole file: 'Definition' is missing; expected text",
+        ),
+        (remove("Instances"), r"'Instances' is missing; expected a list"),
+        (lambda c: c.update(Definition=[]), r"Definition: 0 is missing; expected text"),
+        (lambda c: c.update(Instances={}), r"'Instances' is a dict; expected a list"),
+        (lambda c: c["Instances"][1].pop("input"), r"Instances\[1\]: 'input' is missing"),
         (lambda c: c["Instances"][2].update(output=[]), r"Instances\[2\].*at least one text"),
         (lambda c: c["Instances"][0].update(output=[3]), r"Instances\[0\].*at least one text"),
-        (lambda c: c["Instances"].insert(0, "x"), r"Instances\[0\] is a str, expected an object"),
+        (lambda c: c["Instances"].insert(0, "x"), r"Instances\[0\]: is a str, expected an object"),
     ],
 )
 def test_a_damaged_field_is_named(folder, change, message):

@@ -13,6 +13,7 @@ import json
 import pathlib
 
 from moe_peft import errors
+from moe_peft.data import bad_rows
 
 SEEDS = (100, 13, 21, 42, 87)
 GROUPS = ("train", "dev", "test")
@@ -67,12 +68,16 @@ def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
         }
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {group: tuple(sorted(content[group])) for group in GROUPS}
+        groups = {group: tuple(sorted(map(str, content[group]))) for group in GROUPS}
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise errors.UserError(
             f"{path} cannot be used ({type(problem).__name__}: {problem}); expected JSON with the "
             f"lists {', '.join(GROUPS)} of task names."
         ) from problem
+    if twice := errors.twice(name for group in GROUPS for name in groups[group]):
+        where = [group for group in GROUPS if twice in groups[group]]
+        raise errors.UserError(f"{path} names {twice!r} twice ({' and '.join(where)}).")
+    return groups
 
 
 def path_of(folder: pathlib.Path, task: str, seed: int, part: str) -> pathlib.Path:
@@ -100,17 +105,23 @@ def read(path: pathlib.Path) -> list[Row]:
     Only the line end is taken off, so an output may be empty (CrossFit's own reader shifts columns
     there).
     """
-    found = []
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        columns = line.removesuffix("\r").split("\t")
-        if len(columns) < 2:
-            raise errors.UserError(
-                f"{path}, row {number}: {len(columns)} column in {line[:60]!r}; expected an input, "
-                "a tab and at least one output (a line break inside a text splits its row)."
-            )
-        found.append(Row(columns[0], tuple(columns[1:])))
-    return found
+    lines = enumerate(text.removesuffix("\n").split("\n"), start=1)
+    return list(bad_rows.parsed(functools.partial(_row, path), lines))
+
+
+def _row(path: pathlib.Path, numbered: tuple[int, str]) -> Row:
+    number, line = numbered
+    columns = line.removesuffix("\r").split("\t")
+    if len(columns) < 2:
+        raise bad_rows.BadRow(
+            path,
+            f"row {number}",
+            "1 column, expected an input, a tab and at least one output (a line break inside a "
+            "text splits its row)",
+            repr(line[:60]),
+        )
+    return Row(columns[0], tuple(columns[1:]))

@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 from moe_peft import errors
+from moe_peft.data import bad_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +88,29 @@ def split_list(folder: pathlib.Path, split: str) -> tuple[str, ...]:
         ) from problem
     if not lines:
         raise errors.UserError(f"{path} names no task; expected one task name per line.")
-    twice = sorted({name for name in lines if lines.count(name) > 1})
-    if twice:
-        raise errors.UserError(f"{path} names {twice[0]!r} twice.")
-    return tuple(sorted(name.removesuffix(".json") for name in lines))
+    names = [name.removesuffix(".json") for name in lines]
+    if twice := errors.twice(names):
+        first, second = [row for row, name in enumerate(names, 1) if name == twice][:2]
+        raise errors.UserError(f"{path} names {twice!r} twice, in rows {first} and {second}.")
+    return tuple(sorted(names))
+
+
+def all_names(folder: pathlib.Path) -> tuple[str, ...]:
+    """Names of the training tasks, then of the test tasks; a UserError where one is both."""
+    train, test = split_list(folder, "train"), split_list(folder, "test")
+    if both := errors.twice((*train, *test)):
+        raise errors.UserError(
+            f"{folder / 'splits' / 'default'}: train_tasks.txt and test_tasks.txt both name "
+            f"{both!r}."
+        )
+    return (*train, *test)
 
 
 def read(folder: pathlib.Path, name: str) -> TaskFile:
-    """A task file; a UserError names the file and the field that is wrong."""
+    """A task file; a UserError names the file and the field that is wrong.
+
+    Only instances may be skipped (`bad_rows`): what prompts are made of must be right.
+    """
     path = folder / "tasks" / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +132,7 @@ def read(folder: pathlib.Path, name: str) -> TaskFile:
         definition,
         tuple(_demonstration(item) for item in fields.items("Positive Examples")),
         tuple(_demonstration(item) for item in fields.items("Negative Examples")),
-        tuple(_instance(item) for item in fields.items("Instances")),
+        tuple(bad_rows.parsed(_instance, fields.items("Instances"))),
     )
 
 
@@ -132,20 +148,18 @@ class _Fields:
         """The value of a field; a UserError where it is missing or of another type."""
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         wanted = " or ".join({str: "text", list: "a list"}[kind] for kind in kinds)
-        place = f"{self.place}[{name!r}]"
         if not isinstance(self.content, dict):
-            kind = type(self.content).__name__
-            raise errors.UserError(
-                f"{self.path}: {self.place or 'the file'} is a {kind}, expected an object."
-            )
+            raise self.problem(f"is a {type(self.content).__name__}, expected an object")
         if name not in self.content:
-            raise errors.UserError(f"{self.path}: {place} is missing; expected {wanted}.")
+            raise self.problem(f"{name!r} is missing; expected {wanted}")
         value = self.content[name]
         if not isinstance(value, kinds):
-            raise errors.UserError(
-                f"{self.path}: {place} is a {type(value).__name__}; expected {wanted}."
-            )
+            raise self.problem(f"{name!r} is a {type(value).__name__}; expected {wanted}")
         return value
+
+    def problem(self, reason: str, seen: str = "") -> errors.UserError:
+        """What is wrong with this object."""
+        return bad_rows.BadRow(self.path, self.place or "the whole file", reason, seen)
 
     def items(self, name: str) -> list["_Fields"]:
         """The objects of a list."""
@@ -168,7 +182,7 @@ def _instance(fields: _Fields) -> Instance:
     outputs = fields.get("output", (list, str))
     outputs = [outputs] if isinstance(outputs, str) else outputs
     if not outputs or not all(isinstance(output, str) for output in outputs):
-        raise errors.UserError(
-            f"{fields.path}: {fields.place}['output'] is {outputs!r}; expected at least one text."
+        raise fields.problem(
+            "'output' needs at least one text and nothing else", repr(outputs)[:60]
         )
     return Instance(fields.get("input", str), tuple(outputs))

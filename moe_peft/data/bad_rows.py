@@ -1,0 +1,113 @@
+"""What happens to a row that cannot be read: the run stops, or the row is skipped and counted.
+
+Stopping is the default. Skipping is never silent: the first row of each kind is logged at once, all
+are counted by file and reason, and commands end with the counts. Only rows can be skipped: a file
+that is missing or cannot be read at all stops a run either way.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import logging
+import pathlib
+from typing import Literal, TypeVar
+
+import gin
+
+from moe_peft import errors
+
+Item = TypeVar("Item")
+Parsed = TypeVar("Parsed")
+Counts = Mapping[tuple[str, str], int]  # by (file, reason)
+
+
+class BadRow(errors.UserError):
+    """A row that cannot be read.
+
+    Attributes:
+      path: of its file.
+      reason: what is wrong, in the same words for all rows with the same mistake.
+    """
+
+    def __init__(self, path: pathlib.Path | str, row: str, reason: str, seen: str = ""):
+        """Args: `row` says which, such as "row 3"; `seen` what stands there, for people."""
+        self.path, self.reason = str(path), reason
+        super().__init__(f"{path}, {row}: {reason}{f': {seen}' if seen else ''}.")
+
+
+@gin.configurable(module="bad_rows")
+def configured(action: Literal["stop", "skip"] = "stop") -> str:
+    """What gin sets: `bad_rows.configured.action = %BAD_ROWS`.
+
+    Args:
+      action: "stop" at the first bad row, or "skip" and count it.
+    """
+    return action
+
+
+_skipped: collections.Counter[tuple[str, str]] = collections.Counter()
+_forced: list[None] = []
+
+
+def is_skipping() -> bool:
+    """Whether bad rows are skipped."""
+    return bool(_forced) or configured() == "skip"
+
+
+@contextlib.contextmanager
+def skipping() -> Iterator[None]:
+    """Inside, bad rows are skipped whatever gin sets."""
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def skip(row: BadRow, count: int = 1) -> None:
+    """Counts a row, or `count` of them, as skipped; raises it where rows are not skipped."""
+    if not is_skipping():
+        raise row
+    key = (row.path, row.reason)
+    if key not in _skipped and not _forced:
+        logging.warning("Skipped: %s Further rows like this one are only counted.", row)
+    _skipped[key] += count
+
+
+def parsed(parse: Callable[[Item], Parsed], items: Iterable[Item]) -> Iterator[Parsed]:
+    """`parse` of each item, without those that it refuses with a `BadRow` (see `skip`)."""
+    for item in items:
+        try:
+            found = parse(item)
+        except BadRow as row:
+            skip(row)
+            continue
+        yield found
+
+
+def skipped() -> Counts:
+    """What this process has skipped so far."""
+    return dict(_skipped)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[dict[tuple[str, str], int]]:
+    """Yields a dictionary that holds, afterwards, what was skipped inside."""
+    before, found = _skipped.copy(), {}
+    try:
+        yield found
+    finally:
+        found.update(_skipped - before)
+
+
+def remember(counts: Counts) -> None:
+    """Adds rows that were skipped earlier, when a cache was made, or in another process."""
+    if counts:
+        logging.warning("%s (when the cache was made).", summary(counts))
+    _skipped.update(counts)
+
+
+def summary(counts: Counts) -> str:
+    """One line."""
+    listed = "; ".join(f"{path}: {reason} ({count})" for (path, reason), count in counts.items())
+    return f"Skipped {sum(counts.values())} bad rows: {listed}"
