@@ -117,7 +117,7 @@ class Experiment:
     @property
     def operations(self) -> float | None:
         """Floating-point operations of the training, by count; None where nothing trains."""
-        found = re.search(r"is ([\d.]+e\+\d+) operations", self.hardware)
+        found = re.search(r"([\d.]+e\+\d+) operations", self.hardware)
         return float(found[1]) if found else None
 
     @functools.cached_property

@@ -254,22 +254,29 @@ def parse(experiment: experiments.Experiment) -> None:
 
 
 def plan(experiment: experiments.Experiment):
-    """Counts parameters at full size, from shapes; returns the plan.
+    """Counts parameters at full size, from shapes, and operations; returns the plan.
 
     Raises:
-      UserError: the count is not the one that the file's head gives.
+      UserError: a count is not the one that the file's head gives.
     """
     from moe_peft import cli
+    from moe_peft.analysis import cost
 
     found = cli.configure("plan", [experiment.gin_file], ["T5Config.scan_layers=True"])()
-    said = experiment.trainable[0]
-    exact = re.search(r"plan counts", experiment.hardware)
-    if exact and found.trainable != said:
-        raise errors.UserError(
-            f"{experiment.gin_file}: its head says that {said:,} parameters train, "
-            f"moe-peft plan counts {found.trainable:,}."
-        )
+    many, is_full = experiment.trainable[0], "moves all" in experiment.hardware
+    if many and not is_full:
+        _compare(experiment, "parameters train", f"{many:,}", f"{found.trainable:,}")
+    if experiment.operations:
+        counted = cost.of_settings(is_full=is_full)
+        _compare(experiment, "operations", f"{experiment.operations:.1e}", f"{counted:.1e}")
     return found
+
+
+def _compare(experiment: experiments.Experiment, what: str, said: str, counted: str) -> None:
+    if said != counted:
+        raise errors.UserError(
+            f"{experiment.gin_file}: its head says {said} {what}, counted are {counted}."
+        )
 
 
 class Workers:
