@@ -1,11 +1,11 @@
-"""P3 as SeqIO tasks over its published records: T0's training mixtures and held-out sets.
+"""P3 as SeqIO tasks, from published records or raw data sets: T0's mixtures and held-out sets.
 
 * `p3_<task>`: the (data set, template) tasks of T0's mixtures; mixtures `p3_t0` (38 data sets, 313
   tasks), `p3_t0p` (392), `p3_t0pp` (464).
 * `p3_<set>`: the eleven held-out sets, each with all its templates and its answer choices. Rows
   are examples, the wordings of one in a row; `template_ids` number the templates by name.
   Mixtures: `p3_heldout` (all eleven), `p3_heldout_published` (without StoryCloze, which is on
-  request only and is read from `_score_eval` folders of one's own). Split "t_few" is what T-Few and
+  request only and is worded from one's own files). Split "t_few" is what T-Few and
   MHR report: ANLI's and StoryCloze's test split, the validation split of all others; StoryCloze's
   train split is its validation split, as they have it.
 
@@ -17,6 +17,7 @@ the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configure
 from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
+import logging
 import pathlib
 from typing import Literal
 
@@ -25,9 +26,9 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import places, registration, row_store, rows, vocabularies
+from moe_peft.data import bad_rows, places, registration, row_store, rows, vocabularies
 from moe_peft.data.cldr import store
-from moe_peft.data.p3 import held_out, names, records
+from moe_peft.data.p3 import held_out, names, records, sources
 
 PREFIX = "p3"
 T_FEW_SPLIT = "t_few"
@@ -44,6 +45,9 @@ class Settings:
     validation_examples: int
     retokenize: bool
     common_templates_only: bool
+    source: str
+    raw: str | None
+    templates: str | None
 
 
 @gin.configurable(module="p3")
@@ -53,6 +57,9 @@ def configured(
     validation_examples: int = 100,
     retokenize: bool = False,
     common_templates_only: bool = False,
+    source: Literal["either", "published", "raw"] = "either",
+    raw: str | None = None,
+    templates: str | None = None,
 ) -> Settings:
     """What gin sets for all P3 tasks.
 
@@ -66,8 +73,21 @@ def configured(
         other vocabulary than T5's.
       common_templates_only: of held-out sets, leave out templates that apply to some items only
         (T-Few and MHR: the first eight of COPA's twelve). Training splits always do.
+      source: of rows: "published" records; "raw" data sets worded by promptsource's templates; or
+        "either": records where a task has some.
+      raw: folder of raw data sets, see `moe_peft.data.p3.raw`; by default `raw/` in P3's folder.
+      templates: folder of promptsource's templates; by default `templates/` in P3's folder.
     """
-    return Settings(cap_rule, task_ids, validation_examples, retokenize, common_templates_only)
+    return Settings(
+        cap_rule,
+        task_ids,
+        validation_examples,
+        retokenize,
+        common_templates_only,
+        source,
+        raw,
+        templates,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,40 +130,60 @@ def _place(task: str) -> Place:
     return known[task]
 
 
-def _stored(task: str, split: str, is_ranked: bool) -> row_store.Stored:
+def _source(task: str) -> sources.Source:
+    """Where the rows of one of P3's tasks are."""
+    settings = configured()
+    folder = lambda name: pathlib.Path(name).expanduser() if name else None
+    return sources.find(
+        places.folder(PREFIX),
+        _table().prompts[task],
+        settings.source,
+        folder(settings.raw),
+        folder(settings.templates),
+    )
+
+
+def _stored(task: str, split: str) -> row_store.Stored:
     """A task's rows as ids, in the order of its files, or of its examples' numbers."""
-    folder = records.task_folder(places.folder(PREFIX), task)
-    files = records.split_files(folder, split)
+    source = _source(task)
+    files = source.files(split)
     if not files:
         raise errors.UserError(
-            f"{folder} has no split {split!r}; it has {', '.join(records.splits(folder))}."
+            f"{source.where} has no split {split!r}; it has {', '.join(source.splits())}."
         )
     stamps = tuple((str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     settings = configured()
-    key = (vocabularies.fingerprint(), settings.retokenize, is_ranked, stamps)
-    return _open(folder, split, is_ranked, settings.retokenize, key)
+    read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
+    key = (*read_with, settings.retokenize, source.key, stamps)
+    return _open(source, task, split, settings.retokenize, key)
 
 
 @functools.lru_cache(maxsize=4096)
 def _open(
-    folder: pathlib.Path, split: str, is_ranked: bool, retokenize: bool, key: tuple
+    source: sources.Source, task: str, split: str, retokenize: bool, key: tuple
 ) -> row_store.Stored:
-    def lines() -> Iterator[row_store.Line]:
-        found = records.read(folder, split)
-        if is_ranked:
-            found = held_out.examples(found, f"{folder}, {split!r}")
-        yield from _lines(found, folder, retokenize)
-
-    return row_store.stored(store.folder() / PREFIX, f"{folder.name}-{split}", key, lines)
+    lines = lambda: _lines(source.read(split), source.where, retokenize)
+    found = row_store.stored(store.folder() / PREFIX, f"{task}-{split}", key, lines)
+    expected = _table().prompts[task].rows(split)
+    if expected not in (None, len(found)) and not found.skipped:
+        logging.warning(
+            "%s, %r: %s has %d rows there, %d in P3.",
+            source.where,
+            split,
+            task,
+            len(found),
+            expected,
+        )
+    return found
 
 
 def _lines(
-    found: Iterable[records.Record], where: pathlib.Path, retokenize: bool
+    found: Iterable[records.Record], where: str, retokenize: bool
 ) -> Iterator[row_store.Line]:
     vocabulary = vocabularies.get()
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     for number, record in enumerate(found):
-        if retokenize:
+        if retokenize or record.input_ids is None:
             inputs, targets = encode(record.inputs), encode(record.targets)
         else:
             inputs, targets = record.input_ids, record.target_ids
@@ -159,7 +199,7 @@ def _lines(
 def _training_rows(task: str, split: str) -> rows.Rows:
     place, settings = _place(task), configured()
     is_own = settings.cap_rule == "t0"
-    found = _stored(task, split if is_own else "train", is_ranked=False)
+    found = _stored(task, split if is_own else "train")
     start, end = 0, len(found)
     if not is_own:
         end = min(place.dataset.cap("t_few"), len(found))
@@ -183,7 +223,8 @@ def _as_rows(
 def _training_splits(task: str) -> tuple[str, ...]:
     if configured().cap_rule == "t_few":
         return ("train", "validation") if configured().validation_examples else ("train",)
-    return records.splits(records.task_folder(places.folder(PREFIX), task))
+    _place(task)
+    return _source(task).splits()
 
 
 def _held_out(name: str) -> tuple[names.HeldOut, int]:
@@ -210,13 +251,19 @@ def _source_split(name: str, split: str) -> str:
 def _held_out_rows(name: str, split: str) -> rows.Rows:
     found, task_id = _held_out(name)
     published = _source_split(name, split)
-    parts = [_stored(task, published, is_ranked=True) for task in found.tasks]
+    parts = [_stored(task, published) for task in found.tasks]
     numbers = np.arange(len(parts), dtype=np.int32)
     most = max(map(len, parts))
+    is_whole = not any(part.skipped for part in parts)
     if split == "train" or configured().common_templates_only:
+        if not is_whole:
+            raise errors.UserError(
+                f"{PREFIX}_{name}: rows of its {published!r} files were skipped, so the wordings "
+                "of an item cannot be brought together; repair the files (`moe-peft data check`)."
+            )
         numbers = numbers[[len(part) == most for part in parts]]
         parts = [part for part in parts if len(part) == most]
-    if all(len(part) == most for part in parts):
+    if is_whole and all(len(part) == most for part in parts):
         join, template_ids = held_out.Woven, np.tile(numbers, most)
     else:
         join, template_ids = held_out.Joined, np.repeat(numbers, [len(part) for part in parts])
@@ -230,7 +277,7 @@ def _held_out_rows(name: str, split: str) -> rows.Rows:
 
 def _held_out_splits(name: str) -> tuple[str, ...]:
     found, _ = _held_out(name)
-    published = records.splits(records.task_folder(places.folder(PREFIX), found.tasks[0]))
+    published = _source(found.tasks[0]).splits()
     own = [s for s in ("train", T_FEW_SPLIT) if _source_split(name, s) in published]
     return tuple(dict.fromkeys((*published, *own)))
 

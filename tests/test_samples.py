@@ -43,8 +43,8 @@ def test_train_on_a_sample(tmp_path, experiment, sample):
     [
         ("mhr/superni/mhr", "superni", 3),
         ("poly_s/crossfit/poly_s", "crossfit", 3),
-        ("mhr/t0_3b/mhr_z", "p3", 3),
-        ("mhr/t0_3b/adapter_soup", "p3", 3),
+        ("mhr/t0_3b/mhr_z", "p3", 4),
+        ("mhr/t0_3b/adapter_soup", "p3", 4),
     ],
 )
 def test_both_phases(tmp_path, experiment, sample, tasks):
@@ -62,7 +62,7 @@ def test_zero_shot(tmp_path):
     run("train", "mhr/zero_shot/xl_mhr_mu", "p3", tmp_path / "more", source, "TRAIN_STEPS=2")
     run("eval", "mhr/zero_shot/xl_mhr_mu", "p3", tmp_path / "more", source, "TRAIN_STEPS=2")
     results = json.loads((tmp_path / "more" / "eval" / "p3_heldout" / "results.json").read_text())
-    assert len(results["tasks"]) == 3
+    assert len(results["tasks"]) == 4
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_peft.data import raw_samples
 from moe_peft.data.cldr import store, suite
 
 TRAIN_TASKS = 6
@@ -26,8 +27,9 @@ CHOICES = 4  # of an example in rank classification
 
 def folder() -> pathlib.Path:
     """The folder of the samples: superni/, crossfit/ and p3/; written if it is not there."""
-    source = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
-    place = store.folder() / f"samples-{store.fingerprint()}-{source}"
+    written_by = (__file__, raw_samples.__file__)
+    source = hashlib.sha256(b"".join(pathlib.Path(p).read_bytes() for p in written_by))
+    place = store.folder() / f"samples-{store.fingerprint()}-{source.hexdigest()[:8]}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=place.parent, prefix="samples-"))
@@ -157,7 +159,8 @@ def write_crossfit(place: pathlib.Path) -> None:
 def write_p3(place: pathlib.Path, form: str = "tfrecord") -> None:
     """Task folders as in bigscience/P3, ordinary and for rank classification, and `tasks.json`.
 
-    Token ids are those of the vocabulary "bytes".
+    The same once more as raw data sets and templates, and StoryCloze in this form only. Token ids
+    are those of the vocabulary "bytes".
 
     Args:
       place: a new folder.
@@ -171,6 +174,8 @@ def write_p3(place: pathlib.Path, form: str = "tfrecord") -> None:
         for task in _tasks(group, count, is_closed=group == "fewshot"):
             subset = f"{task.function}_{task.locale}"
             line = {"name": "cldr", "subset": subset, "templates": wordings}
+            is_ranked = group == "fewshot"
+            _write_raw(place, task, subset, wordings, is_ranked)
             for number, wording in enumerate(wordings):
                 name = names.task("cldr", subset, wording)
                 if group == "train":
@@ -185,7 +190,30 @@ def write_p3(place: pathlib.Path, form: str = "tfrecord") -> None:
                 table["training"].append(line | {"mixture": "t0", "train_size": len(rows) - 4})
             else:
                 table["held_out"].append(line | {"set": f"cldr_{task.function}"})
+    raw_samples.write_storycloze(place)
+    table["held_out"].append(raw_samples.STORY_SET)
     (place / names.TABLE_FILE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _write_raw(
+    place: pathlib.Path, task: suite.Task, subset: str, wordings: Sequence[str], is_ranked: bool
+) -> None:
+    """The rows of a task before any template."""
+    found = [e for split in ("train", "validation") for e in suite.examples(task, split)]
+    examples = [example for example in found if example.template_id == 0]
+    choices = [suite.answer_choices(task)] * len(examples)
+    if is_ranked:
+        choices = _options([example.targets for example in examples])
+    rows = [raw_samples.row(*pair) for pair in zip(examples, choices)]
+    raw_samples.write_dataset(place, subset, {"train": rows[4:], "validation": rows[:4]})
+    raw_samples.write_templates(place, task, wordings, bool(choices[0]))
+
+
+def _options(answers: Sequence[str]) -> list[list[str]]:
+    """`CHOICES` answers for each to be chosen from: its own and those beside it."""
+    twice = [*answers, *answers]
+    starts = [number // CHOICES * CHOICES for number in range(len(answers))]
+    return [twice[start : start + CHOICES] for start in starts]
 
 
 def _byte_ids(text: str) -> np.ndarray:
@@ -205,11 +233,10 @@ def _p3_rows(task: suite.Task, wording: int) -> list[Any]:
 def _ranked_rows(task: suite.Task, wording: int) -> list[Any]:
     """`CHOICES` rows of each example; of one item in every wording under the same number."""
     ordinary = _p3_rows(task, wording)
+    options = _options([record.targets for record in ordinary])
     found = []
-    for number, record in enumerate(ordinary):
-        start = number // CHOICES * CHOICES
-        others = [o.targets for o in (ordinary + ordinary)[start : start + CHOICES]]
-        for choice, text in enumerate(others):
+    for number, (record, texts) in enumerate(zip(ordinary, options)):
+        for choice, text in enumerate(texts):
             found.append(
                 dataclasses.replace(
                     record,

@@ -5,13 +5,13 @@ choices of an example together; `Woven` puts the wordings of one item side by si
 that ask about the same items.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 import dataclasses
 
 import numpy as np
 
-from moe_peft import errors
-from moe_peft.data import row_store, rows
+from moe_peft.data import bad_rows, row_store, rows
 from moe_peft.data.p3 import records
 
 
@@ -26,23 +26,36 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
       UserError: rows without number, a choice that is missing or there twice, no right choice.
     """
     groups: dict[int, dict[int, records.Record]] = {}
-    for number, record in enumerate(found):
+
+    def group(numbered: tuple[int, records.Record]) -> None:
+        number, record = numbered
         if record.idx is None:
-            raise errors.UserError(f"{where}, row {number}: 'idx' is missing.")
-        group = groups.setdefault(record.idx[0], {})
-        if record.idx[1] in group:
-            raise errors.UserError(f"{where}, row {number}: idx {record.idx} is there twice.")
-        group[record.idx[1]] = record
-    return [_example(groups[number], number, where) for number in sorted(groups)]
+            raise bad_rows.BadRow(
+                where, f"row {number}", "'idx' is missing; is this no task with answer choices?"
+            )
+        choices = groups.setdefault(record.idx[0], {})
+        if record.idx[1] in choices:
+            raise bad_rows.BadRow(where, f"row {number}", f"idx {record.idx} is there twice")
+        choices[record.idx[1]] = record
+
+    with bad_rows.counting() as skipped:
+        collections.deque(bad_rows.parsed(group, enumerate(found)), maxlen=0)
+    # A row that was skipped may have been any example's last choice.
+    least = max(map(len, groups.values()), default=0) if skipped else 1
+    examples_of = lambda number: _example(groups[number], number, where, least)
+    return list(bad_rows.parsed(examples_of, sorted(groups)))
 
 
-def _example(group: dict[int, records.Record], number: int, where: str) -> records.Record:
+def _example(
+    group: dict[int, records.Record], number: int, where: str, least: int
+) -> records.Record:
     choices = [group[i] for i in sorted(group)]
-    if sorted(group) != list(range(len(group))):
-        raise errors.UserError(f"{where}: example {number} has the choices {sorted(group)} only.")
+    if sorted(group) != list(range(len(group))) or len(group) < least:
+        reason = f"only the choices {sorted(group)} are there"
+        raise bad_rows.BadRow(where, f"example {number}", reason)
     right = [choice for choice in choices if choice.is_correct]
     if not right:
-        raise errors.UserError(f"{where}: example {number} has no right choice.")
+        raise bad_rows.BadRow(where, f"example {number}", "no choice is right")
     return dataclasses.replace(
         right[0],
         answer_choices=tuple(choice.targets for choice in choices),

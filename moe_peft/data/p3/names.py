@@ -25,6 +25,28 @@ NOT_PUBLISHED = ("storycloze",)  # on request only, so not among P3's records
 
 
 @dataclasses.dataclass(frozen=True)
+class Published:
+    """What P3 publishes of a data set; nothing where a table does not say.
+
+    Attributes:
+      rows: of the data set, by split.
+      fewer: by template, the splits where it applies to fewer rows.
+      choices: a letter for each template: "f" its answer choices are the same for every row, "p"
+        they are each row's own, "-" there are none.
+      num_choices: of every row; None where they differ.
+    """
+
+    rows: Mapping[str, int]
+    fewer: Mapping[str, Mapping[str, int]]
+    choices: str
+    num_choices: int | None
+
+    def rows_of(self, template: str, split: str) -> int | None:
+        """How many rows P3 has of a template's split; None where the table does not say."""
+        return self.fewer.get(template, {}).get(split, self.rows.get(split))
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set of the training mixtures.
 
@@ -34,6 +56,8 @@ class Dataset:
       mixture: the smallest of `MIXTURES` that trains on it.
       train_size: rows that T0's table of data sets gives.
       templates: names of all its templates, sorted.
+      original: whether a template asks the data set's own task, for each.
+      published: what P3 has of it.
     """
 
     name: str
@@ -41,6 +65,13 @@ class Dataset:
     mixture: str
     train_size: int
     templates: tuple[str, ...]
+    original: tuple[bool, ...]
+    published: Published = dataclasses.field(hash=False)
+
+    @property
+    def source(self) -> tuple[str, str | None, str | None]:
+        """Its name, its subset; and no round of ANLI."""
+        return self.name, self.subset, None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -66,14 +97,56 @@ class HeldOut:
 
     Attributes:
       name: short, such as "rte" or "anli_r1".
+      source: name of the data set as its hub calls it; its subset, None where it has none; "r1",
+        "r2" or "r3" of ANLI, which is one data set, None otherwise.
       tasks: P3's names of its rank-classification tasks, by template name; their order numbers the
         templates.
       templates: names of the templates that ask the original task, sorted.
+      published: what P3 has of it, an example once and not once a choice.
     """
 
     name: str
+    source: tuple[str, str | None, str | None]
     tasks: tuple[str, ...]
     templates: tuple[str, ...]
+    published: Published = dataclasses.field(hash=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A template of a data set: what one task of P3 is made of.
+
+    Attributes:
+      of: the data set, or evaluation set.
+      number: of the template in it.
+    """
+
+    of: Dataset | HeldOut
+    number: int
+
+    @property
+    def task(self) -> str:
+        """P3's name."""
+        return self.of.tasks[self.number]
+
+    @property
+    def template(self) -> str:
+        """Its name in promptsource."""
+        return self.of.templates[self.number]
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether P3 has a row for each of its answer choices."""
+        return isinstance(self.of, HeldOut)
+
+    @property
+    def choices(self) -> str:
+        """A letter of `Published.choices`; empty where the table does not say."""
+        return self.of.published.choices[self.number : self.number + 1]
+
+    def rows(self, split: str) -> int | None:
+        """Rows that P3 has of it, an example once; None where the table does not say."""
+        return self.of.published.rows_of(self.template, split)
 
 
 def task(name: str, subset: str | None, template: str) -> str:
@@ -101,6 +174,15 @@ class Table:
         """The data sets of one of `MIXTURES`; a larger one holds the smaller ones."""
         wanted = MIXTURES[: MIXTURES.index(name) + 1]
         return tuple(dataset for dataset in self.training if dataset.mixture in wanted)
+
+    @functools.cached_property
+    def prompts(self) -> Mapping[str, Prompt]:
+        """What each task is made of, by P3's name."""
+        return {
+            task: Prompt(found, number)
+            for found in (*self.training, *self.held_out)
+            for number, task in enumerate(found.tasks)
+        }
 
 
 @functools.cache
@@ -133,16 +215,32 @@ def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
             line["mixture"],
             line["train_size"],
             tuple(line["templates"]),
+            tuple(letter == "+" for letter in line.get("original", "")),
+            _published(line, line.get("rows", {})),
         )
         for line in content["training"]
     )
-    return Table(training, tuple(found for line in content["held_out"] for found in _sets(line)))
+    held_out = tuple(found for line in content["held_out"] for found in _sets(line))
+    names = [task for dataset in training for task in dataset.tasks]
+    names += [task for found in held_out for task in (found.name, *found.tasks)]
+    if twice := errors.twice(names):
+        raise ValueError(f"{twice!r} is there twice")
+    unknown = [dataset.mixture for dataset in training if dataset.mixture not in MIXTURES]
+    if unknown:
+        raise ValueError(f"mixture {unknown[0]!r}, expected one of {', '.join(MIXTURES)}")
+    return Table(training, held_out)
+
+
+def _published(line: Mapping[str, Any], rows: Mapping[str, int]) -> Published:
+    return Published(rows, line.get("fewer", {}), line.get("choices", ""), line.get("num_choices"))
 
 
 def _sets(line: Mapping[str, Any]) -> Iterator[HeldOut]:
     """The evaluation sets of a data set: one, or ANLI's three rounds."""
-    templates = tuple(line["templates"])
-    ordinary = [task(line["name"], line["subset"], template) for template in templates]
-    for suffix in [f"_{r}" for r in ANLI_ROUNDS] if line["name"] == "anli" else [""]:
-        tasks = tuple(f"{name}{suffix}_score_eval" for name in ordinary)
-        yield HeldOut(line["set"] + suffix, tasks, templates)
+    name, subset, templates = line["name"], line["subset"], tuple(line["templates"])
+    rows = line.get("rows", {})
+    for number in ANLI_ROUNDS if name == "anli" else (None,):
+        suffix = f"_{number}" if number else ""
+        tasks = tuple(f"{task(name, subset, t)}{suffix}_score_eval" for t in templates)
+        published = _published(line, rows.get(number, {}) if number else rows)
+        yield HeldOut(line["set"] + suffix, (name, subset, number), tasks, templates, published)

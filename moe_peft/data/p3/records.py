@@ -10,6 +10,7 @@ Both hold texts and T5's token ids; `inputs` without end mark, `targets` with it
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from moe_peft import errors
+from moe_peft.data import bad_rows
 
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(\.parquet)?$")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(\.parquet|\.jsonl)?$")
 _TARGETS_END = 1
 
 
@@ -30,8 +32,8 @@ class Record:
     Attributes:
       inputs: text.
       targets: text.
-      input_ids: as published, no end mark.
-      target_ids: as published, end mark taken off.
+      input_ids: as published, no end mark; None where nobody has published the row.
+      target_ids: as published, end mark taken off; likewise.
       answer_choices: texts; empty where the row has none.
       idx: (example, choice) in a `_score_eval` task.
       is_correct: likewise, whether this choice is right.
@@ -39,19 +41,27 @@ class Record:
 
     inputs: str
     targets: str
-    input_ids: np.ndarray
-    target_ids: np.ndarray
+    input_ids: np.ndarray | None
+    target_ids: np.ndarray | None
     answer_choices: tuple[str, ...] = ()
     idx: tuple[int, int] | None = None
     is_correct: bool = False
 
 
+def _folder(root: pathlib.Path, task: str) -> pathlib.Path | None:
+    places = (root / "data" / task, root / task)
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
+def has_folder(root: pathlib.Path, task: str) -> bool:
+    """Whether a task has a folder, complete or not."""
+    return _folder(root, task) is not None
+
+
 def task_folder(root: pathlib.Path, task: str) -> pathlib.Path:
     """Where a task's files are; a UserError if nowhere, or not completely."""
-    for folder in (root / "data" / task, root / task):
-        if folder.is_dir():
-            break
-    else:
+    folder = _folder(root, task)
+    if folder is None:
         near = ""
         if root.is_dir():
             known = {p.name for r in (root, root / "data") if r.is_dir() for p in r.iterdir()}
@@ -75,6 +85,11 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     )
     if not found or _published_size(folder, split) == 0:
         return []
+    return complete(folder, split, found)
+
+
+def complete(folder: pathlib.Path, split: str, found: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The files of a split as they are; a UserError if shards are missing."""
     numbered = [match for path in found if (match := _SHARD.search(path.name))]
     if numbered:
         missing = int(numbered[0][2]) - len(numbered)
@@ -99,15 +114,23 @@ def splits(folder: pathlib.Path) -> tuple[str, ...]:
 def read(folder: pathlib.Path, split: str) -> Iterator[Record]:
     """Every row of a split; a UserError names the file and the row that is wrong."""
     count = 0
-    for path in split_files(folder, split):
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _tfrecord_rows(path)
-        for number, row in enumerate(rows):
-            yield _record(path, number, row)
-            count += 1
+    with bad_rows.counting() as skipped:
+        for path in split_files(folder, split):
+            rows = parquet_rows(path) if path.suffix == ".parquet" else _tfrecord_rows(path)
+            parse = functools.partial(_record, path)
+            for record in bad_rows.parsed(parse, enumerate(rows)):
+                yield record
+                count += 1
+    count += sum(skipped.values())
     expected = _published_size(folder, split)
     if expected is not None and count != expected:
-        raise errors.UserError(
-            f"{folder}: {split!r} has {count} rows, stats.{split}.json says {expected}; cut off?"
+        bad_rows.skip(
+            bad_rows.BadRow(
+                folder,
+                repr(split),
+                f"{count} rows, stats.{split}.json says {expected}; cut off?",
+            ),
+            max(expected - count, 1),
         )
 
 
@@ -123,10 +146,11 @@ def _published_size(folder: pathlib.Path, split: str) -> int | None:
         ) from problem
 
 
-def _record(path: pathlib.Path, number: int, row: Mapping[str, Any]) -> Record:
+def _record(path: pathlib.Path, numbered: tuple[int, Mapping[str, Any]]) -> Record:
+    number, row = numbered
     for name in ("inputs", "targets", "inputs_pretokenized", "targets_pretokenized"):
-        if row.get(name) is None:
-            raise errors.UserError(f"{path}, row {number}: {name!r} is missing.")
+        if row.get(name) is None or (name == "targets" and not len(row[name])):
+            raise bad_rows.BadRow(path, f"row {number}", f"{name!r} is missing")
     targets = np.asarray(row["targets"], np.int32)
     choices, idx = row.get("answer_choices"), row.get("idx")
     return Record(
@@ -140,7 +164,8 @@ def _record(path: pathlib.Path, number: int, row: Mapping[str, Any]) -> Record:
     )
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Every row of a Parquet file, values by column."""
     try:
         import pyarrow.parquet
     except ImportError as problem:
@@ -162,18 +187,26 @@ def _tfrecord_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         **dict.fromkeys(("inputs", "targets", "idx", "is_correct"), ids),
         **dict.fromkeys(("inputs_pretokenized", "targets_pretokenized", "answer_choices"), texts),
     }
-    batches = tf.data.TFRecordDataset(str(path)).batch(512)
+    records = tf.data.TFRecordDataset(str(path))
+    damage = (tf.errors.DataLossError, tf.errors.InvalidArgumentError)
     count = 0
-    try:
-        for batch in batches:
+
+    def rows(size: int) -> Iterator[dict[str, Any]]:
+        for batch in records.skip(count).batch(size):
             columns = {k: v.numpy() for k, v in tf.io.parse_example(batch, features).items()}
             for i in range(len(columns["inputs"])):
                 yield _plain({name: column[i] for name, column in columns.items()})
+
+    for size in (512, 1):  # by single rows after a damaged batch, up to the damage
+        try:
+            for row in rows(size):
+                yield row
                 count += 1
-    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as problem:
-        raise errors.UserError(
-            f"{path} is damaged after {count} rows or up to 511 more: {problem.message}."
-        ) from problem
+            return
+        except damage as problem:
+            message = problem.message.split("}} ")[-1].split(" [Op:")[0]
+    reason = "the file is damaged from here on"
+    bad_rows.skip(bad_rows.BadRow(path, f"row {count}", reason, message))
 
 
 def _plain(row: Mapping[str, np.ndarray]) -> dict[str, Any]:
