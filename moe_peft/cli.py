@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="results", metavar="FOLDER", help="where to write table and picture"
     )
     _add_report(commands)
+    _add_data(commands)
     _add_experiments(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
@@ -204,6 +205,45 @@ def _add_report(commands) -> None:
     sub.add_argument(
         "--splits", metavar="0,1,...", help="splits (heads) whose weights are drawn; default: four"
     )
+
+
+def _add_data(commands) -> None:
+    group = commands.add_parser(
+        "data",
+        help="check, prepare and look at the data of benchmarks",
+        description="Checks, prepares and shows the data that runs read.",
+    )
+    verbs = group.add_subparsers(dest="verb", metavar="verb", required=True)
+    check = verbs.add_parser(
+        "check",
+        help="what is there, what is missing, what is damaged, what leaks",
+        description=(
+            "Reads all files of the benchmarks in a folder once and reports counts, hashes and "
+            "findings by rule. Exits with 1 where the rules missing, damaged or leak found "
+            "something; duplicate, count and optional are for information."
+        ),
+    )
+    check.add_argument(
+        "folder", metavar="DIR", help="as DATA_DIR: holds superni/, crossfit/, p3/, or some of them"
+    )
+    check.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this; may be repeated",
+    )
+    check.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="do not fail by missing, damaged or leak; may be repeated",
+    )
+    check.add_argument(
+        "--no_hashes", action="store_true", help="do not hash files; half the reading"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def _add_experiments(commands) -> None:
@@ -280,6 +320,9 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         _report(args)
         return 0
 
+    if args.command == "data":
+        return _data(args, gin_bindings)
+
     if args.command == "experiments":
         return _experiments(args)
 
@@ -330,6 +373,15 @@ def _report(args: argparse.Namespace) -> None:
             splits=splits,
         )
     )
+
+
+def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
+    from moe_peft import quiet
+
+    del gin_bindings
+    with quiet.importing():
+        from moe_peft.commands import data_check
+    return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
 
 
 def _experiments(args: argparse.Namespace) -> int:

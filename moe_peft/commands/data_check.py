@@ -1,0 +1,129 @@
+"""`data check`: are the benchmarks' files complete, readable, and free of leaks?"""
+
+from collections.abc import Sequence
+import functools
+import json
+import pathlib
+
+import rich.box
+import rich.console
+import rich.table
+
+from moe_peft import errors
+from moe_peft.data import places, samples
+from moe_peft.data.checking import check, parts
+from moe_peft.evaluation import tracking
+
+SUITE = "embedded:cldr"
+_SHOWN = 8  # findings of one rule in the table; JSON has all
+
+
+def run(
+    root: str,
+    benchmarks: Sequence[str] = (),
+    with_hashes: bool = True,
+    ignored: Sequence[str] = (),
+    as_json: bool = False,
+) -> int:
+    """Checks the benchmarks in a folder, prints what was found, returns the exit code.
+
+    Args:
+      root: as DATA_DIR: holds superni/, crossfit/ or p3/; "embedded:samples"; or "embedded:cldr"
+        for the suite.
+      benchmarks: names of those that must be there; default: all that are.
+      with_hashes: hash every file.
+      ignored: rules that do not count as a failure.
+      as_json: print JSON and no tables.
+
+    Returns:
+      1 if a rule of `check.FAILING` that is not ignored found something, otherwise 0.
+    """
+    for rule in ignored:
+        if rule not in check.FAILING:
+            raise errors.UserError(
+                f"No check fails by the rule {rule!r}; by {', '.join(check.FAILING)}."
+                f"{errors.near(rule, check.FAILING)}"
+            )
+    found = []
+    for name, folder in _folders(root, benchmarks).items():
+        progress = functools.partial(_counted, f"check {name}")
+        found.append(check.check(name, folder, with_hashes, progress))
+    if as_json:
+        print(json.dumps(check.as_json(found, ignored), indent=2, ensure_ascii=False))
+    else:
+        show(found, ignored)
+    return int(any(benchmark.failures(ignored) for benchmark in found))
+
+
+def _counted(what: str, listed: Sequence[parts.Part]):
+    with tracking.shown(what, len(listed)) as progress:
+        for part in listed:
+            yield part
+            progress.advance(1)
+
+
+def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | None]:
+    if root == SUITE:
+        return {"cldr": None}
+    unknown = [name for name in benchmarks if name not in places.LAYOUT]
+    if unknown:
+        raise errors.UserError(
+            f"There is no benchmark {unknown[0]!r}; there are {', '.join(places.LAYOUT)}."
+            f"{errors.near(unknown[0], places.LAYOUT)}"
+        )
+    top = samples.folder() if root == places.SAMPLES else pathlib.Path(root).expanduser()
+    found = {name: top / name for name in benchmarks or places.LAYOUT}
+    there = {name: folder for name, folder in found.items() if folder.is_dir()}
+    if not there or (benchmarks and len(there) < len(found)):
+        name = next(name for name in found if name not in there)
+        raise errors.UserError(
+            f"There is no folder {found[name]}; expected {places.LAYOUT[name]}. A data folder "
+            f"holds {', '.join(f'{name}/' for name in places.LAYOUT)}, or some of them."
+        )
+    return there
+
+
+def show(found: Sequence[check.Benchmark], ignored: Sequence[str] = ()) -> None:
+    """Prints what is there, then what is wrong."""
+    console = rich.console.Console()
+    console = console if console.is_terminal else rich.console.Console(width=140)
+    for benchmark in found:
+        table = _table(benchmark.name, "examples of", "tasks", "missing", "examples", "duplicates")
+        for name in ("files", "MB", "SHA-256 of all"):
+            table.add_column(name, justify="right")
+        for group in benchmark.groups.values():
+            counts = (len(group.tasks), group.missing, group.examples, group.duplicates)
+            size = f"{group.size / 1e6:.1f}"
+            numbers = [f"{count:,}" for count in (*counts, len(group.files))]
+            table.add_row(f"{group.group} tasks, {group.split}", *numbers, size, group.digest)
+        console.print(table)
+        _show_findings(console, benchmark, ignored)
+
+
+def _show_findings(console, benchmark: check.Benchmark, ignored: Sequence[str]) -> None:
+    for rule, meaning in check.RULES.items():
+        of_rule = [finding for finding in benchmark.findings if finding.rule == rule]
+        if not of_rule:
+            continue
+        fails = rule in check.FAILING and rule not in ignored
+        table = _table(f"{rule}: {meaning} ({'fails' if fails else 'for information'})", "where")
+        table.add_column("count", justify="right")
+        table.add_column("what", overflow="fold")
+        for finding in of_rule[:_SHOWN]:
+            table.add_row(finding.where, f"{finding.count:,}", finding.message)
+        if len(of_rule) > _SHOWN:
+            rest = of_rule[_SHOWN:]
+            count = sum(finding.count for finding in rest)
+            table.add_row(f"and {len(rest)} more", f"{count:,}", "all of them with --json")
+        console.print(table)
+    failures = benchmark.failures(ignored)
+    verdict = f"{failures} findings to mend" if failures else "nothing to mend"
+    console.print(f"{benchmark.name}: {verdict}\n", highlight=False)
+
+
+def _table(title: str, first: str, *numbers: str) -> rich.table.Table:
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table

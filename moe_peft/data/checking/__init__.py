@@ -1,0 +1,1 @@
+"""Checks of benchmark files before a run: what is there, what is missing, what leaks."""
