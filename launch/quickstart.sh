@@ -56,7 +56,7 @@ cat <<END
 That took $((SECONDS / 60)) min $((SECONDS % 60)) s. In $results:
   cldr_heldout.md, cldr_heldout.json, cldr_heldout.png   the table above, and a picture of it
   mov/config.gin                                         every setting of that run; it runs again as it is
-  mov/eval/cldr_heldout/predictions.jsonl                every question, and whether it was answered
+  mov/eval/cldr_heldout/predictions/*.jsonl              every question, and whether it was answered
 
 Try next ($venv/bin holds moe-peft):
   moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov       the full run

@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="results", metavar="FOLDER", help="where to write table and picture"
     )
     _add_report(commands)
+    _add_aggregate(commands)
     _add_data(commands)
     _add_experiments(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
@@ -273,6 +274,31 @@ def _add_experiments(commands) -> None:
     )
 
 
+def _add_aggregate(commands) -> None:
+    sub = commands.add_parser(
+        "aggregate",
+        help="average answers on disk anew: other groups, rules, metrics, intervals; no model",
+        description=(
+            "Averages the answers that `moe-peft eval` or `moe-peft adapt` left in folders. What "
+            "is not given stays as it was evaluated."
+        ),
+    )
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run")
+    sub.add_argument(
+        "--average", metavar="RULE", help="tasks, groups, pooled_groups or examples count equally"
+    )
+    sub.add_argument(
+        "--group", metavar="REGEX", help="its first parenthesis is what a task is reported under"
+    )
+    sub.add_argument("--metric", help="score answers in text by this metric")
+    sub.add_argument(
+        "--bootstrap", metavar="OVER", help="intervals over examples, templates or tasks"
+    )
+    sub.add_argument("--resamples", type=int, default=1000, help="of --bootstrap; default: 1000")
+    sub.add_argument("--seed", type=int, default=0, help="of --bootstrap; default: 0")
+    sub.add_argument("--out", metavar="FOLDER", help="where to write results.json and table.md")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
@@ -286,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if args.command in ("plan", "report", "export", "merge"):
+    if args.command in ("plan", "report", "export", "merge", "aggregate"):
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
@@ -325,6 +351,10 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
 
     if args.command == "experiments":
         return _experiments(args)
+
+    if args.command == "aggregate":
+        _aggregate(args)
+        return 0
 
     command = COMMANDS[args.command]
     if not args.gin_file and not gin_bindings:
@@ -404,6 +434,23 @@ def _experiments(args: argparse.Namespace) -> int:
     else:
         experiments.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
+
+
+def _aggregate(args: argparse.Namespace) -> None:
+    import pathlib
+
+    from moe_peft.commands import aggregate
+    from moe_peft.evaluation import bootstrap
+
+    how = args.bootstrap and bootstrap.Bootstrap(
+        args.bootstrap, resamples=args.resamples, seed=args.seed
+    )
+    changes = aggregate.Changes(args.average, args.group, args.metric, how)
+    for folder in map(pathlib.Path, args.folders):
+        out = args.out and pathlib.Path(args.out)
+        if out is not None and len(args.folders) > 1:
+            out = out / folder.name
+        aggregate.aggregate(folder, changes, out)
 
 
 def _say_written(paths) -> None:

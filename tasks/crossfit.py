@@ -20,11 +20,21 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import places, registration, rows, vocabularies
+from moe_peft.data import bad_rows, places, registration, rows, vocabularies
 from moe_peft.data.crossfit import files
 
 PREFIX = "crossfit"
 PARTS = {"train": "train", "validation": "dev"}
+# CrossFit's metrics by the names of `evaluation.metrics`.
+METRICS = {
+    "ACC": "accuracy",
+    "Classification-F1": "macro_f1",
+    "EM": "exact_match_squad",
+    "Matthew-Correlation": "matthews",
+    "Pearson-Correlation": "pearson",
+    "QA-F1": "qa_f1",
+    "Rouge-L": "rouge_l_crossfit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +94,16 @@ def _rows(name: str, split: str) -> rows.Rows:
             f"{errors.near(split, _splits())}"
         )
     folder = places.folder(PREFIX)
-    return _read(folder, name, split, configured(), vocabularies.fingerprint())
+    read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
+    return _read(folder, name, split, configured(), read_with)
 
 
 @functools.lru_cache(maxsize=4096)
 def _read(
-    folder: pathlib.Path, name: str, split: str, settings: Settings, vocabulary: str
+    folder: pathlib.Path, name: str, split: str, settings: Settings, read_with: tuple
 ) -> rows.Rows:
-    """Rows of a split. `vocabulary` tells caches apart."""
-    del vocabulary
+    """Rows of a split. `read_with` tells caches apart."""
+    del read_with
     if name not in _task_ids(folder):
         raise errors.UserError(
             f"{name} is not in the partition of {folder}, so it has no task id."
@@ -110,7 +121,9 @@ def _read(
     ]
     prefix = f" [{name}] " if settings.with_task_name else " "
     examples = [
-        registration.TextExample(prefix + row.input, " " + _reference(row, settings.seed))
+        registration.TextExample(
+            prefix + row.input, " " + _reference(row, settings.seed), references=row.outputs
+        )
         for row in found
     ]
     return registration.encode(examples, _task_ids(folder)[name], settings.max_input_tokens)
@@ -127,7 +140,9 @@ def _reference(row: files.Row, seed: int) -> str:
 def _register_task(name: str) -> str:
     """Registers a task of this name; returns SeqIO's."""
     registered = registration.task_name(PREFIX, name)
-    registration.add_task(registered, functools.partial(_rows, name), _splits)
+    metric = METRICS[files.table()[name].metric] if name in files.table() else None
+    reporting = registration.Reporting(metric, name)
+    registration.add_task(registered, functools.partial(_rows, name), _splits, reporting)
     return registered
 
 

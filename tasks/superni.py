@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
+from typing import Literal
 
 import gin
 
 from moe_peft import errors
-from moe_peft.data import places, registration, rows, vocabularies
+from moe_peft.data import bad_rows, places, registration, rows, vocabularies
 from moe_peft.data.superni import files, prompts, sampling
 
 PREFIX = "superni"
@@ -33,6 +34,7 @@ class Settings:
     max_input_tokens: int
     amounts: sampling.Amounts
     seed: int
+    references: str
 
 
 @gin.configurable(module="superni")
@@ -43,6 +45,7 @@ def configured(
     validation_examples: int = 100,
     test_examples: int = 100,
     seed: int = 42,
+    references: Literal["all", "one"] = "all",
 ) -> Settings:
     """What gin sets for all SuperNI tasks.
 
@@ -55,6 +58,8 @@ def configured(
       validation_examples: of each training task.
       test_examples: the first so many of a test task; they are nobody's training examples.
       seed: of the draws.
+      references: "all" accepted answers count as right; or "one" of them, drawn at random, as in
+        MHR's code.
     """
     prompts.check(prompt)
     amounts = sampling.Amounts(train_examples, validation_examples, test_examples)
@@ -63,7 +68,7 @@ def configured(
             f"superni.configured: {amounts} with max_input_tokens {max_input_tokens}; expected "
             "numbers of examples from 0 and at least 2 tokens."
         )
-    return Settings(prompt, max_input_tokens, amounts, seed)
+    return Settings(prompt, max_input_tokens, amounts, seed, references)
 
 
 def task_ids() -> dict[str, int]:
@@ -73,13 +78,12 @@ def task_ids() -> dict[str, int]:
 
 @functools.cache
 def _task_ids(folder: pathlib.Path) -> dict[str, int]:
-    names = [*files.split_list(folder, "train"), *files.split_list(folder, "test")]
-    return {name: number for number, name in enumerate(names)}
+    return {name: number for number, name in enumerate(files.all_names(folder))}
 
 
 def _rows(name: str, split: str) -> rows.Rows:
     folder = places.folder(PREFIX)
-    found = _all_rows(folder, name, configured(), vocabularies.fingerprint())
+    found = _all_rows(folder, name, configured(), _read_with())
     if split not in found:
         raise errors.UserError(
             f"{name} has no instances for its split {split!r}; it has {', '.join(found)}."
@@ -89,10 +93,10 @@ def _rows(name: str, split: str) -> rows.Rows:
 
 @functools.lru_cache(maxsize=4096)
 def _all_rows(
-    folder: pathlib.Path, name: str, settings: Settings, vocabulary: str
+    folder: pathlib.Path, name: str, settings: Settings, read_with: tuple
 ) -> dict[str, rows.Rows]:
-    """Rows of each split that has some. `vocabulary` tells caches apart."""
-    del vocabulary
+    """Rows of each split that has some. `read_with` tells caches apart."""
+    del read_with
     if name not in _task_ids(folder):
         raise errors.UserError(
             f"{name} is in neither list of {folder / 'splits' / 'default'}; so it has no task id."
@@ -114,7 +118,8 @@ def _all_rows(
             settings.max_input_tokens,
         )
         targets = sampling.reference(task, instance, settings.seed)
-        return registration.TextExample(inputs, targets, ending=ending)
+        accepted = instance.outputs if settings.references == "all" else (targets,)
+        return registration.TextExample(inputs, targets, ending=ending, references=accepted)
 
     return {
         split: registration.encode(
@@ -125,14 +130,22 @@ def _all_rows(
 
 
 def _splits(name: str) -> tuple[str, ...]:
-    return tuple(_all_rows(places.folder(PREFIX), name, configured(), vocabularies.fingerprint()))
+    return tuple(_all_rows(places.folder(PREFIX), name, configured(), _read_with()))
+
+
+def _read_with() -> tuple:
+    return vocabularies.fingerprint(), bad_rows.is_skipping()
 
 
 def _register_task(name: str) -> str:
     """Registers a task of this name; returns SeqIO's."""
     registered = registration.task_name(PREFIX, name)
+    listed = files.table().get(name)
     registration.add_task(
-        registered, functools.partial(_rows, name), functools.partial(_splits, name)
+        registered,
+        functools.partial(_rows, name),
+        functools.partial(_splits, name),
+        registration.Reporting("rouge_l", listed and listed.category),
     )
     return registered
 

@@ -45,7 +45,8 @@ def test_every_command(tmp_path, capsys):
     mov = run("train", "mov")
     assert "cldr_train" in (mov / "config.gin").read_text()
     run("eval", "mov")
-    rows = (mov / "eval" / "cldr_month_de" / "predictions.jsonl").read_text().splitlines()
+    folder = mov / "eval" / "cldr_month_de"
+    rows = (folder / "predictions" / "cldr_month_de.jsonl").read_text().splitlines()
     assert len(rows) == 5
     assert json.loads(rows[0])["task"] == "cldr_month_de"
 

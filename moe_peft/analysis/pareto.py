@@ -19,6 +19,7 @@ import rich.console
 import rich.table
 
 from moe_peft import errors
+from moe_peft.analysis import report
 
 RESULTS = "results.json"
 
@@ -215,8 +216,5 @@ def _check_alike(first, other) -> None:
 
 def _title(content: Mapping[str, Any]) -> str:
     settings, tasks = content["settings"], content["overall"]["num_tasks"]
-    data, evaluation = settings["data"], settings["evaluation"]
-    metric = evaluation["metric"].replace("_", " ")
-    if evaluation["rank_choices"]:
-        metric = f"accuracy by rank where there are choices, else {metric}"
+    data, metric = settings["data"], report.metric_title(settings["evaluation"])
     return f"{data['mixture']}: {metric} after adaptation, {data['shots']} shots, {tasks} tasks"

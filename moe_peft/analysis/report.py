@@ -8,6 +8,7 @@ per cent; mean and median are over the templates of a task, then averaged over t
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -17,17 +18,19 @@ import rich.console
 import rich.table
 
 from moe_peft import errors
+from moe_peft.evaluation import aggregation
 
 OVERALL = "all tasks"
 
-# Settings that change what a number means.
-_MUST_AGREE = (
-    "metric",
-    "rank_choices",
-    "length_normalized_choices",
-    "split",
-    "max_examples_per_task",
-)
+# Settings that change what a number means, and what they were before they could be set.
+_MUST_AGREE = {
+    "metric": None,
+    "rank_choices": False,
+    "length_normalized_choices": False,
+    "split": None,
+    "max_examples_per_task": None,
+    "average": "tasks",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Raises UserError unless all runs answered the same examples and were scored alike."""
     first = runs[0]
     for run in runs[1:]:
-        for part in _MUST_AGREE:
-            was, now = first.content["settings"][part], run.content["settings"][part]
+        for part, default in _MUST_AGREE.items():
+            was, now = (r.content["settings"].get(part, default) for r in (first, run))
             if was != now:
                 raise errors.UserError(
                     f"{first.name} and {run.name} cannot be compared: {part} is {was} and {now}."
@@ -115,23 +118,69 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def title(runs: Sequence[Run]) -> str:
     """What the numbers are."""
     settings = runs[0].content["settings"]
-    metric = settings["metric"].replace("_", " ")
-    if settings["rank_choices"]:
-        metric = f"accuracy by rank where there are choices, else {metric}"
+    metric = metric_title(settings)
     count = runs[0].lines[OVERALL]["num_examples"]
     return f"{runs[0].content['mixture']}: {metric}, per cent ({count:,} examples)"
 
 
+def metric_title(settings: Mapping[str, Any]) -> str:
+    """What scores are, from the settings of an evaluation."""
+    metric = settings["metric"].replace("_", " ")
+    metric = "each task's own metric" if metric == "task" else metric
+    if settings["rank_choices"]:
+        return f"accuracy by rank where there are choices, else {metric}"
+    return metric
+
+
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Cells of the table: name of the group, number of tasks, "mean / median" of each run."""
+    """Cells of the table, see `columns`."""
+    more = [show for name, show in _MORE.items() if name in columns(runs)]
     return [
         [
             group,
             str(runs[0].lines[group]["num_tasks"]),
             *(_cell(run.lines[group]) for run in runs),
+            *(show(runs[0].lines[group]) for show in more),
         ]
         for group in runs[0].lines
     ]
+
+
+def columns(runs: Sequence[Run]) -> list[str]:
+    """Group, number of tasks, "mean / median" of each run; of a single run also what is known of
+    its mean's interval and its metrics.
+    """
+    names = ["", "tasks", *(run.name for run in runs)]
+    if len(runs) > 1:
+        return names
+    lines = runs[0].lines.values()
+    has_intervals = any(map(_interval, lines))
+    has_metrics = len(set(map(_metric, lines))) > 1
+    return names + ["interval"] * has_intervals + ["metric"] * has_metrics
+
+
+def _interval(line: Mapping[str, Any]) -> str:
+    return " to ".join(f"{100 * share:.1f}" for share in line.get("mean_interval") or ())
+
+
+def _metric(line: Mapping[str, Any]) -> str:
+    return (line.get("metric") or "").replace("_", " ")
+
+
+_MORE = {"interval": _interval, "metric": _metric}
+
+
+def _notes(runs: Sequence[Run]) -> str:
+    """How the numbers came about."""
+    settings = runs[0].content["settings"]
+    rule = aggregation.AVERAGES[settings.get("average", "tasks")]
+    found, how = f"mean / median over templates; all tasks: {rule}", settings.get("bootstrap")
+    if "interval" in columns(runs):
+        found += (
+            f"; interval of the mean: {100 * how['level']:g} % of {how['resamples']} bootstrap "
+            f"resamples over {how['over']}"
+        )
+    return found
 
 
 def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> None:
@@ -141,31 +190,32 @@ def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> No
         show_footer=True,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("", footer="trainable", no_wrap=True)
-    table.add_column("tasks", justify="right")
-    for run in runs:
-        table.add_column(
-            run.name, no_wrap=True, footer=run.size().replace(" (", "\n("), justify="right"
-        )
+    sizes = [run.size().replace(" (", "\n(") for run in runs]
+    footers = ["trainable", "", *sizes]
+    for name, footer in itertools.zip_longest(columns(runs), footers, fillvalue=""):
+        justify = "right" if name else "left"
+        table.add_column(name, footer=footer, no_wrap=name != "tasks", justify=justify)
     body = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
     for row in body[:-1]:
         table.add_row(*row)
     table.add_section()
     table.add_row(*body[-1], style="bold")
     console = console or _console()
-    console.print(f"{title(runs)}; mean/median over templates", style="bold", highlight=False)
+    console.print(title(runs), style="bold", highlight=False)
     console.print(table)
+    console.print(_notes(runs), style="dim", highlight=False)
 
 
 def markdown(runs: Sequence[Run]) -> str:
     """The same table for a document."""
-    lines = [f"### {title(runs)}", "", "Each cell: mean / median over templates.", ""]
-    names = ["", "tasks", *(run.name for run in runs)]
+    lines = [f"### {title(runs)}", "", f"Per cent; {_notes(runs)}.", ""]
+    names = columns(runs)
     lines += ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     *groups, overall = rows(runs)
     lines += ["| " + " | ".join(row) + " |" for row in groups]
-    lines.append("| " + " | ".join(f"**{cell}**" for cell in overall) + " |")
-    lines.append("| trainable | | " + " | ".join(run.size() for run in runs) + " |")
+    lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in overall) + " |")
+    sizes = [run.size() for run in runs] + [""] * (len(names) - 2 - len(runs))
+    lines.append("| trainable | | " + " | ".join(sizes) + " |")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ class Example:
       inputs: the instruction as text.
       targets: the answer as text.
       answer_choices: the texts to choose from; empty where the answer is free text.
+      references: every accepted answer; empty where it is `targets` alone.
     """
 
     task: str
@@ -28,6 +29,12 @@ class Example:
     inputs: str
     targets: str
     answer_choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every accepted answer."""
+        return self.references or (self.targets,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,7 @@ def example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
         inputs=text("inputs"),
         targets=text("targets"),
         answer_choices=source.answer_choices[index] if source.answer_choices else (),
+        references=source.references[index] if source.references else (),
     )
 
 

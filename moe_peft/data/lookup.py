@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import seqio
 
 from moe_peft import errors
+from moe_peft.data import registration
 
 FEATURES = ("inputs", "targets")
 
@@ -23,6 +24,11 @@ def get(name: str) -> seqio.Task | seqio.Mixture:
 def tasks_of(name: str) -> list[seqio.Task]:
     """The tasks of a mixture, or the task itself, in order."""
     return list(seqio.get_subtasks(get(name)))
+
+
+def reporting(task: seqio.Task) -> registration.Reporting:
+    """How the benchmark of a task reports it, as far as its registration says so."""
+    return getattr(task.source, "reporting", registration.Reporting())
 
 
 def num_tasks(name: str) -> int:

@@ -30,6 +30,7 @@ class TextExample:
       template_id: which wording.
       answer_choices: texts to choose from; empty where the answer is free text.
       ending: a tail of `inputs` that stays when too long an input is cut.
+      references: every accepted answer; empty where it is `targets` alone.
     """
 
     inputs: str
@@ -37,15 +38,36 @@ class TextExample:
     template_id: int = 0
     answer_choices: tuple[str, ...] = ()
     ending: str = ""
+    references: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """How a benchmark reports a task.
+
+    Attributes:
+      metric: name in `evaluation.metrics`; None where nothing is laid down.
+      group: what it is reported under; None where it stands for itself.
+    """
+
+    metric: str | None = None
+    group: str | None = None
 
 
 class LazySource(rows.RowsSource):
-    """Rows in memory whose splits and sizes are known only once the files are read."""
+    """Rows in memory whose splits and sizes are known only once the files are read.
+
+    Attributes:
+      reporting: how the task is reported.
+    """
 
     def __init__(
-        self, read_rows: Callable[[str], rows.Rows], list_splits: Callable[[], Sequence[str]]
+        self,
+        read_rows: Callable[[str], rows.Rows],
+        list_splits: Callable[[], Sequence[str]],
+        reporting: Reporting,
     ):
-        self._list_splits = list_splits
+        self._list_splits, self.reporting = list_splits, reporting
         super().__init__(read_rows, {})
 
     @property
@@ -111,13 +133,16 @@ def task_name(prefix: str, name: str) -> str:
 
 
 def add_task(
-    name: str, read_rows: Callable[[str], rows.Rows], list_splits: Callable[[], Sequence[str]]
+    name: str,
+    read_rows: Callable[[str], rows.Rows],
+    list_splits: Callable[[], Sequence[str]],
+    reporting: Reporting = Reporting(),
 ) -> None:
     """Registers a task unless it is there."""
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
-            source=LazySource(read_rows, list_splits),
+            source=LazySource(read_rows, list_splits, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
             metric_fns=[],
@@ -155,6 +180,7 @@ def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> ro
         return np.concatenate([found[: max_inputs - 1 - len(ending)], ending])
 
     has_choices = any(example.answer_choices for example in examples)
+    has_references = any(example.references for example in examples)
     return rows.Rows(
         rows.Ragged.of([inputs(example) for example in examples]),
         rows.Ragged.of([ids(example.targets) for example in examples]),
@@ -163,4 +189,5 @@ def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> ro
             "template_ids": np.array([example.template_id for example in examples], np.int32),
         },
         [example.answer_choices for example in examples] if has_choices else (),
+        [example.references for example in examples] if has_references else (),
     )

@@ -59,12 +59,15 @@ class Rows:
       targets: ids of the targets.
       scalars: further features, one number a row (`task_ids`, `template_ids`), int32.
       answer_choices: texts to choose from, for each row; empty where answers are free text.
+      references: every accepted answer of each row as its file has it; empty where `targets` says
+        all.
     """
 
     inputs: Ragged
     targets: Ragged
     scalars: Mapping[str, Int[np.ndarray, " rows"]] = dataclasses.field(default_factory=dict)
     answer_choices: Sequence[tuple[str, ...]] = ()
+    references: Sequence[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)

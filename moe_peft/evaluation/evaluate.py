@@ -11,7 +11,7 @@ import jax
 
 from moe_peft import methods
 from moe_peft.analysis import report
-from moe_peft.evaluation import aggregation, predictions, restore, tracking
+from moe_peft.evaluation import answers, predictions, restore, suites, tracking
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 
@@ -31,8 +31,9 @@ def evaluate(
     """Evaluates a run on every mixture of `evaluator` and prints a table.
 
     Into `model_dir`/eval/<mixture> go `results.json` (settings, averages, what the run is),
-    `predictions.jsonl` (every example) and `table.md`. Each appears when it is complete, and an
-    earlier evaluation is replaced.
+    `table.md` and, task by task, `predictions/<task>.jsonl` (every example). Each appears when it
+    is complete. Tasks that the same model has answered before, with the same settings, are not
+    asked again; other answers are replaced.
 
     Args:
       model: the network without adapters.
@@ -75,18 +76,16 @@ def evaluate(
     found = {}
     for mixture in evaluator.mixtures:
         suite, started = evaluator.suite(mixture), time.monotonic()
-        with tracking.shown(mixture, len(suite.rows)) as progress:
-            rows = evaluator.predict(restored.model, restored.params, mixture, progress)
+        folder = _folder(model_dir, mixture)
+        rows = _answer(evaluator, restored, mixture, folder)
         found[mixture] = {
             "mixture": mixture,
             "run": dict(restored.run),
             "settings": evaluator.settings,
             "num_cut_targets": sum(suite.is_cut),
             "seconds": round(time.monotonic() - started, 1),
-            "results": aggregation.aggregate(rows).to_json(),
+            "results": evaluator.results(rows).to_json(),
         }
-        folder = _folder(model_dir, mixture)
-        predictions.write_jsonl(folder / "predictions.jsonl", rows)
         predictions.write_json(folder / "results.json", found[mixture])
         runs = [report.Run(method.name, found[mixture])]
         predictions.write_text(folder / "table.md", report.markdown(runs))
@@ -100,6 +99,39 @@ def evaluate(
             )
         print(f"Written to {folder}.", file=sys.stderr)
     return found
+
+
+def _answer(
+    evaluator: evaluator_lib.Evaluator,
+    restored: restore.Restored,
+    mixture: str,
+    folder: pathlib.Path,
+) -> list[suites.Row]:
+    """Rows of a mixture, from disk or by asking; what is new is kept part by part."""
+    suite, rows, num_known = evaluator.suite(mixture), [], 0
+    num_tasks = len(suite.tasks())
+    kept = answers.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
+    with tracking.shown(mixture, len(suite.rows)) as progress:
+        for part in evaluator.parts(mixture):
+            digests = {task: suite.digest(places) for task, places in part.items()}
+            known = {task: kept.read(task, digest) for task, digest in digests.items()}
+            places = [place for members in part.values() for place in members]
+            if all(found is not None for found in known.values()):
+                rows += [row for found in known.values() for row in found]
+                num_known += len(places)
+                progress.advance(len(places))
+                continue
+            new = evaluator.predict(restored.model, restored.params, mixture, progress, places)
+            by_place = dict(zip(places, new, strict=True))
+            kept.write({task: (digests[task], [by_place[i] for i in part[task]]) for task in part})
+            rows += new
+    if num_known:
+        print(
+            f"{mixture}: {num_known} of {len(rows)} examples were answered before, by the same "
+            f"model with the same settings. To ask them again, remove {folder}.",
+            file=sys.stderr,
+        )
+    return rows
 
 
 def _folder(model_dir: str, mixture: str) -> pathlib.Path:

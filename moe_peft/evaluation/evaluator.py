@@ -14,8 +14,12 @@ import numpy as np
 
 from moe_peft import errors, methods
 from moe_peft.evaluation import aggregation, answering, metrics, suites, tracking
+from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
+
+# Batches of answers that an interruption loses at most, but for larger tasks.
+_BATCHES_OF_A_PART = 32
 
 
 @gin.register(module="evaluation")
@@ -29,7 +33,7 @@ class Evaluator:
         self,
         mixtures: str | Sequence[str] = gin.REQUIRED,
         feature_lengths: Mapping[str, int] = gin.REQUIRED,
-        task_group: str = gin.REQUIRED,
+        task_group: str | None = gin.REQUIRED,
         split: str = "validation",
         batch_size: int = 64,
         metric: str = "exact_match",
@@ -38,6 +42,8 @@ class Evaluator:
         length_normalized_choices: bool = False,
         max_examples_per_task: int | None = None,
         seed: int = 0,
+        average: str = "tasks",
+        bootstrap: bootstrap_lib.Bootstrap | None = None,
     ):
         """Reads no data yet.
 
@@ -45,10 +51,12 @@ class Evaluator:
           mixtures: names of SeqIO mixtures or tasks.
           feature_lengths: tokens of "inputs" and "targets".
           task_group: regular expression whose first parenthesis finds, in a task's name, what it is
-            reported under: "cldr_([a-z]+)_.*" reports "cldr_month_fr" under "month".
+            reported under: "cldr_([a-z]+)_.*" reports "cldr_month_fr" under "month". None for the
+            benchmark's own groups (SuperNI's categories).
           split: of the tasks.
           batch_size: rows of a batch, over all devices.
-          metric: of answers in free text; see `metrics`.
+          metric: of answers in free text; see `metrics`. "task" takes the one that each task's
+            benchmark reports (CrossFit).
           decoding: how answers are decoded. None decodes nothing, which only exact match allows;
             the results are those of greedy decoding (up to texts that several ids spell).
           rank_choices: where an example has answer choices, take the most likely of them and score
@@ -57,8 +65,13 @@ class Evaluator:
             not by its sum (T0, MoV).
           max_examples_per_task: the first so many of each task; None for all.
           seed: of random decoding.
+          average: rule of the overall number; see `aggregation`.
+          bootstrap: how intervals of results are found; None for none.
         """
-        self._metric = metrics.get(metric)
+        errors.check_one_of("Evaluator.average", average, aggregation.AVERAGES)
+        if metric != metrics.OF_TASK:
+            metrics.get(metric)
+        self._metric = metric
         if decoding is None and metric != "exact_match":
             raise errors.UserError(
                 f"The metric {metric!r} needs answers in text: give Evaluator.decoding, such as "
@@ -67,9 +80,10 @@ class Evaluator:
         self.mixtures = (mixtures,) if isinstance(mixtures, str) else tuple(mixtures)
         if not self.mixtures:
             raise errors.UserError("Evaluator.mixtures is empty; name at least one mixture.")
-        self._group = suites.compile_group(task_group)
+        self._group = None if task_group is None else suites.compile_group(task_group)
         self._lengths, self._batch_size = dict(feature_lengths), batch_size
         self._split, self._limit, self._seed = split, max_examples_per_task, seed
+        self._average, self._bootstrap = average, bootstrap
         self._decoding = decoding
         if decoding is not None and decoding.max_decode_length is None:
             length = self._lengths["targets"]
@@ -85,6 +99,8 @@ class Evaluator:
             "max_examples_per_task": max_examples_per_task,
             "feature_lengths": self._lengths,
             "seed": seed,
+            "average": average,
+            "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
         }
         self._suites: dict[str, suites.Suite] = {}
         self._answerer: tuple[object, answering.Answerer] | None = None
@@ -96,7 +112,8 @@ class Evaluator:
         del step
         found = {}
         for mixture in self.mixtures:
-            overall = aggregation.aggregate(self.predict(model, params, mixture)).overall
+            rows = self.predict(model, params, mixture)
+            overall = aggregation.aggregate(rows, self._average).overall
             found[f"{mixture}/mean"], found[f"{mixture}/median"] = overall.mean, overall.median
         return found
 
@@ -126,7 +143,19 @@ class Evaluator:
                 max_examples_per_task=self._limit,
                 with_choices=self._rank_choices,
             )
+            metrics.of_tasks(self._metric, self._suites[mixture].own_metrics)
         return self._suites[mixture]
+
+    def parts(self, mixture: str) -> list[dict[str, range]]:
+        """Tasks of `suite(mixture)` that are asked together: {task: places of its questions}.
+
+        Whole tasks, and enough of them that batches of similar length are mostly full.
+        """
+        return list(self.suite(mixture).parts(_BATCHES_OF_A_PART * self._batch_size))
+
+    def results(self, rows: Sequence[suites.Row]) -> aggregation.Results:
+        """Averages and intervals."""
+        return aggregation.aggregate(rows, self._average, self._bootstrap)
 
     def predict(
         self,
@@ -134,18 +163,29 @@ class Evaluator:
         params: PyTree,
         mixture: str,
         progress: tracking.Progress | None = None,
+        places: Sequence[int] | None = None,
     ) -> list[suites.Row]:
-        """Rows of `suite(mixture)` with "prediction" and "score" in [0, 1], in order.
+        """Rows of `suite(mixture)` with "metric", "prediction" and "score", in order.
 
-        "prediction" is None where nothing was decoded. Rows with choices also get
-        "log_likelihoods" and "num_tokens", a number for each choice.
+        "score" is in [0, 1], or None where the metric has none for one example. "prediction" is
+        None where nothing was decoded. Rows with choices also get "log_likelihoods" and
+        "num_tokens", a number for each choice.
+
+        Args:
+          model: patched or not.
+          params: on the devices.
+          mixture: of the evaluator's.
+          progress: counts questions.
+          places: of the questions to ask; None for all.
         """
         suite, progress = self.suite(mixture), progress or tracking.Silent()
         _check_task_ids(suite, model.method, mixture)
         answerer = self._answerer_of(model, params)
-        found: list[suites.Row] = [{}] * len(suite.rows)
+        places = range(len(suite.rows)) if places is None else places
+        metric_of = metrics.of_tasks(self._metric, suite.own_metrics)
+        found: dict[int, suites.Row] = {}
 
-        ranked = [i for i, question in enumerate(suite.questions) if question.choices]
+        ranked = [i for i in places if suite.questions[i].choices]
         scores = answerer.score_choices(
             params,
             [suite.questions[i] for i in ranked],
@@ -155,20 +195,23 @@ class Evaluator:
         for i, score in zip(ranked, scores, strict=True):
             found[i] = _choice_row(suite.rows[i], score)
 
-        free = [i for i, question in enumerate(suite.questions) if not question.choices]
+        free = [i for i in places if not suite.questions[i].choices]
         questions = [suite.questions[i] for i in free]
         if self._decoding is None:
             are_right = answerer.exact_match(params, questions, progress)
             for i, is_right in zip(free, are_right, strict=True):
                 score = float(is_right and not suite.is_cut[i])
-                found[i] = {"prediction": None, "score": score}
+                found[i] = {"metric": self._metric, "prediction": None, "score": score}
         else:
-            answers = answerer.generate(params, questions, self._decoding, progress, self._seed)
+            # Random answers: parts of a mixture draw differently, and equally when asked again.
+            seed = self._seed + (places[0] if places else 0)
+            answers = answerer.generate(params, questions, self._decoding, progress, seed)
             for i, ids in zip(free, answers, strict=True):
-                text = suite.vocabulary.decode(ids.tolist())
-                score = self._metric(text, [suite.rows[i]["targets"]])
-                found[i] = {"prediction": text, "score": score}
-        return [{**row, **found[i]} for i, row in enumerate(suite.rows)]
+                text, row = suite.vocabulary.decode(ids.tolist()), suite.rows[i]
+                metric = metric_of[row["task"]]
+                score = metrics.score_example(metric, text, metrics.references_of(row))
+                found[i] = {"metric": metric.name, "prediction": text, "score": score}
+        return [{**suite.rows[i], **found[i]} for i in places]
 
     def _answerer_of(self, model, params) -> answering.Answerer:
         """The compiled functions of this model, kept from call to call."""
@@ -196,6 +239,7 @@ def _check_task_ids(suite: suites.Suite, method: methods.Method | None, mixture:
 def _choice_row(row: suites.Row, score: answering.ChoiceScore) -> suites.Row:
     chosen = row["choices"][score.best]
     return {
+        "metric": metrics.BY_RANK,
         "prediction": chosen,
         "score": float(chosen.strip() == row["targets"].strip()),
         "log_likelihoods": score.log_likelihoods,

@@ -11,15 +11,42 @@ from typing import Any
 
 import numpy as np
 
+from moe_peft.evaluation import aggregation
+from moe_peft.evaluation import bootstrap as bootstrap_lib
+
 Row = Mapping[str, Any]
 
 
 def run_scores(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
-    """Mean score of the examples of every (task, seed)."""
-    found: dict[tuple[str, int], list[float]] = {}
+    """Score of the examples of every (task, seed), by the metric of its rows."""
+    found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["task"], row["seed"]), []).append(float(row["score"]))
-    return {run: statistics.fmean(scores) for run, scores in found.items()}
+        found.setdefault((row["task"], row["seed"]), []).append(row)
+    return {run: bootstrap_lib.Examples.of(own).score() for run, own in found.items()}
+
+
+def of_rows(
+    rows: Sequence[Row], bootstrap: bootstrap_lib.Bootstrap | None = None
+) -> dict[str, Any]:
+    """What is reported, from the rows of `predictions.jsonl`.
+
+    Args:
+      rows: with "group".
+      bootstrap: how intervals are found; its "templates" are seeds. None for none.
+
+    Returns:
+      As `summarize`; every line also has "metric", None where its tasks have several, and
+      "mean_interval", that of the mean over seeds, None where nothing was resampled.
+    """
+    found = summarize(run_scores(rows), {row["task"]: row["group"] for row in rows})
+    by_seed = ({**row, "template": row["seed"]} for row in rows)
+    sure = aggregation.aggregate(by_seed, bootstrap=bootstrap)
+    lines = [(found["overall"], sure.overall)]
+    for part in ("groups", "tasks"):
+        lines += [(line, getattr(sure, part)[name]) for name, line in found[part].items()]
+    for line, summary in lines:
+        line |= {"metric": summary.metric, "mean_interval": summary.mean_interval}
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -86,13 +113,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The table of one adaptation, in per cent."""
     seeds = list(results["overall"]["by_seed"])
     head = ["", "tasks", "mean", "median", "IQR", "std", *(f"seed {seed}" for seed in seeds)]
+    head += ["interval", "metric"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    how = results.get("bootstrap")
 
     def line(name: str, found: Mapping[str, Any], count: int) -> str:
         over = found["over_seeds"]
         numbers = [over[key] for key in ("mean", "median", "iqr", "std")]
         numbers += [found["by_seed"][seed] for seed in seeds]
-        return "| " + " | ".join([name, str(count), *map(_percent, numbers)]) + " |"
+        low_high = map(_percent, found.get("mean_interval") or ())
+        more = [" to ".join(low_high), (found.get("metric") or "").replace("_", " ")]
+        return "| " + " | ".join([name, str(count), *map(_percent, numbers), *more]) + " |"
 
     overall = results["overall"]
     lines.append(line("**all tasks**", overall, overall["num_tasks"]))
@@ -102,6 +133,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         "over the tasks of the line; std is that of a sample (n - 1). Mean over tasks of the "
         f"median over seeds: {_percent(overall['mean_of_task_medians'])}."
     )
+    if how:
+        note += (
+            f" Intervals of the mean: {100 * how['level']:g} % of {how['resamples']} bootstrap "
+            f"resamples over {how['over'].replace('templates', 'seeds')}."
+        )
     return "\n".join([*lines, "", note])
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from moe_peft import patching
+from moe_peft.evaluation import metrics
 from moe_peft.models import encoder_decoder, few_shot, losses
 
 # (score in [0, 1], loss of the right answer per token, number of the chosen answer or -1)
@@ -59,18 +60,24 @@ class Scored:
     """Scores of one run's examples.
 
     Attributes:
-      scores: in [0, 1], one an example.
+      scores: in [0, 1], one an example; None where the metric has none for one example.
       loss: mean over examples of the right answer's loss per token; 0 where nobody computed it.
       predictions: answers in text, None where there is none.
+      metric: name.
+      of_all: score of all examples together; None: the mean.
     """
 
-    scores: Sequence[float]
+    scores: Sequence[float | None]
     loss: float
     predictions: Sequence[str | None]
+    metric: str = "exact_match"
+    of_all: float | None = None
 
     @property
-    def mean(self) -> float:
-        """The score of the run: every example counts the same."""
+    def score(self) -> float:
+        """Of the run."""
+        if self.of_all is not None:
+            return self.of_all
         return float(np.mean(np.asarray(self.scores, np.float64)))
 
 
@@ -90,4 +97,21 @@ def of_run(
     scores, row_losses, best = (values[:count] for values in rows)
     answers = [c[int(b)] if c and b >= 0 else None for c, b in zip(choices, best, strict=True)]
     right = np.where(is_cut & (best < 0), 0.0, scores)
-    return Scored(right.tolist(), float(np.mean(row_losses, dtype=np.float64)), answers)
+    metric = metrics.BY_RANK if any(map(len, choices)) else "exact_match"
+    return Scored(right.tolist(), float(np.mean(row_losses, dtype=np.float64)), answers, metric)
+
+
+def of_answers(
+    metric: metrics.Metric, answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> Scored:
+    """Results of one run from its answers in text.
+
+    Args:
+      metric: of the run's task.
+      answers: of every example.
+      references: accepted answers of every example.
+    """
+    pairs = zip(answers, references, strict=True)
+    scores = [metrics.score_example(metric, answer, accepted) for answer, accepted in pairs]
+    of_all = None if None not in scores else metrics.of_predictions(metric, answers, references)
+    return Scored(scores, 0.0, answers, metric.name, of_all)

@@ -1,7 +1,10 @@
 """What is asked: the examples of a mixture as questions to a model and rows of a report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
+import itertools
+import json
 import re
 from typing import Any
 
@@ -21,22 +24,53 @@ class Suite:
 
     Attributes:
       questions: as the model reads them.
-      rows: what is known about each: task, group, template, index, inputs, targets, and choices
-        where it has some.
+      rows: what is known about each: task, group, template, index, inputs, targets, and choices and
+        references (accepted answers) where it has some.
       is_cut: whether the question's target did not fit and was cut.
       vocabulary: turns ids into text.
+      own_metrics: task to the metric that its benchmark reports, None where nobody says.
     """
 
     questions: list[answering.Question]
     rows: list[Row]
     is_cut: list[bool]
     vocabulary: Any
+    own_metrics: Mapping[str, str | None]
+
+    def tasks(self) -> dict[str, range]:
+        """Places of each task's questions."""
+        groups = itertools.groupby(range(len(self.rows)), lambda place: self.rows[place]["task"])
+        found = {task: list(places) for task, places in groups}
+        return {task: range(places[0], places[-1] + 1) for task, places in found.items()}
+
+    def parts(self, size: int) -> Iterator[dict[str, range]]:
+        """Tasks in order, so many together that they have at least `size` questions."""
+        part: dict[str, range] = {}
+        for task, places in self.tasks().items():
+            part[task] = places
+            if sum(map(len, part.values())) >= size:
+                yield part
+                part = {}
+        if part:
+            yield part
+
+    def digest(self, places: Sequence[int]) -> str:
+        """SHA-256 of some questions and of what is known about them."""
+        found = hashlib.sha256()
+        for place in places:
+            question = self.questions[place]
+            arrays = [question.inputs, question.targets, *question.choices]
+            arrays += [question.features[name] for name in sorted(question.features)]
+            for array in map(np.ascontiguousarray, arrays):
+                found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+            found.update(json.dumps([self.rows[place], self.is_cut[place]]).encode())
+        return found.hexdigest()
 
 
 def read(
     mixture: str,
     feature_lengths: Mapping[str, int],
-    group: re.Pattern,
+    group: re.Pattern | None,
     *,
     split: str,
     max_examples_per_task: int | None = None,
@@ -47,7 +81,7 @@ def read(
     Args:
       mixture: name of a SeqIO mixture or task.
       feature_lengths: tokens of "inputs" and "targets".
-      group: see `compile_group`.
+      group: see `compile_group`; None for the groups of the task's benchmark.
       split: of the tasks.
       max_examples_per_task: the first so many of each task; None for all.
       with_choices: keep answer choices where examples have some.
@@ -58,7 +92,12 @@ def read(
     from moe_peft.data import encoding, evaluation_data, lookup  # Imports TensorFlow.
 
     vocabulary, limit = lookup.vocabulary(mixture), feature_lengths["targets"]
-    suite = Suite([], [], [], vocabulary)
+    reporting = {task.name: lookup.reporting(task) for task in lookup.tasks_with(mixture, split)}
+    groups = {
+        task: own.group or task if group is None else group_of(task, group)
+        for task, own in reporting.items()
+    }
+    suite = Suite([], [], [], vocabulary, {task: own.metric for task, own in reporting.items()})
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     batches = evaluation_data.eval_examples(
         mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
@@ -75,7 +114,8 @@ def read(
             )
             is_full = len(question.targets) == limit
             suite.questions.append(question)
-            suite.rows.append(_row(example, len(suite.rows), group, list(choices)))
+            group_name = groups[example.task]
+            suite.rows.append(_row(example, len(suite.rows), group_name, list(choices)))
             suite.is_cut.append(is_full and len(encode(example.targets)) >= limit)
     return suite
 
@@ -95,21 +135,28 @@ def compile_group(task_group: str) -> re.Pattern:
     return pattern
 
 
-def _row(example: Any, index: int, group: re.Pattern, choices: list[str]) -> Row:
-    match = group.fullmatch(example.task)
+def group_of(task: str, group: re.Pattern) -> str:
+    """What a task is reported under: what the first parenthesis finds in its name."""
+    match = group.fullmatch(task)
     if match is None:
         raise errors.UserError(
-            f"The task {example.task!r} does not match task_group {group.pattern!r}, so it has "
-            "nothing to be reported under."
+            f"The task {task!r} does not match task_group {group.pattern!r}, so it has nothing to "
+            "be reported under."
         )
+    return match[1]
+
+
+def _row(example: Any, index: int, group: str, choices: list[str]) -> Row:
     row = {
         "task": example.task,
-        "group": match[1],
+        "group": group,
         "template": example.template_id,
         "index": index,
         "inputs": example.inputs,
         "targets": example.targets,
     }
+    if example.references:
+        row["references"] = list(example.references)
     if not choices:
         return row
     if example.targets.strip() not in [choice.strip() for choice in choices]:

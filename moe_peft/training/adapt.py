@@ -13,6 +13,7 @@ import jax
 
 import moe_peft
 from moe_peft import errors, gin_utils, methods
+from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import fewshot_report, metrics, predictions, suites
 from moe_peft.models import encoder_decoder, few_shot, strategies
 from moe_peft.partitioning import mesh as mesh_lib
@@ -64,6 +65,7 @@ def adapt(
     group_size: int | None = None,
     frozen_dtype: str = "float32",
     save_seconds: float = 60.0,
+    bootstrap: bootstrap_lib.Bootstrap | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Adapts `method` to every task of `mixture` with every seed, and reports over seeds.
@@ -106,7 +108,8 @@ def adapt(
       eval_period: steps between evaluations.
       patience: evaluations without a better one after which a run stops; None for never.
       test_split: the reported one.
-      metric: of answers in text; see `metrics`.
+      metric: of answers in text; see `metrics`. "task" takes the one that each task's benchmark
+        reports (CrossFit), for selection too.
       decoding: how answers are decoded, run by run. None decodes nothing, which only exact match
         allows: one forward pass of all runs tells.
       rank_choices: classify tasks with answer choices by rank.
@@ -116,6 +119,7 @@ def adapt(
       group_size: runs that train at once; None takes as many as fit the memory.
       frozen_dtype: "float32", or "bfloat16" for half the memory.
       save_seconds: an evaluation is saved if the last one saved is older.
+      bootstrap: how intervals are found ("templates" are seeds here); None for none.
       mesh: devices over which the runs of a group are split; default: all of them.
 
     Returns:
@@ -133,8 +137,11 @@ def adapt(
     _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size)
     lookup.check_vocabulary(mixture, model.config.vocab_size)
     names = [task.name for task in lookup.tasks_of(mixture)]
-    report_under = _groups(names, suites.compile_group(task_group))
+    pattern = suites.compile_group(task_group)
+    report_under = {name: suites.group_of(name, pattern) for name in names}
     sizes = fewshot.Sizes(shots, validation_shots, wordings)
+    own = {task.name: lookup.reporting(task).metric for task in lookup.tasks_of(mixture)}
+    metric_of = metrics.of_tasks(metric, own)
     needs_choices = few_shot_loss is not None and few_shot_loss.needs_choices
     tasks = {
         name: fewshot.Task(
@@ -207,7 +214,7 @@ def adapt(
             make_optimizer=functools.partial(optimizer.build, group_of=method.learning_rate_group),
             settings=settings,
             evaluation=fleet_groups.Evaluation(
-                metric=metrics.get(metric),
+                metrics=metric_of,
                 decoding=_with_length(decoding, feature_lengths),
                 is_length_normalized=length_normalized_choices,
                 batch_size=eval_batch_size,
@@ -228,7 +235,8 @@ def adapt(
         "settings": description,
         "trainable_parameters": start.num_trainable,
         "seconds": round(sum(f.seconds for f in finished), 1),
-        **fewshot_report.summarize(fewshot_report.run_scores(rows), report_under),
+        "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
+        **fewshot_report.of_rows(rows, bootstrap),
         "runs": sorted(
             (run for f in finished for run in f.runs),
             key=lambda run: order[fleet_data.Job(run["task"], run["seed"])],
@@ -254,7 +262,8 @@ def _check(settings, seeds, has_validation, metric, decoding, group_size, eval_b
             "selection='validation' needs examples to select on: give validation_shots or "
             "validation_split, or choose selection='last'."
         )
-    metrics.get(metric)
+    if metric != metrics.OF_TASK:
+        metrics.get(metric)
     if decoding is None and metric != "exact_match":
         raise errors.UserError(
             f"The metric {metric!r} needs answers in text: give adapt.decoding, such as "
@@ -272,18 +281,6 @@ def _check_validation(data: Sequence[fleet_data.JobData]) -> None:
                 f"selection='validation' has no examples to select on for {one.job.task!r}: raise "
                 "its validation_shots, or choose selection='last'."
             )
-
-
-def _groups(names: Sequence[str], pattern: Any) -> dict[str, str]:
-    """Task to what it is reported under."""
-    found = {name: pattern.fullmatch(name) for name in names}
-    for name, match in found.items():
-        if match is None:
-            raise errors.UserError(
-                f"The task {name!r} does not match task_group {pattern.pattern!r}, so it has "
-                "nothing to be reported under."
-            )
-    return {name: match[1] for name, match in found.items()}
 
 
 def _with_length(

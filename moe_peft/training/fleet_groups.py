@@ -37,9 +37,9 @@ _PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How answers are found and scored; see `adapt.adapt`."""
+    """How answers are found and scored; see `adapt.adapt`. `metrics` are by task."""
 
-    metric: metrics.Metric
+    metrics: Mapping[str, metrics.Metric]
     decoding: strategies.Strategy | None
     is_length_normalized: bool
     batch_size: int
@@ -158,7 +158,7 @@ class Groups:
 
     def _largest_fleet(self, members) -> tuple[fleet_lib.Fleet, int]:
         """The fleet of as many runs as fit, compiled, and their number."""
-        size = fleet_lib.useful_width(self.mesh, len(members))
+        size = len(members)
         shared = state.num_bytes(self.start.frozen)
         available = fleet_lib.device_memory()
         while True:
@@ -237,7 +237,7 @@ class Groups:
                     "steps": standing.steps,
                     "chosen_step": standing.best_step,
                     "selection_score": standing.best_score,
-                    "score": scored.mean,
+                    "score": scored.score,
                     "num_shots": one.num_shots,
                     "num_test_examples": len(one.test),
                     "curve": standing.curve,
@@ -291,11 +291,9 @@ class Groups:
                     params, questions, how.decoding, tracking.Silent(), one.job.seed
                 )
                 texts = [how.vocabulary.decode(ids.tolist()) for ids in answers]
-                scores = [
-                    how.metric(text, [example.targets])
-                    for text, example in zip(texts, part.examples, strict=True)
-                ]
-                found.append(fewshot_scores.Scored(scores, 0.0, texts))
+                accepted = [example.accepted for example in part.examples]
+                metric = how.metrics[one.job.task]
+                found.append(fewshot_scores.of_answers(metric, texts, accepted))
             return found
 
         return score
@@ -329,6 +327,8 @@ def _rows(one: fleet_data.JobData, scored: fewshot_scores.Scored) -> Iterator[di
             "index": index,
             "inputs": example.inputs,
             "targets": example.targets,
+            **({"references": list(example.references)} if example.references else {}),
+            "metric": scored.metric,
             "prediction": scored.predictions[index],
             "score": scored.scores[index],
         }

@@ -187,7 +187,7 @@ class GroupRun:
             scores = self._scorer(states.trainable, split)
             is_better = np.zeros(len(standings), bool)
             for run in np.flatnonzero(took_part):
-                score, loss = scores[run].mean, scores[run].loss
+                score, loss = scores[run].score, scores[run].loss
                 is_better[run] = standings[run].consider(_finite(score, 0.0), _finite(loss, _WORST))
             best = self._fleet.keep_better(is_better, states.trainable, best)
         for run in np.flatnonzero(took_part):
@@ -220,7 +220,7 @@ class GroupRun:
     def _note(self, standing, train_loss, scored):
         entry = {"step": standing.steps, "train_loss": train_loss}
         if scored is not None:
-            entry |= {"score": _finite(scored.mean, 0.0), "loss": _finite(scored.loss, _WORST)}
+            entry |= {"score": _finite(scored.score, 0.0), "loss": _finite(scored.loss, _WORST)}
         standing.curve.append(entry)
         patience = self._settings.patience
         if standing.is_running and patience is not None and standing.stale >= patience:

@@ -239,7 +239,9 @@ def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, c
     assert "37.5/37.5" in capsys.readouterr().out
     folder = tmp_path / "frozen" / "eval" / "toy"
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(frozen))
-    assert len(list(predictions.read_jsonl(folder / "predictions.jsonl"))) == 24
+    kept = sorted((folder / "predictions").iterdir())
+    assert [path.name for path in kept] == ["toy_x_1.jsonl", "toy_y_1.jsonl"]
+    assert sum(len(list(predictions.read_jsonl(path))) for path in kept) == 24
 
     with pytest.raises(errors.UserError, match="no training checkpoint"):
         run(methods.ia3(), backbone, str(tmp_path / "ia3"))

@@ -71,6 +71,6 @@ def test_rouge_l_edges():
 
 
 def test_unknown_metric_names_the_near_one():
-    assert metrics.get("rouge_l") is metrics.rouge_l
+    assert metrics.get("rouge_l").of_example is metrics.rouge_l
     with pytest.raises(errors.UserError, match="Did you mean 'exact_match'"):
         metrics.get("exact_mach")

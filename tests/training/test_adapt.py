@@ -91,7 +91,8 @@ def test_results_can_be_computed_from_predictions(folder):
     rows = list(predictions.read_jsonl(folder / "predictions.jsonl"))
     assert len(rows) == 2 * 2 * 2 * 4  # tasks, seeds, items, wordings
     groups = {TASK: "weekday", "cldr_month_gl": "month"}
-    again = fewshot_report.summarize(fewshot_report.run_scores(rows), groups)
+    assert {row["task"]: row["group"] for row in rows} == groups
+    again = fewshot_report.of_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
     assert results["trainable_parameters"] == 2 * 8 * (4 * 3 * 2 + 2 * 3 * 3)

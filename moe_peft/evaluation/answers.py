@@ -1,0 +1,130 @@
+"""Answers of an evaluation on disk: one file a task, kept when the process ends, however it ends.
+
+    <folder>/predictions/<task>.jsonl   a line per example
+    <folder>/evaluation.json            what the run is, settings, and which tasks are finished
+
+A task counts as finished once `evaluation.json` says so, with the SHA-256 of its file and of the
+questions it answers. The next evaluation of the same model with the same settings asks the rest.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import moe_peft
+from moe_peft import errors
+from moe_peft.evaluation import predictions
+
+RECORD = "evaluation.json"
+FOLDER = "predictions"
+
+# How averages are made does not change the answers.
+_NOT_IN_ANSWERS = ("average", "bootstrap")
+
+
+class Answers:
+    """The answers of one mixture.
+
+    Attributes:
+      folder: of the mixture's evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        mixture: str,
+        num_tasks: int,
+        run: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ):
+        """Reads what is there; writes nothing yet.
+
+        Args:
+          folder: of the mixture's evaluation.
+          mixture: name.
+          num_tasks: that are to be answered.
+          run: what the model is, the digest of its parameters included.
+          settings: of the evaluator.
+        """
+        self.folder = folder
+        self._record = {
+            "moe_peft_version": moe_peft.__version__,
+            "mixture": mixture,
+            "num_tasks": num_tasks,
+            "run": dict(run),
+            "settings": dict(settings),
+            "tasks": {},
+        }
+        earlier = read_record(folder)
+        if earlier and _identity(earlier) == _identity(self._record):
+            self._record["tasks"] = earlier["tasks"]
+
+    def read(self, task: str, questions: str) -> list[dict[str, Any]] | None:
+        """Rows of a finished task; None if it must be asked.
+
+        Args:
+          task: name.
+          questions: digest of the questions that the rows must answer.
+        """
+        record = self._record["tasks"].get(task)
+        if record is None or record["questions"] != questions:
+            return None
+        path = _path(self.folder, task)
+        if not path.is_file() or _digest(path) != record["answers"]:
+            return None
+        return list(predictions.read_jsonl(path))
+
+    def write(self, rows: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+        """Keeps some tasks: {name: (digest of the questions, rows)}."""
+        for task, (questions, found) in rows.items():
+            path = _path(self.folder, task)
+            predictions.write_jsonl(path, found)
+            self._record["tasks"][task] = {"questions": questions, "answers": _digest(path)}
+        predictions.write_json(self.folder / RECORD, self._record)
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The content of `evaluation.json`, None if there is none.
+
+    Raises UserError for a file that cannot be used.
+    """
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        raise errors.UserError(f"{path} cannot be used: {problem}. Remove it.") from problem
+
+
+def read_all(folder: pathlib.Path, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of these tasks.
+
+    Raises UserError where a file is missing or was changed.
+    """
+    record = read_record(folder)["tasks"]
+    for task in tasks:
+        path = _path(folder, task)
+        if not path.is_file() or _digest(path) != record[task]["answers"]:
+            raise errors.UserError(
+                f"{path} is missing or was changed after it was written; run `moe-peft eval` again."
+            )
+        yield from predictions.read_jsonl(path)
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """What answers depend on, but for the questions."""
+    settings = {k: v for k, v in record["settings"].items() if k not in _NOT_IN_ANSWERS}
+    parts = [record[part] for part in ("moe_peft_version", "mixture")]
+    return json.dumps([*parts, record["run"]["parameters_sha256"], settings], sort_keys=True)
+
+
+def _path(folder: pathlib.Path, task: str) -> pathlib.Path:
+    return folder / FOLDER / f"{task}.jsonl"
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""How sure an average is: the same number over resamples of what it was computed from."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import statistics
+from typing import Any
+import zlib
+
+import gin
+from jaxtyping import Float, Int
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.evaluation import metrics
+
+_OVER = ("examples", "templates", "tasks")
+_NUMBERS_AT_ONCE = 1_000_000
+
+
+@gin.register(module="evaluation")
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """Percentile intervals by resampling with replacement (Efron and Tibshirani 1993, chapter 13).
+
+    Attributes:
+      over: "examples" of each task; where all its templates have the same number of rows, the k-th
+        row of each is the same example, drawn for all of them together. "templates" of each task.
+        "tasks": what the overall number is a mean of, tasks or groups; only that number gets an
+        interval.
+      resamples: how many.
+      level: share of resamples inside the interval.
+      seed: of the draws; those of a task do not depend on the tasks beside it.
+    """
+
+    over: str = "examples"
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        errors.check_one_of("Bootstrap.over", self.over, _OVER)
+        if self.resamples < 2 or not 0 < self.level < 1:
+            raise errors.UserError(
+                f"Bootstrap has {self.resamples} resamples and level {self.level}; expected at "
+                "least 2 and a share between 0 and 1."
+            )
+
+    def generator(self, name: str) -> np.random.Generator:
+        """Random numbers of one task."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+    def interval(self, values: Float[np.ndarray, " B"]) -> list[float]:
+        """[low, high] of the values over resamples."""
+        return np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2]).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What the score of a template is computed from.
+
+    Attributes:
+      values: scores of the examples, [n], or the pairs that a metric of all of them needs, [n, 2].
+      of_pairs: that metric; None: the mean.
+    """
+
+    values: np.ndarray
+    of_pairs: Callable[[np.ndarray], float] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
+        """From rows of predictions, all of one metric."""
+        metric = metrics.METRICS.get(rows[0].get("metric"))
+        if metric is None or metric.of_pairs is None:
+            return cls(np.array([float(row["score"]) for row in rows]))
+        right = [metrics.references_of(row)[0] for row in rows]
+        return cls(metric.pairs([row["prediction"] for row in rows], right), metric.of_pairs)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def score(self) -> float:
+        """Of all examples."""
+        return self.of_pairs(self.values) if self.of_pairs else statistics.fmean(self.values)
+
+    def resampled(self, chosen: Int[np.ndarray, "B n"]) -> Float[np.ndarray, " B"]:
+        """Of the examples with these numbers."""
+        if self.of_pairs is None:
+            return self.values[chosen].mean(axis=1)
+        return np.array([self.of_pairs(self.values[numbers]) for numbers in chosen])
+
+
+def over_examples(
+    name: str, templates: Sequence[Examples], how: Bootstrap
+) -> Float[np.ndarray, "T B"]:
+    """Scores of a task's templates over resamples of its examples."""
+    generator = how.generator(name)
+    are_same = len(set(map(len, templates))) == 1
+    together = [templates] if are_same else [[template] for template in templates]
+    return np.concatenate(
+        [
+            np.concatenate(
+                [
+                    [template.resampled(chosen) for template in members]
+                    for chosen in _draws(generator, len(members[0]), how.resamples)
+                ],
+                axis=1,
+            )
+            for members in together
+        ]
+    )
+
+
+def over_templates(
+    name: str, scores: Float[np.ndarray, " T"], how: Bootstrap
+) -> Float[np.ndarray, "T B"]:
+    """As many scores of a task's templates, drawn from all of them."""
+    return scores[how.generator(name).integers(len(scores), size=(len(scores), how.resamples))]
+
+
+def _draws(generator: np.random.Generator, size: int, count: int) -> Iterator[np.ndarray]:
+    """Numbers of examples, [some, size] at a time, `count` rows in all."""
+    at_once = max(1, _NUMBERS_AT_ONCE // size)
+    for start in range(0, count, at_once):
+        yield generator.integers(size, size=(min(at_once, count - start), size))
