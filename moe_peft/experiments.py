@@ -122,11 +122,12 @@ class Experiment:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with any setting of the file, of what it includes, or of its samples."""
-        digest = hashlib.sha256()
-        for line in (*_settings(self.gin_file), *_settings(self.sample)):
-            digest.update(line.encode())
-        return digest.hexdigest()[:12]
+        """Changes with any setting that makes the row what it is.
+
+        Those are in the experiment's own files and in those of model, method and optimiser. How
+        data is read and runs are driven belongs to the program, as its code does.
+        """
+        return hashlib.sha256("\n".join(_settings(self.gin_file)).encode()).hexdigest()[:12]
 
     def folder(self, root: pathlib.Path) -> pathlib.Path:
         """Of its runs on samples; other settings have another one."""
@@ -207,7 +208,7 @@ def _settings(gin_file: str) -> Iterator[str]:
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.split("  #")[0].strip()
         included = re.fullmatch(r"include '(.+)'", line)
-        if included:
+        if included and not included[1].startswith(("data/", "runs/")):
             yield from _settings(included[1])
         elif line and not line.startswith("#"):
             yield line

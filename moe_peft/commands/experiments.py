@@ -2,7 +2,7 @@
 
 A check parses an experiment's commands, plans it at full size, or runs its two-minute version on
 the samples. What came of it is kept in a file of records, so checks resume, and may be divided over
-nights or machines. A record counts as long as no setting of the experiment has changed.
+nights or machines. A record counts as long as the experiment's fingerprint has not changed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -215,7 +216,7 @@ def check(
             outcome = {}
             for each in wanted:
                 if old.get(each) != _OK:
-                    outcome |= _checked(each, experiment, folder, workers)
+                    outcome |= _checked(each, experiment, record, folder, workers)
                     if outcome[each] != _OK:
                         break
             _keep(record, experiment, outcome)
@@ -231,17 +232,55 @@ def _say(text: str) -> None:
 
 
 def _checked(
-    level: str, experiment: experiments.Experiment, folder: pathlib.Path, workers: "Workers"
+    level: str,
+    experiment: experiments.Experiment,
+    record: pathlib.Path,
+    folder: pathlib.Path,
+    workers: "Workers",
 ) -> dict[str, Any]:
-    if level == "run":
-        start = time.monotonic()
-        problem = workers.run(experiment.name, folder)
-        return {"run": problem or _OK, "seconds": round(time.monotonic() - start)}
     try:
+        if level == "run":
+            return _run(experiment, record, folder, workers)
         {"parse": parse, "plan": plan}[level](experiment)
     except errors.UserError as error:
         return {level: gin_utils.one_line(error)}
     return {level: _OK}
+
+
+def _run(
+    experiment: experiments.Experiment,
+    record: pathlib.Path,
+    folder: pathlib.Path,
+    workers: "Workers",
+) -> dict[str, Any]:
+    """Runs the two-minute version, unless one with the very same settings has run.
+
+    Rows of different sizes often differ in nothing on the samples.
+    """
+    digest = settings_on_samples(experiment)
+    for name, entry in _read(record).items():
+        same = entry.get("settings_on_samples") == digest and entry.get("run") == _OK
+        if same and name != experiment.name and "ran_as" not in entry:
+            return {"run": _OK, "settings_on_samples": digest, "ran_as": name}
+    start = time.monotonic()
+    problem = workers.run(experiment.name, folder)
+    seconds = round(time.monotonic() - start)
+    return {"run": problem or _OK, "settings_on_samples": digest, "seconds": seconds}
+
+
+def settings_on_samples(experiment: experiments.Experiment) -> str:
+    """A digest of all settings of the two-minute version but the folders of its runs."""
+    from moe_peft import cli
+
+    root = pathlib.Path("results")
+    digest = hashlib.sha256()
+    for line in experiment.two_minutes(root):
+        cli.configure(line.command, line.gin_files, line.bindings)
+        text = re.sub(r"NOMINAL_SIZE = \d+\n", "", gin_utils.resolved_text())
+        for number, name in enumerate(filter(None, (experiment.name, experiment.after))):
+            text = text.replace(str(experiments.load(name).folder(root)), f"run {number}")
+        digest.update(f"{line.command}\n{text}".encode())
+    return digest.hexdigest()[:12]
 
 
 def parse(experiment: experiments.Experiment) -> None:
