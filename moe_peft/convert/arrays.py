@@ -68,7 +68,7 @@ def write(spec: Spec, folder: epath.Path, leaf: leaves.Leaf) -> Spec:
     }
     described = {**spec, "dtype": leaf.dtype.name, "metadata": metadata}
     store = ts.open(_located(described, folder), create=True, open=True).result()
-    store.write(np.ascontiguousarray(leaf.read())).result()
+    store.write(np.asarray(leaf.read(), order="C")).result()
     return described
 
 

@@ -6,7 +6,6 @@ pickle is ever opened.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import json
 import pathlib
 from typing import Any

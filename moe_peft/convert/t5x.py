@@ -9,6 +9,7 @@ versions have zarr folders as above and a msgpack file of placeholders.
 """
 
 from collections.abc import Mapping, Sequence
+import json
 import pathlib
 import re
 from typing import Any
@@ -31,6 +32,7 @@ _PREFIX = "checkpoint_"
 _TARGET = "target."
 _PLACEHOLDER = "PLACEHOLDER://"
 _VERSION = 3  # of the index that T5X writes
+_KEY_OF_A_DICT = 2  # orbax: what kind of node a key belongs to
 
 
 def read(
@@ -201,4 +203,17 @@ def _write_legacy(folder: pathlib.Path, found: leaves.Leaves, step: int) -> None
 
 
 def _write_orbax(folder: pathlib.Path, found: leaves.Leaves, step: int) -> None:
-    raise NotImplementedError
+    state = folder / STATE
+    state.mkdir()
+    named = {f"target/{path}": leaf for path, leaf in found.items()}
+    named["state/step"] = leaves.of(np.int32(step), "step")
+    tree = {}
+    for path, leaf in named.items():
+        keys = path.split("/")
+        arrays.write(arrays.database_spec(".".join(keys)), epath.Path(state), leaf)
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": _KEY_OF_A_DICT} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
+    (state / METADATA).write_text(json.dumps(metadata))
