@@ -22,7 +22,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--width", type=int, help="runs of a group; default: as adapt chooses")
+    parser.add_argument("--width", type=int, help="runs of a group; default: all")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--devices", type=int, default=cores, help="CPU devices of the fleet")
     parser.add_argument("--output", help="JSON file for the figures")
@@ -159,7 +159,7 @@ def main() -> None:
     )
     setting = (options.batch_size, options.steps)
     devices = jax.devices()
-    width = options.width or fleet_lib.useful_width(mesh_lib.make_mesh(devices=devices), len(data))
+    width = options.width or len(data)
     fleet, together, left = fleet_of(width, devices), [], list(data)
     for size in fleet_lib.group_sizes(len(data), width):
         together.append(Runs(fleet, start, optimizer, left[:size], *setting))

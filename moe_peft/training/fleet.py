@@ -2,8 +2,10 @@
 
 Few-shot adaptation means tens of short runs (tasks times seeds) of tiny adapters. Their adapters,
 optimiser states and batches are stacked on a leading axis R, and `step.make_update`, the very step
-of a single run, is mapped over it; the frozen tree is not, so every product with a frozen weight is
-one large product over all runs. Clipping, schedules, statistics and random keys are each run's own.
+of a single run, is mapped over it; the frozen tree is not. An accelerator takes all runs of its
+share together, so every product with a frozen weight is one large product. A CPU core, which one
+run keeps busy, takes them one after another. Clipping, schedules, statistics and random keys are
+each run's own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +25,8 @@ from moe_peft.training import step as step_lib
 
 Batch = Mapping[str, Any]
 
-RUNS_PER_CPU = 4
+# Maps a function of one run's arguments over arguments stacked on a leading axis.
+MapRuns = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Advanced:
     losses: np.ndarray
 
 
-def make_advance(update: step_lib.TrainStep) -> Callable[..., Any]:
+def make_advance(update: step_lib.TrainStep, map_runs: MapRuns) -> Callable[..., Any]:
     """Returns `(states, active, frozen, tables, rows, start, count) -> (states, active, losses)`.
 
     A pure function. Every run makes `count` steps, k = start, start + 1, ...; step k of run r sees
@@ -49,32 +52,45 @@ def make_advance(update: step_lib.TrainStep) -> Callable[..., Any]:
 
     Args:
       update: of one run, as `step.make_update` makes it.
+      map_runs: `jax.vmap` or `one_after_another`, where an inactive run costs nothing.
     """
-    mapped = jax.vmap(update, in_axes=(0, None, 0))
 
     def advance(states, active, frozen, tables, rows, start, count):
-        def one_step(k, carry):
-            states, active, losses = carry
-            now = jax.lax.dynamic_index_in_dim(rows, k, axis=1, keepdims=False)
-            take = jax.vmap(lambda table, chosen: jnp.take(table, chosen, axis=0, mode="wrap"))
-            batch = {name: take(table, now) for name, table in tables.items()}
-            new_states, metrics = mapped(states, frozen, batch)
-            active = active & (metrics["bad_leaf"] == step_lib.ALL_FINITE)
-            loss = metrics["loss_sum"] / jnp.maximum(metrics["normalizer"], 1e-9)
-            loss = jnp.where(active, loss, jnp.nan)
-            return choose(active, new_states, states), active, losses.at[:, k].set(loss)
+        def one_run(state, active, table, rows):
+            def step(k, state, losses):
+                batch = {
+                    name: jnp.take(values, rows[k], axis=0, mode="wrap")
+                    for name, values in table.items()
+                }
+                new_state, metrics = update(state, frozen, batch)
+                is_finite = metrics["bad_leaf"] == step_lib.ALL_FINITE
+                loss = metrics["loss_sum"] / jnp.maximum(metrics["normalizer"], 1e-9)
+                losses = losses.at[k].set(jnp.where(is_finite, loss, jnp.nan))
+                return choose(is_finite, new_state, state), is_finite, losses
 
-        losses = jnp.full(rows.shape[:2], jnp.nan, jnp.float32)
-        return jax.lax.fori_loop(start, start + count, one_step, (states, active, losses))
+            def step_if_active(k, carry):
+                state, active, losses = carry
+                stay = lambda k, state, losses: (state, active, losses)
+                return jax.lax.cond(active, step, stay, k, state, losses)
+
+            losses = jnp.full(rows.shape[:1], jnp.nan, jnp.float32)
+            return jax.lax.fori_loop(start, start + count, step_if_active, (state, active, losses))
+
+        return map_runs(one_run)(states, active, tables, rows)
 
     return advance
 
 
-def choose(where: Bool[Array, "R"], new: PyTree, old: PyTree) -> PyTree:
-    """Takes run r from `new` where `where[r]`, else from `old`."""
+def one_after_another(of_one: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap(of_one)`, as a loop."""
+    return lambda *stacked: jax.lax.map(lambda one: of_one(*one), stacked)
+
+
+def choose(where: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
+    """Takes `new` where `where`, else `old`; the axes of `where` are the leaves' leading ones."""
 
     def pick(one, other):
-        return jnp.where(where.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+        return jnp.where(where.reshape(where.shape + (1,) * (one.ndim - where.ndim)), one, other)
 
     return jax.tree.map(pick, new, old)
 
@@ -93,6 +109,7 @@ class Fleet:
         frozen: PyTree,
         width: int,
         mesh: jax.sharding.Mesh,
+        map_runs: MapRuns | None = None,
     ):
         """Compiles nothing yet.
 
@@ -102,16 +119,27 @@ class Fleet:
           frozen: the shared tree; moved to every device.
           width: the largest number of runs of a group.
           mesh: runs are split over its data axes.
+          map_runs: how a device takes its runs; None: as its kind likes it.
         """
         self._mesh = mesh
         shards = num_shards(mesh)
         self.width = -(-width // shards) * shards
         self._by_run = mesh_lib.batch_sharding(mesh)
         self.frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
-        self._advance = jax.jit(
-            make_advance(update), donate_argnums=(0, 1), out_shardings=self._by_run
+        if map_runs is None:
+            on_cpu = mesh.devices.flat[0].platform == "cpu"
+            map_runs = one_after_another if on_cpu else jax.vmap
+        runs, whole = self._by_run.spec, jax.sharding.PartitionSpec()
+        on_every_device = functools.partial(
+            jax.shard_map, mesh=mesh, out_specs=runs, check_vma=False
         )
-        self._score = jax.jit(jax.vmap(score, in_axes=(None, 0, 0)), out_shardings=self._by_run)
+        advance = make_advance(update, map_runs)
+        specs = (runs, runs, whole, runs, runs, whole, whole)
+        self._advance = jax.jit(on_every_device(advance, in_specs=specs), donate_argnums=(0, 1))
+        score_runs = lambda frozen, trainables, batch: map_runs(functools.partial(score, frozen))(
+            trainables, batch
+        )
+        self._score = jax.jit(on_every_device(score_runs, in_specs=(whole, runs, runs)))
         self._choose = jax.jit(choose, donate_argnums=2, out_shardings=self._by_run)
         self._compiled = None
 
@@ -218,29 +246,6 @@ def device_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         lines = dict(line.split(":", 1) for line in file)
     return int(lines["MemAvailable"].split()[0]) * 1024 // 2 // jax.local_device_count()
-
-
-def useful_width(mesh: jax.sharding.Mesh, num_runs: int) -> int:
-    """How many runs a group should have where memory sets no limit.
-
-    An accelerator takes all at once. On a CPU the activations of more than a few runs fall out of
-    its caches: with the CLDR backbone a step of a run takes 22 ms of processor time in a stack of
-    4, 30 ms in one of 33. Of the widths near 4 the one that fills its groups best is taken.
-    """
-    if mesh.devices.flat[0].platform != "cpu":
-        return num_runs
-    return even_width(num_runs, RUNS_PER_CPU * num_shards(mesh), num_shards(mesh))
-
-
-def even_width(num_runs: int, largest: int, shards: int = 1) -> int:
-    """The multiple of `shards`, between half of `largest` and `largest`, that pads groups least.
-
-    >>> even_width(33, 4), even_width(48, 4), even_width(33, 8, shards=2), even_width(1, 4)
-    (3, 4, 6, 1)
-    """
-    least = max(min(largest // 2, num_runs) // shards, 1) * shards
-    widths = range(least, largest + 1, shards)
-    return min(widths, key=lambda width: (-(-num_runs // width) * width, -width))
 
 
 def num_shards(mesh: jax.sharding.Mesh) -> int:

@@ -25,7 +25,6 @@ from moe_peft.training import (
     optimizers,
     schedules,
 )
-from moe_peft.training import fleet as fleet_lib
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -73,9 +72,7 @@ TWO = "weekday_and_month"
 def two_tasks():
     """A mixture of tasks with different numbers of shots; groups of two runs."""
     seqio.MixtureRegistry.add(TWO, [TASK, "cldr_month_gl"], default_rate=1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet_lib, "RUNS_PER_CPU", 2)
-        yield {"mixture": TWO, "shots": {TASK: 3, ".*": 5}}
+    yield {"mixture": TWO, "shots": {TASK: 3, ".*": 5}, "group_size": 2}
     seqio.MixtureRegistry.remove(TWO)
 
 

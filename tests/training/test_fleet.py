@@ -94,7 +94,7 @@ def one_by_one(toy, run, num_steps):
     return losses, state
 
 
-def make_fleet(toy, width=NUM_RUNS, devices=1, update=None):
+def make_fleet(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
     frozen, trainable = trees(toy, 0)
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
 
@@ -104,7 +104,8 @@ def make_fleet(toy, width=NUM_RUNS, devices=1, update=None):
         wrong = toy.MODEL.net.apply({"params": params}, batch["x"]) - batch["y"]
         return (abs(wrong) < batch["scale"]).astype("float32"), wrong**2
 
-    return fleet_lib.Fleet(update or update_of(toy, trainable), score, frozen, width, mesh)
+    update = update or update_of(toy, trainable)
+    return fleet_lib.Fleet(update, score, frozen, width, mesh, map_runs)
 
 
 def runs_of(toy, members):
@@ -162,9 +163,15 @@ def assert_trees_equal(got, want, **tolerance):
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 
+EVERY_WAY = pytest.mark.parametrize(
+    "map_runs", [jax.vmap, fleet_lib.one_after_another], ids=["together", "one after another"]
+)
+
+
 @pytest.mark.parametrize("devices", [1, 2], ids=["one device", "two devices"])
-def test_a_fleet_is_its_runs_one_by_one(toy, devices):
-    fleet = make_fleet(toy, devices=devices)
+@EVERY_WAY
+def test_a_fleet_is_its_runs_one_by_one(toy, map_runs, devices):
+    fleet = make_fleet(toy, devices=devices, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     trainables = [trees(toy, run)[1] for run in range(NUM_RUNS)]
     states = fleet.create(trainables, optimizer, [job.key_seed for job in JOBS])
@@ -185,8 +192,9 @@ def test_a_fleet_is_its_runs_one_by_one(toy, devices):
         np.testing.assert_array_equal(states.rng[run], want.rng)
 
 
-def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy):
-    fleet = make_fleet(toy)
+@EVERY_WAY
+def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy, map_runs):
+    fleet = make_fleet(toy, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     trainables = [trees(toy, run)[1] for run in range(3)]
     states = fleet.create(trainables, optimizer, [1, 2, 3])
@@ -205,9 +213,10 @@ def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy):
     )
 
 
-def test_a_run_that_diverges_stops_before_that_step(toy):
+@EVERY_WAY
+def test_a_run_that_diverges_stops_before_that_step(toy, map_runs):
     members = range(3)
-    fleet = make_fleet(toy)
+    fleet = make_fleet(toy, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     states = fleet.create([trees(toy, run)[1] for run in members], optimizer, [1, 2, 3])
     runs = runs_of(toy, members)
@@ -367,21 +376,10 @@ def test_groups_fit_memory():
     assert fleet_lib.device_memory() > 0
 
 
-def test_groups_of_a_cpu_are_narrow_and_full():
-    assert fleet_lib.even_width(33, 4) == 3
-    assert fleet_lib.even_width(48, 4) == 4
-    assert fleet_lib.even_width(33, 8, shards=2) == 6
-    assert fleet_lib.even_width(2, 4) == 2
-    assert fleet_lib.even_width(1, 4) == 1
-    assert fleet_lib.even_width(1, 16, shards=8) == 8
-    mesh = mesh_lib.make_mesh(devices=jax.devices()[:2])
-    assert fleet_lib.useful_width(mesh, 48) == 8
-
-
 def test_what_a_fleet_needs_grows_with_its_width(toy):
     needed = []
     for width in (2, 8):
-        fleet = make_fleet(toy, width)
+        fleet = make_fleet(toy, width, map_runs=jax.vmap)
         optimizer = optimizer_of(toy, trees(toy, 0)[1])
         states = fleet.create([trees(toy, 0)[1]], optimizer, [0])
         runs = runs_of(toy, [0])
