@@ -17,6 +17,7 @@ the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configure
 from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
+import itertools
 import logging
 import pathlib
 from typing import Literal
@@ -143,8 +144,8 @@ def _source(task: str) -> sources.Source:
     )
 
 
-def _stored(task: str, split: str) -> row_store.Stored:
-    """A task's rows as ids, in the order of its files, or of its examples' numbers."""
+def _stored(task: str, split: str, limit: int | None = None) -> row_store.Stored:
+    """The first `limit` rows of a task as ids, in the order of its files or examples' numbers."""
     source = _source(task)
     files = source.files(split)
     if not files:
@@ -154,18 +155,23 @@ def _stored(task: str, split: str) -> row_store.Stored:
     stamps = tuple((str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     settings = configured()
     read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
-    key = (*read_with, settings.retokenize, source.key, stamps)
-    return _open(source, task, split, settings.retokenize, key)
+    key = (*read_with, settings.retokenize, source.key, stamps, limit)
+    return _open(source, task, split, limit, settings.retokenize, key)
 
 
 @functools.lru_cache(maxsize=4096)
 def _open(
-    source: sources.Source, task: str, split: str, retokenize: bool, key: tuple
+    source: sources.Source,
+    task: str,
+    split: str,
+    limit: int | None,
+    retokenize: bool,
+    key: tuple,
 ) -> row_store.Stored:
-    lines = lambda: _lines(source.read(split), source.where, retokenize)
+    lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
     found = row_store.stored(store.folder() / PREFIX, f"{task}-{split}", key, lines)
     expected = _table().prompts[task].rows(split)
-    if expected not in (None, len(found)) and not found.skipped:
+    if limit is None and expected not in (None, len(found)) and not found.skipped:
         logging.warning(
             "%s, %r: %s has %d rows there, %d in P3.",
             source.where,
@@ -199,10 +205,10 @@ def _lines(
 def _training_rows(task: str, split: str) -> rows.Rows:
     place, settings = _place(task), configured()
     is_own = settings.cap_rule == "t0"
-    found = _stored(task, split if is_own else "train")
+    cap = None if is_own else place.dataset.cap("t_few")
+    found = _stored(task, split if is_own else "train", cap)
     start, end = 0, len(found)
     if not is_own:
-        end = min(place.dataset.cap("t_few"), len(found))
         apart = min(settings.validation_examples, end // 2)  # of a few rows, half stay
         start, end = (0, apart) if split == "validation" else (apart, end)
     task_id = place.task_id if settings.task_ids == "template" else place.dataset_id
@@ -280,6 +286,14 @@ def _held_out_splits(name: str) -> tuple[str, ...]:
     published = _source(found.tasks[0]).splits()
     own = [s for s in ("train", T_FEW_SPLIT) if _source_split(name, s) in published]
     return tuple(dict.fromkeys((*published, *own)))
+
+
+def published_rows(registered: str) -> int:
+    """Rows that a task is said to have, over its splits and templates; 0 where nobody says."""
+    table, name = _table(), registered.removeprefix(f"{PREFIX}_")
+    sets = {found.name: found.tasks for found in table.held_out}
+    prompts = [table.prompts[task] for task in sets.get(name, (name,)) if task in table.prompts]
+    return sum(rows for prompt in prompts for rows in prompt.of.published.rows.values())
 
 
 def _rate(registered: str) -> float:

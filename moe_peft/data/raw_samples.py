@@ -28,9 +28,9 @@ _STORY_TEXTS = (_STORY, f"{_STORY} And?")
 # Four sentences, the right ending, a wrong one; a name goes in front of each.
 _STORIES = (
     ("was wet.", "was cold.", "saw a door.", "knocked.", "went in.", "ate the sea."),
-    ("had bread.", "had jam.", "took a knife.", "sat down.", "ate.", "sold a car."),
+    ("had bread.", "had jam.", "took a knife.", "sat.", "ate.", "sold a car."),
     ("ran.", "ran on.", "got tired.", "saw a bench.", "sat down.", "became a king."),
-    ("had a cat.", "lost it.", "looked for it.", "heard a mew.", "found it.", "grew wings."),
+    ("had a cat.", "lost it.", "sought it.", "heard mews.", "found it.", "grew wings."),
 )
 _NAMES = {"validation": ("Ana", "Bo"), "test": ("Cy", "Di")}
 

@@ -156,3 +156,54 @@ def test_few_shot_draws_items_and_keeps_their_wordings():
         assert first.targets == second.targets
         assert first.answer_choices == second.answer_choices
         assert len(shots.features[fewshot.CHOICES][i]) == samples.CHOICES
+
+
+def test_raw_rows_give_the_batches_of_the_records():
+    published = batches(4)
+    evaluated = list(pipeline.eval_examples("p3_heldout_published", LENGTHS, "validation", 8))
+    gin.bind_parameter("p3.configured.source", "raw")
+    for one, other in zip(published, batches(4)):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    again = list(pipeline.eval_examples("p3_heldout_published", LENGTHS, "validation", 8))
+    assert [batch.examples for batch in again] == [batch.examples for batch in evaluated]
+    gin.bind_parameter("p3.configured.source", "published")
+    with pytest.raises(errors.UserError, match="'story_cloze_2016_plain_story_score_eval' has no"):
+        list(pipeline.eval_examples("p3_storycloze", LENGTHS, "validation", 8))
+
+
+def test_t_few_rule_reads_no_more_than_its_cap(monkeypatch):
+    gin.bind_parameter("p3.configured.cap_rule", "t_few")
+    gin.bind_parameter("p3.configured.validation_examples", 2)
+    monkeypatch.setattr(p3.names, "MAX_EXAMPLES", 20)
+    for source in ("published", "raw"):
+        gin.bind_parameter("p3.configured.source", source)
+        task = pipeline.tasks_of("p3_t0")[0]
+        assert len(task.source.rows("train")) == 20 // 2 - 2
+        stored = p3._stored(task.name.removeprefix("p3_"), "train", 10)
+        assert len(stored) == 10
+
+
+def test_a_set_that_is_smaller_than_it_should_be_is_told(folder, caplog):
+    task = pipeline.tasks_of("p3_t0")[0].name.removeprefix("p3_")
+    prompt = p3._table().prompts[task]
+    size = len(p3._stored(task, "validation"))
+    assert not caplog.records
+    p3._open.cache_clear()
+    prompt.of.published.rows["validation"] = size + 1
+    p3._stored(task, "validation")
+    assert f"{task} has {size} rows there, {size + 1} in P3." in caplog.text
+    prompt.of.published.rows.clear()
+
+
+def test_stories_are_scored_by_their_endings():
+    assert pipeline.tasks_of("p3_storycloze")[0].splits == ("test", "validation", "train", "t_few")
+    found = list(pipeline.eval_examples("p3_storycloze", LENGTHS, "t_few", 8))
+    examples = [example for batch in found for example in batch.examples]
+    assert len(examples) == 16
+    assert all(len(example.answer_choices) == 2 for example in examples)
+    assert {example.answer_choices.index(example.targets) for example in examples} == {0, 1}
+    assert [example.template_id for example in examples] == [0, 1] * 8
+    shots = fewshot.Task("p3_storycloze", LENGTHS, "t_few", with_choices=True)
+    drawn, _, _ = shots.draw(fewshot.Sizes(shots=3, wordings=2), 42)
+    assert {example.inputs[:2] for example in drawn.examples} <= {"An", "Bo"}  # of validation

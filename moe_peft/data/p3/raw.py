@@ -110,7 +110,7 @@ def _files(folder: pathlib.Path, form: str, split: str) -> list[pathlib.Path]:
     if form == "storycloze":
         return storycloze.files(folder, split)
     if form == "tfds":
-        return sorted(folder.glob(f"*-{split}.*-of-*"))
+        return sorted(folder.glob(f"*-{split}.*-*"))
     ending = f".{form}"
     found = {*folder.glob(f"{split}{ending}"), *folder.glob(f"{split}-*{ending}")}
     return records.complete(folder, split, sorted(found | {*folder.glob(f"{split}/*{ending}")}))
@@ -173,7 +173,9 @@ def _values(value: Any) -> Any:
     """Tensors as what JSON would hold: texts, numbers, lists and mappings of them."""
     if isinstance(value, Mapping):
         return {key: _values(part) for key, part in value.items()}
-    found = value.numpy() if hasattr(value, "numpy") else value
+    if hasattr(value, "to_list"):  # ragged
+        return _texts(value.to_list())
+    found = value.numpy()
     return _texts(found.tolist() if isinstance(found, (np.ndarray, np.generic)) else found)
 
 
