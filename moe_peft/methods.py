@@ -178,6 +178,11 @@ def _choose(what: str, name: str, options: dict[str, Any]) -> Any:
     return options[name]
 
 
+def _placement(placement: str) -> str:
+    """Returns the pattern of a named placement; one on whole paths, with a slash, as it is."""
+    return placement if "/" in str(placement) else _choose("placement", placement, PLACEMENTS)
+
+
 def _router_factory(
     routing: str, top_k: int | None, renormalize: bool, jitter: float
 ) -> routing_lib.RouterFactory:
@@ -269,10 +274,11 @@ def lora(
         rank: at least 1.
         alpha: the update is scaled by alpha / rank.
         dropout_rate: of the adapter's inputs in training.
-        placement: one of `PLACEMENTS`.
+        placement: one of `PLACEMENTS`, or a regular expression on the paths of layers, such as
+            ".*/(query|value)".
         a_init: "normal" or "uniform", see `adapters.LoRA`.
     """
-    pattern = _choose("placement", placement, PLACEMENTS)
+    pattern = _placement(placement)
     factory = functools.partial(
         adapters.LoRA, rank=rank, alpha=alpha, dropout_rate=dropout_rate, a_init=a_init
     )
@@ -323,7 +329,7 @@ def molora(
         load_balancing_weight: as in `mov`.
         z_weight: as in `mov`.
     """
-    pattern = _choose("placement", placement, PLACEMENTS)
+    pattern = _placement(placement)
     factory = functools.partial(
         adapters.MoLoRA,
         num_experts=num_experts,
@@ -382,7 +388,7 @@ def poly(
     modules = {"lora": adapters.SkilledLoRA, "ia3": adapters.SkilledIA3}
     module = _choose("adapter", adapter, modules)
     if adapter == "lora":
-        pattern = _choose("placement", placement, PLACEMENTS)
+        pattern = _placement(placement)
         factory = functools.partial(module, **sizes, rank=rank, alpha=alpha, router_factory=router)
         rules = (patching.Rule(pattern, factory),)
         average = lora(rank, alpha, 0.0, placement, "uniform")

@@ -1,0 +1,87 @@
+"""Trained leaves layer by layer, as the unscanned network has them, and back into a tree."""
+
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any
+
+import numpy as np
+
+from moe_peft import merging, methods, patching
+from moe_peft.convert import layout, leaves
+from moe_peft.models import encoder_decoder, t5
+from moe_peft.training import checkpoints, preparation
+
+Arrays = dict[str, np.ndarray]
+Layers = dict[str, Arrays]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_ADAPTER = f"/{patching.ADAPTER}/"
+_FEATURES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
+
+
+def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
+    """Returns the shape of every leaf that a run of the method on the network trains."""
+    start = preparation.Start(
+        encoder_decoder.EncoderDecoder(method.patch(network), method=method),
+        encoder_decoder.EncoderDecoder(network),
+        method,
+        _FEATURES,
+    )
+    flat = patching.flatten(start.trainable_shapes())
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def by_layer(saved: checkpoints.Saved) -> Layers:
+    """Returns {"encoder/layers_0/attention/key": {"lora_a": array, ...}}, float32.
+
+    Routers that several layers share are left out.
+    """
+    found: Layers = {}
+    for path, leaf in layout.convert(leaves.flatten(saved.trainable), scanned=False).items():
+        layer, is_own, name = path.partition(_ADAPTER)
+        if is_own:
+            found.setdefault(layer, {})[name] = np.asarray(leaf, np.float32)
+    return found
+
+
+def assemble(layers: Layers, shapes: Shapes) -> dict[str, Any]:
+    """Returns the tree with these shapes, scanned or not; the inverse of `by_layer`.
+
+    Arrays may have flat features. Vectors of a layer that is missing are ones: the identity.
+    """
+    tree = {}
+    for path, shape in shapes.items():
+        axis, is_stack = patching.trees.LAYER_AXIS, patching.trees.stack(path) is not None
+        one_shape = (*shape[:axis], *shape[axis + 1 :]) if is_stack else shape
+        parts = []
+        for one in _unscanned(path, shape):
+            layer, _, name = one.partition(_ADAPTER)
+            part = layers[layer][name] if layer in layers else np.ones(one_shape, np.float32)
+            parts.append(np.ascontiguousarray(part).reshape(one_shape))
+        tree[path] = np.stack(parts, axis) if is_stack else parts[0]
+    return patching.trees.unflatten(tree)
+
+
+def layers_of(shapes: Shapes) -> list[str]:
+    """Returns the adapted layers of the unscanned network."""
+    paths = (one for path, shape in shapes.items() for one in _unscanned(path, shape))
+    return list(dict.fromkeys(path.partition(_ADAPTER)[0] for path in paths))
+
+
+def rule_of(method: methods.Method, layer: str) -> patching.Rule:
+    """Returns the rule that adapts a layer of the unscanned network."""
+    scanned = re.sub(r"^(encoder|decoder)/layers_\d+/", r"\1/\1/", layer)
+    return next(
+        rule
+        for rule in method.rules
+        if any(re.fullmatch(rule.pattern, path) for path in (layer, scanned))
+    )
+
+
+def _unscanned(path: str, shape: Sequence[int]) -> list[str]:
+    """Returns the paths in the unscanned tree of what a leaf holds."""
+    stack = patching.trees.stack(path)
+    if stack is None:
+        return [path]
+    coder, rest = stack.split("/")[0], path.removeprefix(f"{stack}/")
+    return [f"{coder}/layers_{index}/{rest}" for index in range(shape[patching.trees.LAYER_AXIS])]

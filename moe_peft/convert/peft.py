@@ -1,0 +1,309 @@
+"""Adapters in PEFT's folder format, in and out: LoRA, (IA)3, Poly and MHR.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. What we write also has our own
+record of the run in the tensors' header, which PEFT ignores: read again, it gives the very same
+adapter of the very same run. Nothing here imports torch or peft.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_peft import errors, merging, methods, patching, routing
+from moe_peft.convert import (
+    adapter_trees,
+    folders,
+    leaves,
+    names,
+    peft_config,
+    peft_layers,
+    peft_methods,
+    records,
+    safetensors_files,
+    sizes,
+)
+from moe_peft.models import t5
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints, preparation
+
+TENSORS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+
+Tensors = dict[str, leaves.Leaves]  # layer of the unscanned network -> suffix -> tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that an adapter belongs to.
+
+    Attributes:
+      spec: as a backbone is named, "hf:FOLDER".
+      config: of the network.
+      fingerprint: of the weights.
+    """
+
+    spec: str
+    config: t5.T5Config
+    fingerprint: str
+
+
+def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> pathlib.Path:
+    """Writes an adapter as PEFT's folder.
+
+    Args:
+      saved: what was trained.
+      folder: must not exist.
+      where: `saved` is from, for messages.
+
+    Raises:
+      UserError: PEFT cannot express the method, or the folder exists.
+    """
+    method = records.method(saved.description["method"], where)
+    peft_methods.check(method, where)
+    kind, alpha = peft_methods.kind(method), peft_methods.folded_alpha(method)
+    tensors, scaled = {}, set()
+    for layer, own in adapter_trees.by_layer(saved).items():
+        scales_inputs = adapter_trees.rule_of(method, layer).side == "inputs"
+        if scales_inputs:
+            scaled.add(layer)
+        for suffix, array in peft_layers.to_peft(kind, own, alpha, scales_inputs).items():
+            tensors[layer, suffix] = np.ascontiguousarray(array)
+    config = {**peft_methods.settings(method), "target_modules": _targets(method, tensors)}
+    if kind == "IA3":
+        config["feedforward_modules"] = _targets(method, scaled)
+    spec = saved.description.get("backbone_spec", "")
+    base = spec.removeprefix("hf:") if spec.startswith("hf:") else None
+    record = json.dumps({**saved.description, "step": saved.step}, sort_keys=True)
+    stored = {_key(*place): leaves.of(array, "") for place, array in sorted(tensors.items())}
+    with folders.created(folder) as partial:
+        text = json.dumps(peft_config.complete(config, base), indent=2, sort_keys=True)
+        (partial / peft_config.NAME).write_text(text + "\n", encoding="utf-8")
+        header = {"format": "pt", "moe_peft": record}
+        safetensors_files.write_file(partial / TENSORS, stored, header)
+    return pathlib.Path(folder)
+
+
+def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Saved:
+    """Returns the adapter in a folder, as a run of ours would have saved it.
+
+    Args:
+      folder: as PEFT's `save_pretrained`, or `write`, left it.
+      base: the model it belongs to; needed where the folder does not come from `write`.
+
+    Raises:
+      UserError: an option or a layer that is not supported, a tensor that is missing, left over or
+        of another shape; names file and key.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    config = peft_config.read(folder)
+    tensors = _open(folder, config["peft_type"])
+    description = backbone_lib.read_metadata(folder / TENSORS)
+    if "method" in description:
+        network = _network(description, base, folder)
+    elif base is not None:
+        network = t5.Transformer(base.config)
+        description = _describe(config, tensors, base)
+    else:
+        raise errors.UserError(
+            f"{folder} does not say which weights it was trained on; name them with --base "
+            "hf:FOLDER."
+        )
+    step = description.pop("step", 0)
+    method = records.method(description["method"], str(folder / TENSORS))
+    _check_settings(method, config, folder)
+    shapes = adapter_trees.shapes_of(method, network)
+    tensors = _aligned(tensors, adapter_trees.layers_of(shapes))
+    _check(config, tensors, shapes, network.config, folder)
+    alpha = peft_methods.folded_alpha(method)
+    layers = {
+        layer: peft_layers.from_peft(config["peft_type"], _read(own), alpha)
+        for layer, own in tensors.items()
+    }
+    tree = adapter_trees.assemble(layers, shapes)
+    return checkpoints.Saved(step, tree, {}, {"description": description})
+
+
+def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> merging.Gap:
+    """Compares every adapted layer with the folder's, on random inputs and outputs of that layer.
+
+    Ours computes what a run computes; theirs is PEFT's formula on the tensors in the file.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    config = peft_config.read(folder)
+    method = records.method(saved.description["method"], str(folder))
+    layers = adapter_trees.by_layer(saved)
+    tensors = _aligned(_open(folder, config["peft_type"]), list(layers))
+    rng = np.random.default_rng(seed)
+    found = []
+    for layer, own in layers.items():
+        x, y = (rng.normal(size=(2, 5, *s)).astype(np.float32) for s in _feature_shapes(own))
+        if "vectors" in own:
+            x = y  # Inputs where the adapter scales those.
+        ids = rng.integers(0, config.get("n_tasks", 1), 2).astype(np.int32)
+        site = routing.Site(
+            ("in",) * (x.ndim - 2),
+            ("out",) * (y.ndim - 2),
+            context=routing.RoutingContext(task_ids=ids),
+        )
+        adapter = adapter_trees.rule_of(method, layer).adapter_factory(parent=None)
+        params = patching.trees.unflatten(jax.tree.map(jnp.asarray, own))
+        with jax.default_matmul_precision("highest"):
+            ours = adapter.apply({"params": params}, jnp.asarray(x), jnp.asarray(y), site)
+        flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
+        theirs = y
+        if layer in tensors:
+            theirs = peft_layers.forward(config, _read(tensors[layer]), *flat, ids)
+        found.append((np.asarray(ours).reshape(2, 5, -1), theirs.reshape(2, 5, -1)))
+    return merging.Gap(
+        max(float(np.abs(ours - theirs).max()) for ours, theirs in found),
+        float(np.mean([np.abs(ours - theirs).mean() for ours, theirs in found])),
+        max(float(np.abs(theirs).max()) for _, theirs in found),
+    )
+
+
+def _open(folder: pathlib.Path, kind: str) -> Tensors:
+    """Returns the tensors of a folder; only headers are read."""
+    path = folder / TENSORS
+    if not path.is_file():
+        if (folder / _PICKLE).exists():
+            folders.refuse_pickle(folder / _PICKLE)
+        raise errors.UserError(f"{folder} has no {TENSORS}.")
+    suffixes, found = peft_layers.SUFFIXES[kind], {}
+    for key, leaf in safetensors_files.open_file(path).items():
+        suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
+        module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
+        kernel = names.path_of(f"{module}.weight") or ""
+        if not suffix or not kernel.endswith("/kernel") or "/layers_" not in kernel:
+            raise errors.UserError(
+                f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of a T5."
+            )
+        found.setdefault(kernel.removesuffix("/kernel"), {})[suffix] = leaf
+    for layer, own in found.items():
+        for suffix in suffixes:
+            if suffix not in own:
+                raise errors.UserError(f"{path} has no {_key(layer, suffix)}.")
+    if not found:
+        raise errors.UserError(f"{path} holds no tensors.")
+    return found
+
+
+def _read(tensors: leaves.Leaves) -> peft_layers.Arrays:
+    return {suffix: leaf.read() for suffix, leaf in tensors.items()}
+
+
+def _aligned(tensors: Tensors, expected: Sequence[str]) -> Tensors:
+    """Returns (IA)3 vectors that scale what wo reads, in a gated block, as those of wi_1."""
+
+    def place(layer: str) -> str:
+        gate = layer.removesuffix("wo") + "wi_1"
+        is_moved = layer not in expected and gate in expected and gate not in tensors
+        return gate if is_moved and layer.endswith("/wo") else layer
+
+    return {place(layer): own for layer, own in tensors.items()}
+
+
+def _describe(config: Mapping[str, Any], tensors: Tensors, base: Base) -> dict[str, Any]:
+    """Returns the description that a run of ours with this adapter would have."""
+    kernels = peft_methods.kernels(base.config)
+    for layer, own in tensors.items():
+        if layer not in kernels:
+            raise errors.UserError(
+                f"{next(iter(own.values())).source} is no layer of {base.spec} "
+                f"({sizes.describe(base.config)})."
+            )
+    method = peft_methods.method(config, list(tensors), base.config)
+    description = {
+        "method": method.describe(),
+        "model": {"class": "Transformer", "config": dataclasses.asdict(base.config)},
+        "backbone": {"fingerprint": base.fingerprint, "frozen_dtype": "float32"},
+        "backbone_spec": base.spec,
+    }
+    return preparation.as_json(description)
+
+
+def _network(
+    description: Mapping[str, Any], base: Base | None, folder: pathlib.Path
+) -> t5.Transformer:
+    """Returns the network that the record tells of, or else the base's."""
+    if base is not None and not description.get("model"):
+        return t5.Transformer(base.config)
+    network = records.network(description, str(folder))
+    odd = sizes.differences(network.config, base.config) if base else []
+    if odd:
+        raise errors.UserError(
+            f"{folder} belongs to another network than {base.spec}: {', '.join(odd)} differ."
+        )
+    return network
+
+
+def _check_settings(method: methods.Method, config: Mapping[str, Any], folder: pathlib.Path):
+    """Refuses settings that are not those with which the tensors were written."""
+    found = peft_methods.method_settings(config)
+    for key, value in peft_methods.method_settings(peft_methods.settings(method)).items():
+        if found[key] != value:
+            raise errors.UserError(
+                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but {TENSORS} was written "
+                f"with {value!r}."
+            )
+
+
+def _check(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    expected: adapter_trees.Shapes,
+    network: t5.T5Config,
+    folder: pathlib.Path,
+) -> None:
+    """Refuses layers that are missing or left over, and tensors of another shape."""
+    layers, kernels = adapter_trees.layers_of(expected), peft_methods.kernels(network)
+    for layer, own in tensors.items():
+        if layer not in layers:
+            known = sorted({_module(one).rpartition(".")[2] for one in layers})
+            raise errors.UserError(
+                f"{next(iter(own.values())).source} adapts a layer that {config['peft_type']} "
+                f"leaves alone here; expected only {', '.join(known)}."
+            )
+        for suffix, fitting in peft_layers.shapes(config, layer, kernels[layer]).items():
+            if own[suffix].shape not in fitting:
+                raise errors.UserError(
+                    f"{own[suffix].source} has the shape {own[suffix].shape}; expected "
+                    f"{' or '.join(map(str, fitting))}."
+                )
+    missing = [layer for layer in layers if layer not in tensors]
+    if missing and config["peft_type"] != "IA3":
+        suffix = peft_layers.SUFFIXES[config["peft_type"]][0]
+        raise errors.UserError(f"{folder / TENSORS} has no {_key(missing[0], suffix)}.")
+
+
+def _feature_shapes(own: peft_layers.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of what a layer reads and returns, as its adapter sees them."""
+    if "vectors" in own:
+        return own["vectors"].shape, own["vectors"].shape
+    a, b = own["lora_a"], own["lora_b"]
+    if any(name.startswith("router/") for name in own):
+        return (a.shape[0] * a.shape[2],), (b.shape[0] * b.shape[3],)
+    return a.shape[:-1], b.shape[1:]
+
+
+def _targets(method: methods.Method, places: Any) -> list[str]:
+    """Returns names of modules: short ones where a rule is one for all blocks."""
+    layers = {place if isinstance(place, str) else place[0] for place in places}
+    modules = {_module(layer) for layer in layers}
+    if all(rule.pattern.startswith(".*/") and "/" not in rule.pattern[3:] for rule in method.rules):
+        modules = {module.rpartition(".")[2] for module in modules}
+    return sorted(modules)
+
+
+def _module(layer: str) -> str:
+    return names.name_of(f"{layer}/kernel").removesuffix(".weight")
+
+
+def _key(layer: str, suffix: str) -> str:
+    return f"{_PREFIX}{_module(layer)}.{suffix}"

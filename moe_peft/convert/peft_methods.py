@@ -1,0 +1,126 @@
+"""Which of our methods PEFT can express, with which settings, and the way back."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+from moe_peft import adapters, errors, methods
+from moe_peft.convert import peft_config, sizes
+from moe_peft.models import t5
+from moe_peft.routing import task_routers
+
+_KINDS = {adapters.LoRA: "LORA", adapters.IA3: "IA3", adapters.SkilledLoRA: "POLY"}
+
+
+def check(method: methods.Method, where: str) -> None:
+    """Raises UserError, with the reason, if PEFT cannot express the method."""
+    reason = _why_not(method)
+    if reason:
+        raise errors.UserError(
+            f"{where}: the method {method.name!r} cannot be written for PEFT: {reason}. Write it "
+            "to FILE.safetensors, our own format (docs/interop.md)."
+        )
+
+
+def _why_not(method: methods.Method) -> str | None:
+    if method.trainable != methods.ADAPTER_LEAVES or not method.rules:
+        return "what it trains is not all of its adapters, or more than they"
+    for rule in method.rules:
+        adapter = rule.adapter_factory(parent=None)
+        if type(adapter) not in _KINDS:
+            return f"PEFT has no {type(adapter).__name__}"
+        if not isinstance(adapter, adapters.SkilledLoRA):
+            continue
+        router = _router(adapter)
+        if not isinstance(router, task_routers.TaskRouter):
+            return f"its Poly has learned task routers only, no {type(router).__name__}"
+        if router.straight_through:
+            return "its Poly does not round allocations (straight_through)"
+        if rule.granularity.is_shared:
+            return (
+                f"its Poly has a router for every layer, not one per {rule.granularity.level} "
+                "(one task of it is a LoRA: --task)"
+            )
+    return None
+
+
+def kind(method: methods.Method) -> str:
+    """Returns "LORA", "IA3" or "POLY"."""
+    return _KINDS[type(_adapter(method))]
+
+
+def folded_alpha(method: methods.Method) -> float:
+    """Returns what B takes in: PEFT's Poly has a scale of 1 / r and no alpha."""
+    adapter = _adapter(method)
+    return adapter.alpha if isinstance(adapter, adapters.SkilledLoRA) else 1.0
+
+
+def settings(method: methods.Method) -> dict[str, Any]:
+    """Returns what `adapter_config.json` says of the method, where its layers are apart."""
+    adapter = _adapter(method)
+    if isinstance(adapter, adapters.IA3):
+        return peft_config.ia3()
+    if isinstance(adapter, adapters.LoRA):
+        return peft_config.lora(adapter.rank, adapter.alpha, adapter.dropout_rate)
+    num_tasks = _router(adapter).num_tasks
+    return peft_config.poly(adapter.rank, num_tasks, adapter.num_skills, adapter.num_splits)
+
+
+def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that change numbers, as one compares them."""
+    found = {key: config[key] for key in ("r", "n_tasks", "n_skills", "n_splits") if key in config}
+    if config["peft_type"] == "LORA":
+        found["lora_alpha"] = peft_config.alpha(config)
+    return {"peft_type": config["peft_type"], **found}
+
+
+def method(
+    config: Mapping[str, Any], layers: Sequence[str], network: t5.T5Config
+) -> methods.Method:
+    """Returns our method with the settings of a PEFT folder.
+
+    Args:
+      config: of the folder.
+      layers: that have an adapter, as paths of the unscanned network.
+      network: that they belong to.
+    """
+    if config["peft_type"] == "IA3":
+        return methods.ia3()
+    placement = _placement(layers, network)
+    if config["peft_type"] == "LORA":
+        rate = float(config["lora_dropout"])
+        return methods.lora(config["r"], peft_config.alpha(config), rate, placement)
+    sizes_ = (config[key] for key in ("n_tasks", "n_skills", "n_splits", "r"))
+    return methods.poly(*sizes_, placement=placement, relaxed=True)
+
+
+def kernels(network: t5.T5Config) -> dict[str, tuple[int, int]]:
+    """Returns {layer: (inputs, outputs)} of the linear maps of the unscanned network's blocks."""
+    shapes = sizes.of_config(dataclasses.replace(network, scan_layers=False))
+    return {
+        path.removesuffix("/kernel"): shape
+        for path, shape in shapes.items()
+        if path.endswith("/kernel") and "/layers_" in path
+    }
+
+
+def _placement(layers: Sequence[str], network: t5.T5Config) -> str:
+    """Returns the placement, by its name or as a regular expression, of exactly these layers."""
+    last = sorted({layer.rpartition("/")[2] for layer in layers})
+    shared = f".*/({'|'.join(last)})"
+    known = {**{pattern: name for name, pattern in methods.PLACEMENTS.items()}, shared: shared}
+    for pattern, name in known.items():
+        if {path for path in kernels(network) if re.fullmatch(pattern, path)} == set(layers):
+            return name
+    return "|".join(sorted(layers))
+
+
+def _adapter(method: methods.Method) -> adapters.LoRA | adapters.IA3 | adapters.SkilledLoRA:
+    return method.rules[0].adapter_factory(parent=None)
+
+
+def _router(adapter: adapters.SkilledLoRA) -> task_routers.SkillRouter:
+    return adapter.router_factory(
+        num_skills=adapter.num_skills, num_splits=adapter.num_splits, parent=None
+    )
