@@ -7,6 +7,7 @@ the gin configurable that is its entry point; everything that configurable takes
 import argparse
 from collections.abc import Sequence
 import dataclasses
+import functools
 import os
 import sys
 
@@ -138,6 +139,34 @@ COMMANDS = {
 }
 
 
+# Verbs of `moe-peft data` that take settings.
+_DATA_MODULES = ("moe_peft.models", "moe_peft.methods")  # what files of an experiment name
+_DATA_DEFAULTS = (
+    "include 'data/files.gin'",
+    "MIXTURE = None",
+    "TARGET_MIXTURE = None",
+    "EVAL_MIXTURES = ()",
+)
+DATA_COMMANDS = {
+    "data prepare": Command(
+        entry_point="data_prepare",
+        help="make the caches of token ids beforehand, in parallel; goes on where it stopped",
+        example=(
+            "  moe-peft data prepare --gin_file data/p3.gin --gin.DATA_DIR=/data "
+            "--gin.VOCABULARY=/models/t5/spiece.model --processes 8\n"
+            "  moe-peft data prepare p3_t0 p3_heldout --gin.DATA_DIR=embedded:samples "
+            "--gin.VOCABULARY=bytes"
+        ),
+        modules=(*_DATA_MODULES, "moe_peft.commands.data_prepare"),
+        defaults=(
+            *_DATA_DEFAULTS,
+            "data_prepare.mixtures = (%MIXTURE, %TARGET_MIXTURE)",
+            "data_prepare.eval_mixtures = %EVAL_MIXTURES",
+        ),
+    ),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser; `--gin.NAME=VALUE` is taken out before it runs."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -151,16 +180,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=moe_peft.__version__)
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=command.help,
-            description=command.help.capitalize() + ".",
-            epilog=_GIN_HELP + "\nExamples:\n" + command.example,
-            formatter_class=raw,
-            allow_abbrev=False,
-        )
-        sub.add_argument("--gin_file", action="append", default=[], metavar="FILE")
-        sub.add_argument("--gin_search_paths", default="", metavar="A,B")
+        sub = _add_settings(commands, name, command)
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     comparison = commands.add_parser(
@@ -179,6 +199,21 @@ def parser() -> argparse.ArgumentParser:
     _add_experiments(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
+
+
+def _add_settings(commands, name: str, command: Command) -> argparse.ArgumentParser:
+    """A command, or verb of one, that takes settings from gin."""
+    sub = commands.add_parser(
+        name.split()[-1],
+        help=command.help,
+        description=command.help.capitalize() + ".",
+        epilog=_GIN_HELP + "\nExamples:\n" + command.example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sub.add_argument("--gin_file", action="append", default=[], metavar="FILE")
+    sub.add_argument("--gin_search_paths", default="", metavar="A,B")
+    return sub
 
 
 def _add_report(commands) -> None:
@@ -245,6 +280,17 @@ def _add_data(commands) -> None:
         "--no_hashes", action="store_true", help="do not hash files; half the reading"
     )
     check.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    prepare = _add_settings(verbs, "data prepare", DATA_COMMANDS["data prepare"])
+    prepare.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="mixture or task; default: MIXTURE, TARGET_MIXTURE and EVAL_MIXTURES",
+    )
+    prepare.add_argument("--splits", default="", metavar="A,B", help="default: all")
+    prepare.add_argument("--processes", type=int, default=1, metavar="N")
+    prepare.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_experiments(commands) -> None:
@@ -408,7 +454,14 @@ def _report(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     from moe_peft import quiet
 
-    del gin_bindings
+    if args.verb == "prepare":
+        prepare = configure("data prepare", args.gin_file, gin_bindings, args.gin_search_paths)
+        from moe_peft.commands import data_prepare
+
+        splits = [split for split in args.splits.split(",") if split]
+        call = functools.partial(prepare, names=args.names, splits=splits, processes=args.processes)
+        data_prepare.show(*data_prepare.timed(call), args.json)
+        return 0
     with quiet.importing():
         from moe_peft.commands import data_check
     return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
@@ -424,15 +477,15 @@ def _experiments(args: argparse.Namespace) -> int:
     if args.shard:
         found = experiments.shard(found, args.shard)
     record = pathlib.Path(args.record) if args.record else experiments.default_record()
+    if args.markdown:
+        print(experiments.markdown(found))
+        return 0
     if args.check:
         folder = pathlib.Path(args.folder)
         rows = experiments.check(found, args.check, record, folder, args.again)
     else:
         rows = experiments.rows(found, record)
-    if args.markdown:
-        print(experiments.markdown(rows))
-    else:
-        experiments.show(rows, args.json)
+    experiments.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 
 
@@ -473,12 +526,19 @@ def configure(
 
     from moe_peft import gin_checks, gin_utils
 
-    command = COMMANDS[name]
+    every = {**COMMANDS, **DATA_COMMANDS}
+    command = every[name]
     gin_utils.import_modules(command.modules)
     search_paths = [path for path in gin_search_paths.split(",") if path]
     config = gin_utils.load(gin_files, gin_bindings, search_paths, command.defaults)
-    entry_points = [other.entry_point for other in COMMANDS.values()]
-    gin_checks.check(config, command.entry_point, entry_points, gin_utils.CALLED_BY_LIBRARY)
+    entry_points = [other.entry_point for other in every.values()]
+    gin_checks.check(
+        config,
+        command.entry_point,
+        entry_points,
+        gin_utils.CALLED_BY_LIBRARY,
+        is_partial=name in DATA_COMMANDS,
+    )
     for binding in gin_checks.obsolete(config, entry_points, gin_utils.CALLED_BY_LIBRARY):
         config.forget(binding)
     return gin.get_configurable(command.entry_point)
