@@ -67,6 +67,7 @@ def check(
     root: str,
     entry_points: Collection[str] = (),
     called: Collection[str] = (),
+    is_partial: bool = False,
 ) -> None:
     """Raises UserError for the first thing that is wrong, in this order.
 
@@ -81,13 +82,15 @@ def check(
       root: name of the configurable that will be called without arguments.
       entry_points: roots of other commands; one file may serve several commands.
       called: configurables that library code calls itself rather than by a gin reference.
+      is_partial: `root` reads a part of what files set, such as the data of an experiment; what
+        nothing reads is then a mistake on the command line only.
     """
     root = _full_name(root)
     roots = [root, *(_full_name(name) for name in (*entry_points, *called) if _is_known(name))]
     _check_macros(config, root)
     _check_types(config)
     _check_required(config, root)
-    _check_used(config, roots)
+    _check_used(config, roots, is_partial)
 
 
 def signature(configurable: gin_config.Configurable) -> inspect.Signature:
@@ -354,13 +357,14 @@ def _used(
     }
 
 
-def _check_used(config: gin_utils.Config, roots: Sequence[str]) -> None:
+def _check_used(config: gin_utils.Config, roots: Sequence[str], is_partial: bool) -> None:
     used = _used(config.history, roots)
     unused = [
         binding
         for binding in config.all_bindings()
         if (binding.scope, binding.selector, binding.parameter) not in used
         and not (binding.is_macro and binding.scope in MACROS and not binding.on_command_line)
+        and not (is_partial and not binding.on_command_line)
     ]
     if not unused:
         return

@@ -5,7 +5,7 @@ mapped into memory: `pipeline` then reads any row at once, and memory stays flat
 on the way (`bad_rows`) is written beside them, and told whenever they are opened.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import shutil
+import socket
 import struct
 import tempfile
 
@@ -86,7 +87,8 @@ def stored(
     if not was_there:
         logging.info("Reading %s, once; token ids are kept in %s.", name, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder, suffix=".tmp"))
+        _clean(folder)
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=_owner(), suffix=".tmp"))
         try:
             with bad_rows.counting() as skipped:
                 _write(temporary, make())
@@ -104,6 +106,46 @@ def stored(
     if was_there:
         bad_rows.remember(found.skipped)
     return found
+
+
+def _owner() -> str:
+    """What the names of this process's unfinished rows begin with."""
+    return f"{socket.gethostname()}-{os.getpid()}-"
+
+
+def _clean(folder: pathlib.Path) -> None:
+    """Removes what processes of this machine that are no more have left unfinished."""
+    for path in folder.glob(f"{socket.gethostname()}-*.tmp"):
+        process = path.name.removeprefix(f"{socket.gethostname()}-").split("-")[0]
+        if process.isdigit() and not pathlib.Path(f"/proc/{process}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_WATCHED = 1000  # rows between two calls
+_watchers: list[Callable[[int], None]] = []
+
+
+@contextlib.contextmanager
+def watched(tell: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `tell(n)` is called whenever some n more rows have been written."""
+    _watchers.append(tell)
+    try:
+        yield
+    finally:
+        _watchers.remove(tell)
+
+
+def _told(lines: Iterable[Line]) -> Iterator[Line]:
+    count = 0
+    for line in lines:
+        yield line
+        count += 1
+        if count == _WATCHED:
+            for tell in _watchers:
+                tell(count)
+            count = 0
+    for tell in _watchers:
+        tell(count)
 
 
 _COLUMNS = {"inputs": np.int32, "targets": np.int32, "choices": np.uint8}
@@ -124,7 +166,7 @@ def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
             totals[name] += len(sequence)
             files[f"{name}_ends"].write(struct.pack("=q", totals[name]))
 
-        for line in lines:
+        for line in _told(lines):
             add("inputs", line.inputs)
             add("targets", line.targets)
             for choice in line.answer_choices:

@@ -36,6 +36,9 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
         choices = groups.setdefault(record.idx[0], {})
         if record.idx[1] in choices:
             raise bad_rows.BadRow(where, f"row {number}", f"idx {record.idx} is there twice")
+        if choices:  # the question is the same: kept once
+            first = next(iter(choices.values()))
+            record = dataclasses.replace(record, inputs=first.inputs, input_ids=first.input_ids)
         choices[record.idx[1]] = record
 
     with bad_rows.counting() as skipped:
