@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import time
 from typing import Any
 
@@ -356,9 +357,19 @@ class Workers:
 
 
 def _prepare_worker(folder: pathlib.Path) -> None:
-    """Before jax is imported: experiments that differ in their data only share compiled code."""
+    """Before jax is imported: experiments that differ in their data only share compiled code.
+
+    The worker ends with the process that started it, however that ends.
+    """
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute() / "compiled"))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def run_on_samples(name: str, folder: pathlib.Path) -> str | None:
