@@ -43,6 +43,8 @@ def test_rows_that_a_template_does_not_apply_to():
 def test_separators_of_a_row_are_text():
     found = rendered("{{q}} ||| {{a}}", {"q": "a ||| b", "a": "||||"}, "{{q}} ||| no")
     assert found == templates.Rendered("a ||| b", "||||", ("a ||| b", "no"))
+    jinja = "{{ q.split('3ed2dface8203c4c9dfb1a5dc58e41e0') | join(' + ') }} ||| x"
+    assert rendered(jinja, {"q": "a ||| b"}).inputs == "a  +  b"  # as templates of multi_news do
     # In lists, promptsource leaves them, and the row drops out.
     assert rendered("{{q[0]}} ||| x", {"q": ["a ||| b"]}) is None
 
