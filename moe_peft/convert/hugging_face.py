@@ -30,11 +30,8 @@ TOKENIZER_FILES = (
 SHARD_BYTES = 5_000_000_000
 
 _MODEL_TYPES = ("t5", "mt5")
-_ACTIVATIONS = {
-    "relu": ("relu",),
-    "gated-gelu": ("gelu", "linear"),
-    "gated-silu": ("silu", "linear"),
-}
+# The two that shapes tell apart; released models have no others.
+_ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
 # What our network does not leave open.
 _FIXED = {
     "relative_attention_num_buckets": 32,

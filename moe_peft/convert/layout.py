@@ -43,16 +43,23 @@ def _scanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
             stacks.setdefault(f"{stack}/{stack}/{rest}", {})[int(index)] = leaf
         elif not path.endswith(_BIAS):
             result[path] = leaf
-    heads = {s: found[f"{s}/{_BIAS}"].shape[0] for s in ("encoder", "decoder")}
+    heads = {stack: _bias(found, stack).shape[0] for stack in ("encoder", "decoder")}
     for path, layers in stacks.items():
         stack = path.split("/")[0]
         split = [_split_heads(path, layers[i], heads[stack]) for i in sorted(layers)]
         result[path] = _stacked(split)
     for stack in heads:
         num_layers = 1 + max(int(m[2]) for m in map(_LAYER.fullmatch, found) if m and m[1] == stack)
-        bias = found[f"{stack}/{_BIAS}"]
-        result[f"{stack}/{stack}/{_BIAS}"] = _stacked([bias] * num_layers)
+        result[f"{stack}/{stack}/{_BIAS}"] = _stacked([_bias(found, stack)] * num_layers)
     return result
+
+
+def _bias(found: Mapping[str, leaves.Leaf], stack: str) -> leaves.Leaf:
+    """Its first axis also says how many heads the stack has."""
+    path = f"{stack}/{_BIAS}"
+    if path not in found:
+        raise errors.UserError(f"Layers cannot be stacked: there is no {path}.")
+    return found[path]
 
 
 def _unscanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+import pathlib
 import re
+import types
 from typing import Any
 
 import jax
@@ -31,13 +33,15 @@ _SIZES = (
 )
 
 
-def of_config(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)
+def of_config(config: t5.T5Config) -> Shapes:
     """Returns the shape of every parameter by its path."""
     module = t5.Transformer(config)
     tokens = jnp.ones((1, 2), jnp.int32)
     init = lambda rng: module.init(rng, tokens, tokens, tokens, enable_dropout=False)["params"]
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return {path: leaf.shape for path, leaf in patching.flatten(shapes).items()}
+    flat = {path: leaf.shape for path, leaf in patching.flatten(shapes).items()}
+    return types.MappingProxyType(flat)
 
 
 def recognise(shapes: Shapes, where: str) -> t5.T5Config:
@@ -123,8 +127,17 @@ def _sizes(values: Mapping[str, Any]) -> tuple[Any, ...]:
 def _names() -> dict[tuple[Any, ...], str]:
     found = {}
     for path in sorted((gin_utils.packaged_folder() / "models").glob("*.gin")):
-        bindings = re.findall(r"^T5Config\.(\w+) = ([^#\n]+)", path.read_text(), re.MULTILINE)
-        values = {field: ast.literal_eval(text.strip()) for field, text in bindings}
+        values = _bindings(path)
         if set(_SIZES) <= values.keys():
             found[_sizes(values)] = path.stem
+    return found
+
+
+def _bindings(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a size file binds of T5Config, without the side effects of gin."""
+    text, found = path.read_text(), {}
+    for name in re.findall(r"^include 'models/([^']+)'", text, re.MULTILINE):
+        found |= _bindings(path.with_name(name))
+    for field, value in re.findall(r"^T5Config\.(\w+) = ([^#\n]+)", text, re.MULTILINE):
+        found[field] = ast.literal_eval(value.strip())
     return found

@@ -1,13 +1,15 @@
 """Backbones: where a model's own weights come from, what identifies them, how they are exported."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import importlib.resources
 import json
 import pathlib
+import sys
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -17,11 +19,21 @@ import safetensors
 import safetensors.numpy
 
 from moe_peft import errors, patching
+from moe_peft.convert import formats, layout, leaves, sizes
+from moe_peft.convert import opened as opened_lib
 from moe_peft.training import checkpoints, digest
 
-KINDS = ("random:SEED", "embedded:NAME", "run:FOLDER[@STEP]", "file:PATH.safetensors")
+KINDS = (
+    "random:SEED",
+    "embedded:NAME",
+    "run:FOLDER[@STEP]",
+    "file:PATH.safetensors",
+    "hf:FOLDER",
+    "t5x:FOLDER",
+)
 _FLOATS = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_NAMED = 5
+_CONVERTED = (formats.HUGGING_FACE, formats.T5X)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,32 +51,125 @@ class Backbone:
     fingerprint: str
 
 
-def load(spec: str, abstract_params: PyTree, init: Callable[[jax.Array], PyTree]) -> Backbone:
+def load(
+    spec: str,
+    abstract_params: PyTree,
+    init: Callable[[jax.Array], PyTree],
+    stored_as: Callable[[str], str] | None = None,
+) -> Backbone:
     """Returns the backbone that `spec` names, checked against the model.
+
+    Weights in files come in the model's layout of layers, scanned or not, whichever theirs is.
+    Those of "hf:" and "t5x:" are read leaf by leaf: one leaf is in memory as it is stored, the
+    others as they will be used.
 
     Args:
       spec: "random:SEED" (fresh weights), "embedded:NAME" (shipped with the package),
-        "run:FOLDER[@STEP]" (a training run of the method `full`; default: its newest checkpoint)
-        or "file:PATH" (a safetensors file as `save` writes it).
+        "run:FOLDER[@STEP]" (a training run of the method `full`; default: its newest checkpoint),
+        "file:PATH" (a safetensors file as `save` writes it), "hf:FOLDER" (a T5 as transformers
+        saves it) or "t5x:FOLDER" (a T5X checkpoint, also "t5x:gs://...").
       abstract_params: shapes of the model's own parameters, without adapters.
-      init: rng -> fresh parameters, called for random backbones only.
+      init: rng -> fresh parameters, called for random backbones and for leaves that `allowed` lets
+        be missing.
+      stored_as: path -> "float32" or "bfloat16"; None leaves weights as they are. The fingerprint
+        is of the weights before.
 
     Raises:
       UserError: the spec cannot be read, or a leaf is missing, unused or of another shape.
     """
     kind, _, rest = str(spec).partition(":")
+    if kind in _CONVERTED:
+        found = opened(spec, abstract_params)
+        return _streamed(spec, found, abstract_params, init, stored_as)
     if kind == "random":
         params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
     elif kind == "embedded":
-        params = read(_embedded_path(spec, rest))
+        params = read(embedded_path(spec, rest))
     elif kind == "file":
         params = read(pathlib.Path(rest))
     elif kind == "run":
         params = _from_run(spec, rest)
     else:
         raise errors.UserError(f"Backbone {spec!r} is none of {', '.join(KINDS)}.")
+    params = _in_layout_of(abstract_params, params)
     check(params, abstract_params, spec)
-    return Backbone(str(spec), params, digest.of_tree(params))
+    fingerprint = digest.of_tree(params)
+    if stored_as is not None:
+        flat = patching.flatten(params)
+        params = patching.trees.unflatten({p: cast(x, stored_as(p)) for p, x in flat.items()})
+    return Backbone(str(spec), params, fingerprint)
+
+
+@gin.configurable(module="backbones")
+def allowed(
+    missing: Sequence[str] = (), unused: Sequence[str] = ()
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Leaves that a backbone "hf:" or "t5x:" may lack, or have too many, without an error.
+
+    Args:
+      missing: regular expressions of the model's paths; those leaves are fresh, of seed 0.
+      unused: regular expressions of the checkpoint's keys.
+    """
+    return missing, unused
+
+
+def opened(spec: str, abstract_params: PyTree) -> opened_lib.Opened | None:
+    """Opens a backbone "hf:" or "t5x:" in the model's layout; None for any other kind.
+
+    Only headers are read.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is of another size than the model; one line
+        names what differs and the file of gin/models that would fit.
+    """
+    kind, _, folder = str(spec).partition(":")
+    if kind not in _CONVERTED:
+        return None
+    found = formats.open_backbone(folder, kind)
+    shapes = {path: leaf.shape for path, leaf in patching.flatten(abstract_params).items()}
+    model = sizes.recognise(shapes, "The model config")
+    differing = sizes.differences(model, found.config)
+    if differing:
+        each = (
+            f"{name} {getattr(found.config, name)} (model config: {getattr(model, name)})"
+            for name in differing
+        )
+        fitting = sizes.name(found.config)
+        raise errors.UserError(
+            f"Backbone {spec!r} has another size than the model: {', '.join(each)}. "
+            + (f"Take models/{fitting}.gin." if fitting else "Set T5Config to its sizes.")
+        )
+    return found.scanned(model.scan_layers)
+
+
+def _streamed(
+    spec: str,
+    found: opened_lib.Opened,
+    abstract_params: PyTree,
+    init: Callable[[jax.Array], PyTree],
+    stored_as: Callable[[str], str] | None,
+) -> Backbone:
+    report = found.report()
+    report.check(*allowed())
+    for line in report.lines()[1:]:
+        print(line, file=sys.stderr)
+    fresh = {}
+    if report.missing:
+        only = lambda rng: {path: patching.flatten(init(rng))[path] for path in report.missing}
+        fresh = jax.jit(only)(jax.random.key(0))
+    params, digests = {}, []
+    for path in patching.flatten(abstract_params):
+        values = np.asarray(fresh[path] if path in fresh else found.leaves[path], order="C")
+        digests.append(digest.of_leaf(path, values))
+        params[path] = values if stored_as is None else cast(values, stored_as(path))
+    return Backbone(str(spec), patching.trees.unflatten(params), digest.of_leaves(digests))
+
+
+def _in_layout_of(abstract_params: PyTree, params: PyTree) -> PyTree:
+    scanned = layout.is_scanned(patching.flatten(abstract_params))
+    if layout.is_scanned(patching.flatten(params)) == scanned:
+        return params
+    return leaves.load(layout.convert(leaves.flatten(params), scanned))
 
 
 def check(params: PyTree, abstract_params: PyTree, spec: str) -> None:
@@ -107,7 +212,9 @@ def cast(params: PyTree, dtype: str) -> PyTree:
     check_dtype(dtype)
 
     def convert(leaf):
-        return leaf.astype(_FLOATS[dtype]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        is_so_already = leaf.dtype == _FLOATS[dtype]
+        return leaf.astype(_FLOATS[dtype]) if is_float and not is_so_already else leaf
 
     return jax.tree.map(convert, params)
 
@@ -176,7 +283,8 @@ def _seed(spec: str, text: str) -> int:
         raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.") from None
 
 
-def _embedded_path(spec: str, name: str) -> pathlib.Path:
+def embedded_path(spec: str, name: str) -> pathlib.Path:
+    """Returns the file of a backbone that comes with the package; `spec` is for the message."""
     folder = pathlib.Path(str(importlib.resources.files("moe_peft.models") / "embedded"))
     shipped = sorted(path.stem for path in folder.glob("*.safetensors"))
     if name not in shipped:

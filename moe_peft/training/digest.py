@@ -1,5 +1,6 @@
 """Digests of trees: what identifies a backbone and shows that a checkpoint is undamaged."""
 
+from collections.abc import Iterable
 import concurrent.futures
 import hashlib
 from typing import Any
@@ -19,13 +20,22 @@ def of_tree(tree: PyTree) -> str:
     False
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = sorted(pool.map(_of_leaf, jax.tree_util.tree_leaves_with_path(tree)))
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        return of_leaves(pool.map(_of_leaf, jax.tree_util.tree_leaves_with_path(tree)))
+
+
+def of_leaves(digests: Iterable[str]) -> str:
+    """Returns the digest of a tree from those of its leaves, in any order."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def _of_leaf(item: tuple[Any, Any]) -> str:
     path, leaf = item
     name = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return of_leaf(name, leaf)
+
+
+def of_leaf(name: str, leaf: Any) -> str:
+    """Returns the digest of one leaf, called as in "encoder/layers_0/attention/key/kernel"."""
     values = np.ascontiguousarray(jax.device_get(leaf))
     found = hashlib.sha256(f"{values.shape} {values.dtype.name}\n".encode())
     found.update(values.reshape(-1).view(np.uint8).data)

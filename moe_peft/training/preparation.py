@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching, transfer
 from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints, digest, optimizers
+from moe_peft.training import digest, exported, optimizers
 
 # Parts of the description that must agree with a checkpoint's, and what a person calls them.
 _MUST_AGREE = {
@@ -70,7 +70,8 @@ class Start:
             float32, also where they are the backbone's (method `full`).
           source: the run whose parameters the adapters start from; None for fresh ones.
         """
-        loaded = backbone_lib.load(backbone, self.base_shapes(), self._init_base)
+        stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
+        loaded = backbone_lib.load(backbone, self.base_shapes(), self._init_base, stored_as)
         base = patching.flatten(loaded.params)
 
         def fresh_adapters(rng):
@@ -107,7 +108,7 @@ class Source:
     """A run of another method (or of the same), whose parameters one starts from.
 
     Attributes:
-      folder: of that run.
+      folder: of that run, or the file it was exported to.
       step: of its checkpoint.
       trainable: what it trained.
       description: what it is, see `describe`.
@@ -125,7 +126,7 @@ class Source:
         Raises:
           UserError: there is none, or it is of another method than `method` starts from.
         """
-        saved = checkpoints.load_trainable(folder, step)
+        saved = exported.load(folder, step)
         check_source(method, saved.description, folder)
         return cls(str(folder), saved.step, saved.trainable, saved.description)
 
@@ -174,6 +175,13 @@ def describe(
         **described,
     }
     return as_json(description)
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Returns the kind and the settings of a network."""
+    config = getattr(model, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
+    return {"class": type(model).__name__, "config": settings}
 
 
 def as_json(value: Any) -> Any:

@@ -47,7 +47,7 @@ def params_for(to_scanned):
 
     def params(module):
         if module.config.scan_layers:
-            return to_scanned(unscanned_params(), CONFIG.head_dim)
+            return to_scanned(unscanned_params())
         return unscanned_params()
 
     return params
@@ -102,7 +102,7 @@ def test_scanned_equals_unscanned(params_for, to_scanned):
             tree["relpos_bias"]["rel_embedding"] = np.zeros((2, 32))
     for stack in ("encoder", "decoder"):
         scanned_gradient[stack][stack]["relpos_bias"]["rel_embedding"] = np.zeros((2, 2, 32))
-    assert_trees_close(scanned_gradient, to_scanned(gradient, CONFIG.head_dim))
+    assert_trees_close(scanned_gradient, to_scanned(gradient))
 
 
 @pytest.mark.parametrize(("scan_layers", "remat_policy"), [(False, "minimal"), (True, "full")])
