@@ -25,16 +25,6 @@ from moe_peft.data.crossfit import files
 
 PREFIX = "crossfit"
 PARTS = {"train": "train", "validation": "dev"}
-# CrossFit's metrics by the names of `evaluation.metrics`.
-METRICS = {
-    "ACC": "accuracy",
-    "Classification-F1": "macro_f1",
-    "EM": "exact_match_squad",
-    "Matthew-Correlation": "matthews",
-    "Pearson-Correlation": "pearson",
-    "QA-F1": "qa_f1",
-    "Rouge-L": "rouge_l_crossfit",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +127,19 @@ def _reference(row: files.Row, seed: int) -> str:
     return row.outputs[generator.integers(len(row.outputs))]
 
 
-def _register_task(name: str) -> str:
-    """Registers a task of this name; returns SeqIO's."""
+def _register_task(name: str, metric: str | None) -> str:
+    """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
     registered = registration.task_name(PREFIX, name)
-    metric = METRICS[files.table()[name].metric] if name in files.table() else None
-    reporting = registration.Reporting(metric, name)
+    reporting = registration.Reporting(metric and files.METRICS[metric], name)
     registration.add_task(registered, functools.partial(_rows, name), _splits, reporting)
     return registered
 
 
 def _list(group: str) -> Sequence[str]:
     """Names of the tasks of a group of the user's partition, registered."""
-    return [_register_task(name) for name in files.partition(places.folder(PREFIX))[group]]
+    folder = places.folder(PREFIX)
+    metrics = files.own_metrics(folder)
+    return [_register_task(name, metrics.get(name)) for name in files.partition(folder)[group]]
 
 
 def _num_rows(name: str) -> float:
@@ -158,8 +149,8 @@ def _num_rows(name: str) -> float:
 
 def register() -> None:
     """Adds the tasks of the random partition and the mixtures to SeqIO's registries."""
-    for name in files.table():
-        _register_task(name)
+    for listed in files.table().values():
+        _register_task(listed.name, listed.metric)
     for group in files.GROUPS:
         registration.add_mixture(
             f"{PREFIX}_{group}", functools.partial(_list, group), rate=_num_rows

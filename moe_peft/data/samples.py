@@ -153,7 +153,10 @@ def write_crossfit(place: pathlib.Path) -> None:
                     text = "".join(f"{inputs}\t{targets}\n" for inputs, targets in rows)
                     path = place / name / f"{name}_32_{seed}_{part}.tsv"
                     path.write_text(text, encoding="utf-8")
-    (place / files.PARTITION_FILE).write_text(json.dumps(names), encoding="utf-8")
+    metrics = dict(zip(names["test"], ("Classification-F1", "Rouge-L", "QA-F1"), strict=True))
+    metrics |= dict.fromkeys(names["train"] + names["dev"], "EM")
+    text = json.dumps({**names, "metrics": metrics})
+    (place / files.PARTITION_FILE).write_text(text, encoding="utf-8")
 
 
 def write_p3(place: pathlib.Path, form: str = "tfrecord") -> None:

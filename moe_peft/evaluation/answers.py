@@ -55,11 +55,17 @@ class Answers:
             "num_tasks": num_tasks,
             "run": dict(run),
             "settings": dict(settings),
+            "seconds": 0.0,
             "tasks": {},
         }
         earlier = read_record(folder)
         if earlier and _identity(earlier) == _identity(self._record):
-            self._record["tasks"] = earlier["tasks"]
+            self._record |= {name: earlier[name] for name in ("seconds", "tasks")}
+
+    @property
+    def seconds(self) -> float:
+        """Spent on asking, by all processes together."""
+        return self._record["seconds"]
 
     def read(self, task: str, questions: str) -> list[dict[str, Any]] | None:
         """Rows of a finished task; None if it must be asked.
@@ -76,12 +82,15 @@ class Answers:
             return None
         return list(predictions.read_jsonl(path))
 
-    def write(self, rows: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
-        """Keeps some tasks: {name: (digest of the questions, rows)}."""
+    def write(
+        self, rows: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]], seconds: float
+    ) -> None:
+        """Keeps some tasks: {name: (digest of the questions, rows)}, and what they took."""
         for task, (questions, found) in rows.items():
             path = _path(self.folder, task)
             predictions.write_jsonl(path, found)
             self._record["tasks"][task] = {"questions": questions, "answers": _digest(path)}
+        self._record["seconds"] = round(self.seconds + seconds, 1)
         predictions.write_json(self.folder / RECORD, self._record)
 
 

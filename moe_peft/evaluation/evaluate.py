@@ -75,15 +75,14 @@ def evaluate(
     )
     found = {}
     for mixture in evaluator.mixtures:
-        suite, started = evaluator.suite(mixture), time.monotonic()
-        folder = _folder(model_dir, mixture)
-        rows = _answer(evaluator, restored, mixture, folder)
+        suite, folder = evaluator.suite(mixture), _folder(model_dir, mixture)
+        rows, seconds = _answer(evaluator, restored, mixture, folder)
         found[mixture] = {
             "mixture": mixture,
             "run": dict(restored.run),
             "settings": evaluator.settings,
             "num_cut_targets": sum(suite.is_cut),
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": seconds,
             "results": evaluator.results(rows).to_json(),
         }
         predictions.write_json(folder / "results.json", found[mixture])
@@ -106,24 +105,28 @@ def _answer(
     restored: restore.Restored,
     mixture: str,
     folder: pathlib.Path,
-) -> list[suites.Row]:
-    """Rows of a mixture, from disk or by asking; what is new is kept part by part."""
+) -> tuple[list[suites.Row], float]:
+    """(rows of a mixture, seconds they took); what is new is kept part by part."""
     suite, rows, num_known = evaluator.suite(mixture), [], 0
     num_tasks = len(suite.tasks())
     kept = answers.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
     with tracking.shown(mixture, len(suite.rows)) as progress:
         for part in evaluator.parts(mixture):
+            started = time.monotonic()
             digests = {task: suite.digest(places) for task, places in part.items()}
             known = {task: kept.read(task, digest) for task, digest in digests.items()}
             places = [place for members in part.values() for place in members]
             if all(found is not None for found in known.values()):
-                rows += [row for found in known.values() for row in found]
-                num_known += len(places)
+                old = [row for found in known.values() for row in found]
+                new = [{**row, **suite.rows[i]} for row, i in zip(old, places, strict=True)]
+                num_known, seconds = num_known + len(places), 0.0
                 progress.advance(len(places))
-                continue
-            new = evaluator.predict(restored.model, restored.params, mixture, progress, places)
+            else:
+                new = evaluator.predict(restored.model, restored.params, mixture, progress, places)
+                seconds = time.monotonic() - started
             by_place = dict(zip(places, new, strict=True))
-            kept.write({task: (digests[task], [by_place[i] for i in part[task]]) for task in part})
+            found = {task: (digests[task], [by_place[i] for i in part[task]]) for task in part}
+            kept.write(found, seconds)
             rows += new
     if num_known:
         print(
@@ -131,7 +134,7 @@ def _answer(
             f"model with the same settings. To ask them again, remove {folder}.",
             file=sys.stderr,
         )
-    return rows
+    return rows, kept.seconds
 
 
 def _folder(model_dir: str, mixture: str) -> pathlib.Path:

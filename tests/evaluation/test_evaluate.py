@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 import seqio
+from sklearn import metrics as sklearn_metrics
 
 from moe_peft import errors, methods
+from moe_peft.data import registration
 from moe_peft.data import rows as rows_lib
 from moe_peft.evaluation import answering, evaluate, evaluator, infer, predictions, tracking
 from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
@@ -128,17 +130,25 @@ def spoil(text):
     return ("b" if text[0] == "a" else "a") + text[1:]
 
 
-def add_task(name, inputs, targets, choices=()):
+class Source(rows_lib.RowsSource):
+    """With what its benchmark says."""
+
+    reporting = registration.Reporting()
+
+
+def add_task(name, inputs, targets, choices=(), references=(), metric=None):
     seqio.TaskRegistry.remove(name)
     encode = lambda texts: rows_lib.Ragged.of([Letters().encode(text) for text in texts])
     scalars = {
         "task_ids": np.zeros(len(inputs), np.int32),
         "template_ids": np.arange(len(inputs), dtype=np.int32) % 2,
     }
-    found = rows_lib.Rows(encode(inputs), encode(targets), scalars, choices)
+    found = rows_lib.Rows(encode(inputs), encode(targets), scalars, choices, references)
+    source = Source(lambda split: found, {"validation": len(inputs)})
+    source.reporting = registration.Reporting(metric, "letters")
     seqio.TaskRegistry.add(
         name,
-        source=rows_lib.RowsSource(lambda split: found, {"validation": len(inputs)}),
+        source=source,
         preprocessors=[],
         output_features={k: seqio.Feature(Letters()) for k in ("inputs", "targets")},
     )
@@ -257,6 +267,84 @@ def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, c
         run(methods.ia3(), "random:1", str(tmp_path / "ia3"))
     with pytest.raises(errors.UserError, match="no checkpoint of step 4"):
         run(methods.ia3(), backbone, str(tmp_path / "ia3"), step=4)
+
+
+@pytest.fixture
+def in_two_parts(suite, monkeypatch):
+    """Evaluates the bare backbone, a task at a time; {tasks asked: how often}."""
+    monkeypatch.setattr(evaluator, "_BATCHES_OF_A_PART", 1)
+    asked = []
+
+    def run(backbone, folder, kill_after=99, **kwargs):
+        asked.clear()
+        one = make_evaluator(suite, **kwargs)
+        predict = one.predict
+
+        def watched(model, params, mixture, progress, places):
+            if len(asked) == kill_after:
+                raise KeyboardInterrupt
+            asked.append(one.suite(mixture).rows[places[0]]["task"])
+            return predict(model, params, mixture, progress, places)
+
+        one.predict = watched
+        evaluate.evaluate(MODULE, methods.frozen(), backbone, str(folder), one)
+        return list(asked)
+
+    return run
+
+
+def test_an_evaluation_goes_on_where_it_stopped(in_two_parts, backbone, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert in_two_parts(backbone, whole) == ["toy_x_1", "toy_y_1"]
+    with pytest.raises(KeyboardInterrupt):
+        in_two_parts(backbone, killed, kill_after=1)
+    assert not (killed / "eval" / "toy" / "results.json").exists()
+    assert in_two_parts(backbone, killed) == ["toy_y_1"]
+    assert "12 of 24 examples were answered before" in capsys.readouterr().err
+    read = lambda folder, name: (folder / "eval" / "toy" / name).read_bytes()
+    for name in ("predictions/toy_x_1.jsonl", "predictions/toy_y_1.jsonl", "table.md"):
+        assert read(whole, name) == read(killed, name)
+    was = json.loads(read(killed, "results.json"))
+    assert was["results"] == json.loads(read(whole, "results.json"))["results"]
+    # All is answered. Averages may change without asking, and so may groups.
+    (killed / "eval" / "toy" / "results.json").unlink()
+    assert in_two_parts(backbone, killed, average="groups") == []
+    record = json.loads(read(killed, "evaluation.json"))
+    assert record["settings"]["average"] == "groups"
+    assert record["seconds"] == was["seconds"]
+    # Another model is asked, whatever is there.
+    assert in_two_parts("random:1", killed) == ["toy_x_1", "toy_y_1"]
+
+
+def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, model_and_params):
+    inputs, answers = zip(*asked[:4], strict=True)
+    wrong = list(map(spoil, answers))
+    references = [(wrong[0], answers[0]), (wrong[1],), (answers[2], wrong[2]), ("p", answers[3])]
+    add_task("toy_r_1", inputs, wrong, references=references, metric="exact_match_squad")
+    add_task("toy_s_1", inputs, answers, references=references, metric="macro_f1")
+    seqio.MixtureRegistry.remove("toys")
+    seqio.MixtureRegistry.add("toys", ["toy_r_1", "toy_s_1"], default_rate=1.0)
+    own = make_evaluator("toys", metric="task", decoding=strategies.Greedy())
+    rows = own.predict(*model_and_params, "toys")
+    assert [row["metric"] for row in rows] == ["exact_match_squad"] * 4 + ["macro_f1"] * 4
+    assert [row["references"] for row in rows] == 2 * [list(texts) for texts in references]
+    assert [row["score"] for row in rows] == [1, 0, 1, 1, None, None, None, None]
+    found = own.results(rows)
+    assert found.tasks["toy_r_1"].mean == 0.75
+    first = [texts[0] for texts in references]  # F1 looks at the first; templates alternate
+    want = [
+        sklearn_metrics.f1_score(first[i::2], answers[i::2], average="macro", zero_division=0)
+        for i in range(2)
+    ]
+    assert list(found.tasks["toy_s_1"].templates.values()) == pytest.approx(want)
+    (row,) = own.predict(*model_and_params, "toys", places=[5])
+    assert row == rows[5]
+
+    add_task("toy_q_1", inputs, answers)
+    with pytest.raises(errors.UserError, match="'toy_q_1' has no metric of its own"):
+        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).suite("toy_q_1")
+    reported = evaluator.Evaluator("toy_r_1", LENGTHS, None).suite("toy_r_1")
+    assert reported.rows[0]["group"] == "letters"
 
 
 def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):

@@ -18,6 +18,16 @@ from moe_peft.data import bad_rows
 SEEDS = (100, 13, 21, 42, 87)
 GROUPS = ("train", "dev", "test")
 PARTITION_FILE = "random.json"
+# CrossFit's metrics by the names of `evaluation.metrics`.
+METRICS = {
+    "ACC": "accuracy",
+    "Classification-F1": "macro_f1",
+    "EM": "exact_match_squad",
+    "Matthew-Correlation": "matthews",
+    "Pearson-Correlation": "pearson",
+    "QA-F1": "qa_f1",
+    "Rouge-L": "rouge_l_crossfit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +88,25 @@ def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
         where = [group for group in GROUPS if twice in groups[group]]
         raise errors.UserError(f"{path} names {twice!r} twice ({' and '.join(where)}).")
     return groups
+
+
+def own_metrics(folder: pathlib.Path) -> Mapping[str, str]:
+    """Task to the metric it is reported by, one of `METRICS`.
+
+    The official ones; for tasks of one's own, what `random.json` says under "metrics".
+    """
+    found = {listed.name: listed.metric for listed in table().values()}
+    path = folder / PARTITION_FILE
+    if not path.is_file():
+        return found
+    more = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
+    unknown = [task for task, metric in more.items() if metric not in METRICS]
+    if unknown:
+        raise errors.UserError(
+            f"{path}: the metric of {unknown[0]!r} is {more[unknown[0]]!r}; expected one of "
+            f"{', '.join(METRICS)}.{errors.near(str(more[unknown[0]]), METRICS)}"
+        )
+    return {**more, **found}
 
 
 def path_of(folder: pathlib.Path, task: str, seed: int, part: str) -> pathlib.Path:
