@@ -164,6 +164,21 @@ DATA_COMMANDS = {
             "data_prepare.eval_mixtures = %EVAL_MIXTURES",
         ),
     ),
+    "data show": Command(
+        entry_point="data_show",
+        help="print examples as the model sees them, with token ids and lengths",
+        example=(
+            "  moe-peft data show cldr_month_de --split validation\n"
+            "  moe-peft data show superni_train --gin_file samples/superni.gin --count 2\n"
+            "  moe-peft data show p3_t0 --gin_file samples/p3.gin --packed"
+        ),
+        modules=(*_DATA_MODULES, "moe_peft.commands.data_show"),
+        defaults=(
+            *_DATA_DEFAULTS,
+            "FEATURE_LENGTHS = None",
+            "data_show.feature_lengths = %FEATURE_LENGTHS",
+        ),
+    ),
 }
 
 
@@ -194,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="results", metavar="FOLDER", help="where to write table and picture"
     )
     _add_report(commands)
+    _add_convert(commands)
     _add_aggregate(commands)
     _add_data(commands)
     _add_experiments(commands)
@@ -214,6 +230,50 @@ def _add_settings(commands, name: str, command: Command) -> argparse.ArgumentPar
     sub.add_argument("--gin_file", action="append", default=[], metavar="FILE")
     sub.add_argument("--gin_search_paths", default="", metavar="A,B")
     return sub
+
+
+def _add_convert(commands) -> None:
+    sub = commands.add_parser(
+        "convert",
+        help="backbones and adapters from one format into another: Hugging Face, T5X, PEFT",
+        description=(
+            "Converts whole models between Hugging Face, T5X and our own files, adapters between "
+            "runs, our own files and PEFT; merges adapters into their backbone; averages adapters. "
+            "What was written is read again and compared before it appears."
+        ),
+        epilog=(
+            "A place is PATH or FORMAT:PATH; formats are hf, t5x, peft and, for a file "
+            "*.safetensors, ours. What is at --from is detected.\nExamples:\n"
+            "  moe-peft convert --from embedded:cldr_tiny --to hf:cldr_tiny\n"
+            "  moe-peft convert --from results/cldr/lora --to peft:lora\n"
+            "  moe-peft convert --from results/cldr/mhr --task 3 --to peft:task3\n"
+            "  moe-peft convert --from results/cldr/lora --merge --to hf:merged\n"
+            "  moe-peft convert --average a.safetensors b.safetensors --to soup.safetensors"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--from", dest="source", metavar="PLACE", help="what to convert")
+    what.add_argument("--average", nargs="+", metavar="PLACE", help="adapters to average")
+    sub.add_argument("--to", required=True, metavar="PLACE", help="what to write")
+    sub.add_argument("--weights", metavar="0.5,...", help="of --average; default: equal ones")
+    sub.add_argument("--merge", action="store_true", help="fold the adapter into its backbone")
+    sub.add_argument("--task", type=int, metavar="ID", help="task of a task-routed adapter")
+    sub.add_argument("--member", metavar="TASK:SEED", help="run of an adaptation")
+    sub.add_argument("--step", type=int, help="checkpoint of a run; default: the newest")
+    sub.add_argument("--base", metavar="PLACE", help="backbone of an adapter that names none")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of what is written")
+    sub.add_argument(
+        "--scan_layers",
+        action=argparse.BooleanOptionalAction,
+        help="layout of a model's layers in T5X and in our own files; default: as it is",
+    )
+    sub.add_argument(
+        "--t5x_layout", choices=("legacy", "orbax"), default="legacy", help="default: legacy"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace what is at --to")
+    sub.add_argument("--seed", type=int, default=0, help="of the random batch")
 
 
 def _add_report(commands) -> None:
@@ -292,6 +352,15 @@ def _add_data(commands) -> None:
     prepare.add_argument("--processes", type=int, default=1, metavar="N")
     prepare.add_argument("--json", action="store_true", help="print JSON")
 
+    show = _add_settings(verbs, "data show", DATA_COMMANDS["data show"])
+    show.add_argument("name", metavar="NAME", help="task, or mixture in the order of training")
+    show.add_argument("--split", default="train")
+    show.add_argument("--count", type=int, default=3, metavar="N", help="examples; default: 3")
+    show.add_argument("--start", type=int, default=0, metavar="N", help="examples to leave out")
+    show.add_argument("--packed", action="store_true", help="the first row of packed training")
+    show.add_argument("--all_ids", action="store_true", help="do not shorten lists of ids")
+    show.add_argument("--json", action="store_true", help="print JSON")
+
 
 def _add_experiments(commands) -> None:
     sub = commands.add_parser(
@@ -358,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if args.command in ("plan", "report", "export", "merge", "aggregate"):
+    if args.command in ("plan", "report", "export", "merge", "convert", "aggregate"):
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
@@ -390,6 +459,10 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
 
     if args.command == "report":
         _report(args)
+        return 0
+
+    if args.command == "convert":
+        _convert(args)
         return 0
 
     if args.command == "data":
@@ -430,15 +503,32 @@ def _compare(folders: Sequence[str], out: str) -> None:
         _say_written(pareto.write(rows, title, os.path.join(out, f"{mixture}_adapted")))
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from moe_peft.commands import convert
+
+    options = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(convert.Options)
+    }
+    if args.weights is not None:
+        options["weights"] = _numbers("--weights", args.weights, float)
+    place = convert.convert(args.average or [args.source], args.to, convert.Options(**options))
+    print(f"wrote {place}")
+
+
+def _numbers(flag: str, text: str, kind: type) -> list:
+    """Returns the numbers of a flag like "0,1,2"."""
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError:
+        raise errors.UserError(
+            f"{flag} is {text!r}; expected numbers with commas between them, such as 0,1,2."
+        ) from None
+
+
 def _report(args: argparse.Namespace) -> None:
     from moe_peft.analysis import run_report
 
-    try:
-        splits = None if args.splits is None else [int(each) for each in args.splits.split(",")]
-    except ValueError:
-        raise errors.UserError(
-            f"--splits is {args.splits!r}; expected numbers such as 0,1,2."
-        ) from None
+    splits = None if args.splits is None else _numbers("--splits", args.splits, int)
     _say_written(
         run_report.write(
             args.folders,
@@ -461,6 +551,15 @@ def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         splits = [split for split in args.splits.split(",") if split]
         call = functools.partial(prepare, names=args.names, splits=splits, processes=args.processes)
         data_prepare.show(*data_prepare.timed(call), args.json)
+        return 0
+    if args.verb == "show":
+        show = configure("data show", args.gin_file, gin_bindings, args.gin_search_paths)
+        from moe_peft.commands import data_show
+
+        wanted = ("name", "split", "count", "start", "packed")
+        found = show(**{name: getattr(args, name) for name in wanted})
+        printed = data_show.show_packed if args.packed else data_show.show
+        printed(found, args.json, args.all_ids)
         return 0
     with quiet.importing():
         from moe_peft.commands import data_check

@@ -34,6 +34,7 @@ __all__ = [
     "eval_examples",
     "get",
     "num_tasks",
+    "rates",
     "tasks_of",
     "train_batches",
     "vocabulary",
@@ -84,7 +85,7 @@ def train_batches(
         sources = [task.source.rows(split) for task in tasks]
         for task, source in zip(tasks, sources):
             encoding.warn_if_cut(task.name, source, lengths)
-        stream = mixing.Stream(sources, _rates(mixture_or_task, tasks), seed)
+        stream = mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
         make = _packed if pack else _padded
         batches = make(stream, batch_size, lengths, start_batch)
     else:
@@ -103,7 +104,8 @@ def train_batches(
     return (sentences.add(batch, ids, sentence_encoder) for batch in batches)
 
 
-def _rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
+def rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
+    """Relative rates of a mixture's tasks."""
     provider = lookup.get(mixture_or_task)
     if isinstance(provider, seqio.Task):
         return [1.0]
