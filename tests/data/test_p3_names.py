@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from moe_peft.data import fewshot
 from moe_peft.data.p3 import names
 
 TABLE = names.official()
@@ -253,3 +254,29 @@ def test_a_table_without_numbers(tmp_path):
     (tmp_path / names.TABLE_FILE).write_text(json.dumps(table))
     (prompt,) = names.of_folder(tmp_path).prompts.values()
     assert (prompt.choices, prompt.rows("train")) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shots", "rows", "first", "last"),
+    [
+        ("anli_r1", 50, 16_946, (5333, 2661, 2185), (7048, 7127, 2525)),
+        ("anli_r2", 50, 45_460, (9571, 27489, 8942), (24324, 9446, 15649)),
+        ("anli_r3", 50, 100_459, (52226, 94747, 62387), (2997, 87773, 3858)),
+        ("hellaswag", 20, 39_905, (21485, 18801, 15235), (10508, 25026, 24392)),
+        ("winogrande", 50, 40_398, (13299, 8457, 39915), (37173, 26441, 17917)),
+        ("storycloze", 70, 1871, (1702, 356, 1579), (1290, 1597, 1688)),
+        ("rte", 32, 2490, (1057, 907, 2325), (1616, 2425, 2326)),
+        ("cb", 32, 250, (142, 202, 225), (33, 222, 76)),
+        ("copa", 32, 400, (209, 114, 132), (193, 11, 303)),
+        ("wic", 32, 5428, (79, 4909, 2708), (3787, 3628, 1516)),
+        ("wsc", 32, 554, (83, 159, 85), (512, 258, 247)),
+    ],
+)
+def test_shots_of_t_few(name, shots, rows, first, last):
+    """Row numbers in T-Few's files of few-shot examples: the first and the last of each seed."""
+    known = HELD_OUT[name].published.rows
+    assert known["validation" if name == "storycloze" else "train"] == rows
+    found = [fewshot.draw(name, rows, fewshot.Sizes(shots), seed).shots for seed in (42, 1024, 0)]
+    assert all(len(chosen) == shots for chosen in found)
+    assert tuple(chosen[0, 0] for chosen in found) == first
+    assert tuple(chosen[-1, 0] for chosen in found) == last
