@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_peft.evaluation import fewshot_report
+from moe_peft.evaluation import bootstrap, fewshot_report, fewshot_scores, metrics
 
 GROUPS = {"a_x": "a", "a_y": "a", "b_x": "b"}
 
@@ -70,3 +70,42 @@ def test_the_table_names_what_it_shows(results):
     assert "over 3 seeds" in text
     assert "sample (n - 1)" in text
     assert "| **all tasks** | 3 | 42.2 |" in text
+
+
+def answered(task, seed, answers, metric="exact_match"):
+    scores = [None if metric == "macro_f1" else float(a == "x") for a in answers]
+    common = {"task": task, "seed": seed, "group": task[0], "metric": metric, "targets": "x"}
+    return [
+        {**common, "prediction": answer, "score": score}
+        for answer, score in zip(answers, scores, strict=True)
+    ]
+
+
+def test_rows_are_scored_by_their_metric_with_intervals():
+    rows = [
+        *(row for seed in (1, 2) for row in answered("a_t", seed, ["x", "y", "x", "x"][seed:])),
+        *(row for seed in (1, 2) for row in answered("b_t", seed, ["x", "y"], "macro_f1")),
+    ]
+    found = fewshot_report.of_rows(rows, bootstrap.Bootstrap(resamples=200))
+    assert found["tasks"]["a_t"]["by_seed"] == {"1": 2 / 3, "2": 1.0}
+    one_class = (2 / 3 + 0) / 2  # "y" is a class of its own
+    assert found["tasks"]["b_t"]["by_seed"] == pytest.approx({"1": one_class, "2": one_class})
+    assert found["overall"]["metric"] is None
+    assert [found["groups"][g]["metric"] for g in "ab"] == ["exact_match", "macro_f1"]
+    low, high = found["overall"]["mean_interval"]
+    assert low < found["overall"]["over_seeds"]["mean"] < high
+    assert fewshot_report.of_rows(rows)["tasks"]["a_t"]["mean_interval"] is None
+    how = {"over": "templates", "resamples": 200, "level": 0.95}
+    text = fewshot_report.markdown({**found, "bootstrap": how})
+    assert "| seed 1 | seed 2 | interval | metric |" in text
+    assert "macro f1 |" in text
+    assert "95 % of 200 bootstrap resamples over seeds" in text
+
+
+def test_answers_of_a_run_are_scored_together_or_one_by_one():
+    references = [["x", "z"], ["y"]]
+    run = fewshot_scores.of_answers(metrics.get("accuracy"), ["Z", "n"], references)
+    assert (run.scores, run.score, run.metric) == ([1.0, 0.0], 0.5, "accuracy")
+    run = fewshot_scores.of_answers(metrics.get("macro_f1"), ["x", "x"], references)
+    assert run.scores == [None, None]
+    assert run.score == pytest.approx((2 / 3 + 0) / 2)
