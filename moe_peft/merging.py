@@ -14,7 +14,7 @@ import math
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from moe_peft import adapters, errors, methods, patching, routing
@@ -112,6 +112,19 @@ class Gap:
         """The largest difference over the largest logit; NaN if a logit is."""
         return self.largest / self.scale
 
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.largest:.2g}, mean {self.mean:.2g}, largest value "
+            f"{self.scale:.3g}"
+        )
+
+
+def gap(before: Float[Array, "..."], after: Float[Array, "..."]) -> Gap:
+    """Returns how far two arrays lie apart."""
+    before, after = np.asarray(before), np.asarray(after)
+    difference = np.abs(before - after)
+    return Gap(float(difference.max()), float(difference.mean()), float(np.abs(before).max()))
+
 
 def logit_gap(
     module: nn.Module,
@@ -128,8 +141,7 @@ def logit_gap(
     ids = jnp.full((2,), 0 if method.num_tasks is None else task, jnp.int32)
     old = jax.jit(before.logits)(params, {**batch, "task_ids": ids})
     new = jax.jit(after.logits)(merged, batch)
-    difference = np.abs(np.asarray(old) - np.asarray(new))
-    return Gap(float(difference.max()), float(difference.mean()), float(np.abs(old).max()))
+    return gap(old, new)
 
 
 def random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]]:

@@ -5,7 +5,7 @@ import pathlib
 import gin
 
 from moe_peft import errors
-from moe_peft.training import backbone, checkpoints
+from moe_peft.training import exported
 
 
 @gin.register(module="commands")
@@ -14,6 +14,7 @@ def export(
     path: str = gin.REQUIRED,
     step: int | None = None,
     dtype: str = "float32",
+    member: str | None = None,
 ) -> pathlib.Path:
     """Writes the trained parameters of a run as safetensors and returns the file's path.
 
@@ -22,16 +23,15 @@ def export(
     a backbone: `BACKBONE = "file:PATH"`.
 
     Args:
-      model_dir: folder of the run.
+      model_dir: folder of the run or of the adaptation.
       path: the file to write, ending in .safetensors.
       step: which checkpoint; None takes the newest.
       dtype: "float32" or "bfloat16".
+      member: which run of an adaptation, "TASK:SEED"; needed where `model_dir` is one.
 
     Raises:
       UserError: there is no such checkpoint, or the file cannot be written.
     """
     if not path.endswith(".safetensors"):
         raise errors.UserError(f"The exported file is called {path!r}; expected *.safetensors.")
-    saved = checkpoints.load_trainable(model_dir, step)
-    metadata = {**saved.description, "step": saved.step}
-    return backbone.save(saved.trainable, path, dtype, metadata)
+    return exported.save(exported.load(model_dir, step, member), path, dtype)

@@ -70,12 +70,19 @@ def layers_of(shapes: Shapes) -> list[str]:
 
 def rule_of(method: methods.Method, layer: str) -> patching.Rule:
     """Returns the rule that adapts a layer of the unscanned network."""
-    scanned = re.sub(r"^(encoder|decoder)/layers_\d+/", r"\1/\1/", layer)
+    paths = layer, _scanned(layer)
     return next(
-        rule
-        for rule in method.rules
-        if any(re.fullmatch(rule.pattern, path) for path in (layer, scanned))
+        rule for rule in method.rules if any(re.fullmatch(rule.pattern, path) for path in paths)
     )
+
+
+def path_in(layer: str, network: t5.T5Config) -> str:
+    """Returns the path of a layer of the unscanned network in `network`."""
+    return _scanned(layer) if network.scan_layers else layer
+
+
+def _scanned(layer: str) -> str:
+    return re.sub(r"^(encoder|decoder)/layers_\d+/", r"\1/\1/", layer)
 
 
 def _unscanned(path: str, shape: Sequence[int]) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from typing import Any
 
-from moe_peft import adapters, errors, methods
+from moe_peft import adapters, errors, methods, patching
 from moe_peft.convert import peft_config, sizes
 from moe_peft.models import t5
 from moe_peft.routing import task_routers
@@ -24,8 +24,8 @@ def check(method: methods.Method, where: str) -> None:
 
 
 def _why_not(method: methods.Method) -> str | None:
-    if method.trainable != methods.ADAPTER_LEAVES or not method.rules:
-        return "what it trains is not all of its adapters, or more than they"
+    if not method.rules:
+        return "it has no adapters"
     for rule in method.rules:
         adapter = rule.adapter_factory(parent=None)
         if type(adapter) not in _KINDS:
@@ -42,6 +42,10 @@ def _why_not(method: methods.Method) -> str | None:
                 f"its Poly has a router for every layer, not one per {rule.granularity.level} "
                 "(one task of it is a LoRA: --task)"
             )
+    layer = f"encoder/layer/{patching.ADAPTER}"
+    leaves = f"{layer}/lora_a", f"{layer}/router/logits", "encoder/layer/kernel"
+    if [method.is_trainable(path) for path in leaves] != [True, True, False]:
+        return "what it trains is not all of its adapters, or more than those"
     return None
 
 

@@ -176,6 +176,8 @@ def adapt(
     description = preparation.as_json(
         {
             "method": method.describe(),
+            "model": preparation.describe_model(model),
+            "backbone_spec": backbone,
             "backbone": {"fingerprint": start.fingerprint, "frozen_dtype": frozen_dtype},
             "source": {"folder": source, "step": start.source_step},
             "optimizer": optimizer.describe(),

@@ -29,11 +29,10 @@ def load(
       UserError: there is no such thing, it is damaged, or a file has no record of a method.
     """
     path = pathlib.Path(source).expanduser()
-    is_adaptation = (path / _GROUPS / "plan.json").is_file()
-    if member is not None and not is_adaptation:
-        raise errors.UserError(f"{source} is no adaptation, so it has no run {member!r}.")
-    if is_adaptation:
+    if is_adaptation(path):
         return _load_member(path, member)
+    if member is not None:
+        raise errors.UserError(f"{source} is no adaptation, so it has no run {member!r}.")
     if not path.is_file():
         return checkpoints.load_trainable(source, step)
     description = dict(read_description(path))
@@ -44,16 +43,23 @@ def load(
     return checkpoints.Saved(saved_step, tree, {}, {"description": description})
 
 
+def is_adaptation(path: pathlib.Path) -> bool:
+    """Whether `moe-peft adapt` made the folder."""
+    return (path / _GROUPS / "plan.json").is_file()
+
+
+def holds_adapter(path: pathlib.Path) -> bool:
+    """Whether a file was exported from a run that trained an adapter, not the whole model."""
+    return _metadata(path).get("method", {}).get("name") not in (None, "full")
+
+
 def read_description(path: pathlib.Path) -> Mapping[str, Any]:
     """Returns what a file says of the run that it was exported from.
 
     Raises:
       UserError: the file cannot be read, or says nothing.
     """
-    try:
-        found = backbone.read_metadata(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
+    found = _metadata(path)
     if "name" not in found.get("method", {}):
         raise errors.UserError(
             f"{path} has no 'method' in its header's 'moe_peft', so it is no exported adapter."
@@ -67,6 +73,13 @@ def save(
     """Writes what `load` reads; see `backbone.save`. docs/interop.md has the schema."""
     metadata = {**saved.description, "step": saved.step}
     return backbone.save(saved.trainable, path, dtype, metadata)
+
+
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return backbone.read_metadata(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def _load_member(folder: pathlib.Path, member: str | None) -> checkpoints.Saved:

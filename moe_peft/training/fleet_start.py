@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_peft import errors, methods, patching, transfer
 from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints, fleet_data, preparation
+from moe_peft.training import exported, fleet_data, preparation
 
 _NO_JOB = fleet_data.Job("", 0)  # stands for any: frozen leaves are the same for all
 
@@ -38,7 +38,7 @@ class Start:
         Args:
           start: models, method and shapes of a batch.
           backbone: see `backbone.load`.
-          source: folder of a multi-task run; None starts from fresh adapters.
+          source: folder of a multi-task run, or its exported file; None starts from fresh adapters.
           frozen_dtype: of the backbone's frozen leaves; frozen adapters stay float32.
           task_weights: for the variant "soup".
 
@@ -48,7 +48,7 @@ class Start:
         self._start, self._task_weights = start, task_weights
         self._method = method = start.method
         _check(method, source)
-        saved = checkpoints.load_trainable(_folder(source)) if source else None
+        saved = exported.load(_existing(source)) if source else None
         if saved:
             preparation.check_source(method, saved.description, str(source))
         shapes = start.base_shapes()
@@ -115,12 +115,12 @@ class Start:
             )
 
 
-def _folder(source: str) -> pathlib.Path:
-    folder = pathlib.Path(source).expanduser()
-    if not folder.is_dir():
-        near = errors.near(folder.name, [p.name for p in folder.parent.glob("*") if p.is_dir()])
+def _existing(source: str) -> pathlib.Path:
+    path = pathlib.Path(source).expanduser()
+    if not path.exists():
+        near = errors.near(path.name, [p.name for p in path.parent.glob("*")])
         raise errors.UserError(f"SOURCE: there is no folder {source}.{near}")
-    return folder
+    return path
 
 
 def _check(method: methods.Method, source: str | None) -> None:

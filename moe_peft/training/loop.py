@@ -264,7 +264,4 @@ def fit(
 
 def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
     """Returns the settings of the network and of the objective."""
-    config = getattr(model, "config", None)
-    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
-    name = type(model).__name__
-    return {"class": name, "config": settings, "loss": dataclasses.asdict(loss)}
+    return {**preparation.describe_model(model), "loss": dataclasses.asdict(loss)}

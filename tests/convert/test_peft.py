@@ -1,9 +1,7 @@
 """PEFT folders without torch: round trips, formulas, and what is refused."""
 
-import numpy as np
 import pytest
 
-from moe_peft import methods
 from moe_peft.convert import peft
 
 NAMES = ("lora", "qv", "ia3", "poly", "mhr4", "mhr8")

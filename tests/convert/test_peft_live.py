@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 
-from moe_peft import methods
 from moe_peft.convert import hugging_face, peft, peft_config, records
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -1,0 +1,225 @@
+"""`convert`: backbones and adapters from one format into another, verified before they appear."""
+
+from collections.abc import Sequence
+import dataclasses
+import time
+
+import jax
+
+from moe_peft import errors, patching
+from moe_peft.convert import (
+    averaging,
+    formats,
+    merged,
+    models,
+    opened,
+    peft,
+    places,
+    records,
+    single_task,
+    sizes,
+)
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints, exported
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be asked of a conversion.
+
+    Attributes:
+      base: backbone of an adapter, such as "hf:FOLDER"; None takes the one its run names.
+      merge: fold the adapter into its backbone.
+      task: id of the task for which a task-routed adapter is merged, or taken alone.
+      member: which run of an adaptation, "TASK:SEED".
+      step: which checkpoint of a run; None for the newest.
+      weights: of an average; None for equal ones.
+      dtype: "float32" or "bfloat16"; None keeps a model's own, adapters are float32.
+      scan_layers: layout of a model's leaves; None keeps it. Hugging Face has one layout.
+      t5x_layout: "legacy" or "orbax".
+      overwrite: replace what is there, if it is of the same format.
+      seed: of the random batch.
+    """
+
+    base: str | None = None
+    merge: bool = False
+    task: int | None = None
+    member: str | None = None
+    step: int | None = None
+    weights: Sequence[float] | None = None
+    dtype: str | None = None
+    scan_layers: bool | None = None
+    t5x_layout: str = "legacy"
+    overwrite: bool = False
+    seed: int = 0
+
+
+def convert(sources: Sequence[str], to: str, options: Options) -> places.Place:
+    """Writes what `sources` name to `to`, and returns where that is.
+
+    One source is converted; several are averaged. What was written is read again and compared
+    before it gets its name: adapters layer by layer, models leaf by leaf and by their logits.
+
+    Args:
+      sources: "PATH" or "FORMAT:PATH" each.
+      to: "FORMAT:FOLDER", "FILE.safetensors" or, where there is only one choice, "FOLDER".
+      options: see `Options`.
+
+    Raises:
+      UserError: something is not there, cannot be read or cannot be expressed; nothing is written.
+    """
+    found = [places.source(spec) for spec in sources]
+    contents = [_open(place, options) for place in found]
+    names = [str(place) for place in found]
+    if len(contents) > 1:
+        name, content = " and ".join(names), _average(names, contents, options)
+    else:
+        (name,), (content,) = names, contents
+    if isinstance(content, checkpoints.Saved) and _trains_all(content):
+        content = models.open_saved(content, name)
+    if isinstance(content, opened.Opened):
+        return _convert_model(content, found[0], to, options)
+    if options.merge:
+        return _merge(content, name, to, options)
+    return _convert_adapter(content, name, to, options)
+
+
+def _open(place: places.Place, options: Options) -> checkpoints.Saved | opened.Opened:
+    if place.kind == places.RUN:
+        return exported.load(place.path, options.step, options.member)
+    for name in ("member", "step"):
+        if getattr(options, name) is not None:
+            raise errors.UserError(f"{place} is no folder of runs, so it has no --{name}.")
+    if place.kind == formats.PEFT:
+        return peft.read(place.path, _base(options.base) if options.base else None)
+    is_adapter = place.kind == formats.ADAPTERS and exported.holds_adapter(place.path)
+    return exported.load(place.path) if is_adapter else models.open_place(place)
+
+
+def _trains_all(saved: checkpoints.Saved) -> bool:
+    return saved.description["method"]["name"] == "full"
+
+
+def _average(names, contents, options: Options) -> checkpoints.Saved:
+    for name, content in zip(names, contents, strict=True):
+        if not isinstance(content, checkpoints.Saved):
+            raise errors.UserError(f"{name} is no adapter; --average takes adapters.")
+    if len(set(names)) < len(names):
+        raise errors.UserError(f"--average names {', '.join(names)}: one of them twice.")
+    return averaging.average(dict(zip(names, contents, strict=True)), options.weights)
+
+
+def _base(spec: str) -> peft.Base:
+    """Returns the model that `--base` names, with the fingerprint of its weights."""
+    place = places.source(spec)
+    if place.kind in (places.RUN, formats.PEFT):
+        raise errors.UserError(f"--base {spec} is in the format {place.kind!r}, no whole model.")
+    config = models.open_place(place).config
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, "float32")
+        for path, shape in sizes.of_config(config).items()
+    }
+    kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)
+    full = spec if spec.startswith("embedded:") else f"{kind}:{place}"
+    loaded = backbone_lib.load(full, patching.trees.unflatten(shapes), None)
+    return peft.Base(full, config, loaded.fingerprint)
+
+
+def _convert_adapter(saved, name: str, to: str, options: Options) -> places.Place:
+    if options.task is not None:
+        saved = single_task.of(saved, options.task, name)
+    place = places.target(to, formats.PEFT)
+    if place.kind not in (formats.PEFT, formats.ADAPTERS):
+        raise errors.UserError(
+            f"{name} is an adapter, which the format {place.kind!r} cannot hold; --merge folds it "
+            "into its backbone first."
+        )
+    places.check_free(place, options.overwrite)
+    with places.placed(place) as partial:
+        if place.kind == formats.PEFT:
+            peft.write(saved, partial, name)
+            gap = peft.gap(saved, partial, options.seed)
+            print(f"every adapted layer on random inputs, ours and PEFT's formula: {gap}")
+            if not gap.relative < 1e-5:
+                raise errors.UserError(f"{name}: the layers differ; nothing was written.")
+        else:
+            exported.save(saved, partial, options.dtype or "float32")
+        _check_adapter(saved, partial, place.kind, options)
+    return place
+
+
+def _check_adapter(saved, partial, kind: str, options: Options) -> None:
+    """Reads an adapter again and compares every value."""
+    again = peft.read(partial) if kind == formats.PEFT else exported.load(partial)
+    want = backbone_lib.cast(saved.trainable, options.dtype or "float32")
+    want, have = patching.flatten(want), patching.flatten(again.trainable)
+    same = sum(want[path].tobytes() == have[path].tobytes() for path in want)
+    print(f"read again: {same} of {len(want)} leaves are the same, bit by bit")
+    if want.keys() != have.keys():
+        raise errors.UserError("The leaves that were written are others; nothing was kept.")
+
+
+def _merge(saved, name: str, to: str, options: Options) -> places.Place:
+    place = places.target(to, None)
+    if place.kind == formats.PEFT:
+        raise errors.UserError("--merge makes a whole model, which PEFT's format cannot hold.")
+    places.check_free(place, options.overwrite)
+    spec = options.base or saved.description.get("backbone_spec")
+    method = records.method(saved.description["method"], name)
+    network = records.network(saved.description, name)
+    network = network.clone(config=dataclasses.replace(network.config, dtype="float32"))
+    frozen_dtype = saved.description["backbone"].get("frozen_dtype", "float32")
+    result = merged.merge(
+        network,
+        method,
+        spec,
+        saved,
+        name,
+        task=options.task,
+        frozen_dtype=frozen_dtype,
+        seed=options.seed,
+    )
+    print(f"logits of adapted and merged network on a random batch: {result.gap}")
+    model = opened.Opened(name, network.config, models.leaves.flatten(result.params))
+    like = None
+    if str(spec).startswith("hf:"):
+        like = formats.open_backbone(spec.removeprefix("hf:"))
+    return _write_model(model, place, options, like, result.record)
+
+
+def _convert_model(model, source: places.Place, to: str, options: Options) -> places.Place:
+    for name in ("merge", "task", "base"):
+        if getattr(options, name):
+            raise errors.UserError(f"{source} is a whole model; --{name} is for adapters.")
+    other = {formats.HUGGING_FACE: formats.T5X, formats.T5X: formats.HUGGING_FACE}
+    place = places.target(to, other.get(source.kind))
+    if place.kind == formats.PEFT:
+        raise errors.UserError(f"{source} is a whole model, which PEFT's format cannot hold.")
+    places.check_free(place, options.overwrite)
+    print(f"{source}: {sizes.describe(model.config)}")
+    like = model if source.kind == formats.HUGGING_FACE else None
+    return _write_model(model, place, options, like)
+
+
+def _write_model(model, place, options: Options, like, record=None) -> places.Place:
+    if options.scan_layers is not None and place.kind != formats.HUGGING_FACE:
+        model = model.scanned(options.scan_layers)
+    started = time.monotonic()
+    with places.placed(place) as partial:
+        models.write(
+            place.kind,
+            partial,
+            model,
+            options.dtype,
+            metadata=record,
+            like=like,
+            layout=options.t5x_layout,
+        )
+        seconds = time.monotonic() - started
+        size = sum(leaf.nbytes for leaf in model.leaves.values()) / 1e6
+        print(f"{size:.0f} MB in {seconds:.1f} s, {size / max(seconds, 1e-3):.0f} MB/s")
+        written = models.open_place(places.Place(place.kind, partial))
+        gap = models.check_written(model, written, options.dtype, options.seed)
+        print(f"read again: all {len(model.leaves)} leaves are the same, bit by bit")
+        print(f"logits before and after on a random batch: {gap or 'left out, the model is large'}")
+    return place

@@ -1,0 +1,122 @@
+"""Whole models of any format: opened, written, and compared after they were written."""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_peft import errors, merging, patching
+from moe_peft.convert import (
+    formats,
+    hugging_face,
+    leaves,
+    places,
+    records,
+    safetensors_files,
+    sizes,
+    t5x,
+)
+from moe_peft.convert import opened as opened_lib
+from moe_peft.models import encoder_decoder, t5
+from moe_peft.training import backbone as backbone_lib
+from moe_peft.training import checkpoints
+
+LOGITS_BYTES = 2_000_000_000  # of two models in float32, beyond which logits take too much memory
+
+
+def open_file(path: pathlib.Path) -> opened_lib.Opened:
+    """Returns a model in our own format; only the header is read."""
+    found = safetensors_files.open_file(path)
+    shapes = {name: leaf.shape for name, leaf in found.items()}
+    description = backbone_lib.read_metadata(path)
+    if description.get("model"):
+        config = records.network(description, str(path)).config
+    else:
+        config = sizes.recognise(shapes, str(path))
+    return opened_lib.Opened(str(path), config, found)
+
+
+def open_saved(saved: checkpoints.Saved, where: str) -> opened_lib.Opened:
+    """Returns the model of a run that trained all of it."""
+    config = records.network(saved.description, where).config
+    return opened_lib.Opened(where, config, leaves.flatten(saved.trainable))
+
+
+def open_place(place: places.Place) -> opened_lib.Opened:
+    """Returns the model at a place of the format "hf", "t5x" or "ours"."""
+    if place.kind == formats.ADAPTERS:
+        return open_file(place.path)
+    return formats.open_backbone(place.path, place.kind)
+
+
+def write(
+    kind: str,
+    path: pathlib.Path,
+    model: opened_lib.Opened,
+    dtype: str | None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    like: opened_lib.Opened | None = None,
+    layout: str = "legacy",
+) -> None:
+    """Writes a model, leaf by leaf.
+
+    Args:
+      kind: "hf", "t5x" or "ours".
+      path: must not exist.
+      model: in the layout, scanned or not, in which it is written.
+      dtype: "float32", "bfloat16", or None for each leaf's own.
+      metadata: of a file in our format, besides its network.
+      like: a Hugging Face model whose tokenizer and settings go along.
+      layout: of a T5X checkpoint, see `t5x.write`.
+    """
+    model.report().check()
+    if kind == formats.HUGGING_FACE:
+        settings = like.settings if like else None
+        folder = like.path if like else None
+        hugging_face.write(
+            path, model.config, model.leaves, dtype=dtype, settings=settings, copy_from=folder
+        )
+    elif kind == formats.T5X:
+        t5x.write(path, model.config, model.leaves, dtype=dtype, layout=layout)
+    else:
+        network = {"class": "Transformer", "config": dataclasses.asdict(model.config)}
+        tree = patching.trees.unflatten({name: leaf.read() for name, leaf in model.leaves.items()})
+        backbone_lib.save(tree, path, dtype, {**(metadata or {}), "model": network})
+
+
+def check_written(
+    model: opened_lib.Opened, written: opened_lib.Opened, dtype: str | None, seed: int = 0
+) -> merging.Gap | None:
+    """Compares every value of two models, and their logits on a random batch.
+
+    Returns:
+      The gap between logits; None for models too large for that.
+
+    Raises:
+      UserError: a leaf is missing, left over, or not what it was before it was cast to `dtype`.
+    """
+    written = written.scanned(model.config.scan_layers)
+    odd = sorted(model.leaves.keys() ^ written.leaves.keys())
+    if odd:
+        raise errors.UserError(f"{written.path}: {odd[0]} was not converted; nothing was kept.")
+    for path, leaf in model.leaves.items():
+        want, have = leaves.cast(leaf.read(), dtype), written.leaves[path].read()
+        if want.dtype != have.dtype or want.tobytes() != have.tobytes():
+            raise errors.UserError(f"{written.path}: {path} changed; nothing was kept.")
+    if 2 * sum(4 * leaf.nbytes // leaf.dtype.itemsize for leaf in model.leaves.values()) > (
+        LOGITS_BYTES
+    ):
+        return None
+    logits = [_logits(each, model.config, seed) for each in (model, written)]
+    return merging.gap(*logits)
+
+
+def _logits(model: opened_lib.Opened, config: t5.T5Config, seed: int) -> np.ndarray:
+    network = t5.Transformer(dataclasses.replace(config, dtype="float32"))
+    batch = merging.random_batch(config.vocab_size, seed)
+    params = leaves.load(model.leaves, "float32")
+    return jax.jit(encoder_decoder.EncoderDecoder(network).logits)(params, batch)

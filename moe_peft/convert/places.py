@@ -1,0 +1,127 @@
+"""What `--from`, `--to` and `--base` name, and putting a finished conversion in its place."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+
+from etils import epath
+
+from moe_peft import errors
+from moe_peft.convert import formats
+from moe_peft.training import backbone, checkpoints, exported
+
+RUN = "run"
+_KINDS = (RUN, *formats.FORMATS)
+_SUFFIX = ".safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A file or folder and its format.
+
+    Attributes:
+      kind: "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x".
+      path: of it.
+    """
+
+    kind: str
+    path: epath.Path | pathlib.Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def source(spec: str) -> Place:
+    """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME".
+
+    The format is detected where it is not given.
+
+    Raises:
+      UserError: nothing is there, or nothing that is known.
+    """
+    prefix, _, name = spec.partition(":")
+    if prefix == "embedded":
+        return Place(formats.ADAPTERS, backbone.embedded_path(spec, name))
+    kind, path = _split(spec)
+    if kind is None and _is_run(path):
+        kind = RUN
+    detected = formats.detect(path) if kind != RUN else RUN
+    if kind not in (None, detected):
+        raise errors.UserError(f"{path} is in the format {detected!r}, not {kind!r}.")
+    return Place(detected, epath.Path(path))
+
+
+def target(spec: str, default: str | None) -> Place:
+    """Returns where "FORMAT:PATH", "FILE.safetensors" or "FOLDER" means to write.
+
+    Args:
+      spec: as the user wrote it.
+      default: format of a folder; None if it has to be said.
+    """
+    kind, name = _split(spec)
+    path = pathlib.Path(name)
+    is_file = path.suffix == _SUFFIX
+    kind = kind or (formats.ADAPTERS if is_file else default)
+    if kind is None:
+        raise errors.UserError(
+            f"--to {spec} does not say in which format; write hf:{spec}, t5x:{spec} or "
+            f"FILE{_SUFFIX}."
+        )
+    if kind == RUN or (kind == formats.ADAPTERS) != is_file:
+        raise errors.UserError(
+            f"--to {spec}: our own format is a file *{_SUFFIX}, any other a folder."
+        )
+    return Place(kind, path)
+
+
+def check_free(place: Place, overwrite: bool) -> None:
+    """Raises UserError if something is there that may not be replaced."""
+    if not place.path.exists():
+        return
+    if not overwrite:
+        raise errors.UserError(f"{place} exists; --overwrite replaces it.")
+    try:
+        found = formats.detect(place.path)
+    except errors.UserError:
+        found = "unknown"
+    if found != place.kind:
+        raise errors.UserError(
+            f"{place} exists and is {found}, not {place.kind}; it is not replaced. Choose another "
+            "place or remove it."
+        )
+
+
+@contextlib.contextmanager
+def placed(place: Place) -> Iterator[pathlib.Path]:
+    """Yields a path beside the place, which gets its name at the end; after an error it is gone."""
+    path = place.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    old = path.with_name(f".{os.getpid()}.old.{path.name}")
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _split(spec: str) -> tuple[str | None, str]:
+    kind, colon, rest = spec.partition(":")
+    kind = {"file": formats.ADAPTERS}.get(kind, kind)
+    kind, path = (kind, rest) if colon and kind in _KINDS else (None, spec)
+    return kind, os.path.expanduser(path)
+
+
+def _is_run(path: str) -> bool:
+    return bool(checkpoints.steps(path)) or exported.is_adaptation(pathlib.Path(path))
