@@ -70,7 +70,13 @@ def test_which_source(whole, folder):
     with pytest.raises(errors.UserError, match=r"There is no folder .*p3.configured.raw"):
         sources.find(folder, prompt, "raw", raw_root=folder / "no")
     shutil.rmtree(folder / "raw")
+    with pytest.raises(errors.UserError, match="no folder in .*, nor can it be worded: There is"):
+        sources.find(folder, prompt, "either")
     shutil.rmtree(folder / "templates")
+    with pytest.raises(
+        errors.UserError, match="no folder in .*, nor .*There is no folder .*/typo;"
+    ):
+        sources.find(folder, prompt, "either", template_root=folder / "typo")
     with pytest.raises(errors.UserError, match="has no folder in"):
         sources.find(folder, prompt, "either")
 

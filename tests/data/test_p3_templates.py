@@ -120,8 +120,9 @@ def test_what_is_missing():
     ],
 )
 def test_bad_templates(jinja, choices, message):
-    with pytest.raises(errors.UserError, match=f"^x.yaml, {message}"):
+    with pytest.raises(errors.UserError, match=f"^x.yaml, {message}") as found:
         template(jinja, choices).check()
+    assert "\n" not in str(found.value)
 
 
 def test_templates_cannot_leave_the_sandbox():

@@ -146,14 +146,19 @@ def find(
       raw_root: of raw data sets; by default `raw/` in `root`.
       template_root: of templates; by default `templates/` in `root`.
     """
-    raw_root = raw_root or root / RAW
-    template_root = template_root or root / TEMPLATES
-    has_raw = raw_root.is_dir() or template_root.is_dir()
-    if wanted == "published" or (wanted == "either" and not has_raw):
+    defaults = (root / RAW, root / TEMPLATES)
+    has_raw = raw_root or template_root or any(place.is_dir() for place in defaults)
+    raw_root, template_root = raw_root or defaults[0], template_root or defaults[1]
+    if wanted == "raw":
+        return _rendered(prompt, raw_root, template_root)
+    if wanted == "published" or not has_raw or records.has_folder(root, prompt.task):
         return Published(records.task_folder(root, prompt.task), prompt.is_ranked)
-    if wanted == "either" and records.has_folder(root, prompt.task):
-        return Published(records.task_folder(root, prompt.task), prompt.is_ranked)
-    return _rendered(prompt, raw_root, template_root)
+    try:
+        return _rendered(prompt, raw_root, template_root)
+    except errors.UserError as problem:
+        raise errors.UserError(
+            f"P3's task {prompt.task!r} has no folder in {root}, nor can it be worded: {problem}"
+        ) from problem
 
 
 def _rendered(

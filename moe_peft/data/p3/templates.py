@@ -116,14 +116,15 @@ def _read(path: pathlib.Path, *stamp: int) -> Mapping[str, "Template"]:
 
 
 def highlight(text: str) -> str:
-    """What promptsource's pages mark; the text as it is."""
+    """The text in the colour of promptsource's pages."""
     return f"<span style='color: #F08080'>{text}</span>"
 
 
 def most_frequent(items: Sequence[Any]) -> list[Any] | None:
     """The items that occur most often, in the order of their first occurrence; None of none."""
     counts = collections.Counter(items)
-    return [item for item in counts if counts[item] == max(counts.values())] if items else None
+    most = max(counts.values(), default=0)
+    return [item for item in counts if counts[item] == most] or None
 
 
 class Template:
@@ -183,7 +184,8 @@ class Template:
             choices = _split(listing.render(row)) if listing else []
             parts = _split(wording.render(row | {"answer_choices": choices or None}))
         except Exception as problem:  # whatever an expression can raise
-            reason = f"{self.where} cannot be rendered ({type(problem).__name__}: {problem})"
+            message = " ".join(str(problem).split())
+            reason = f"{self.where} cannot be rendered ({type(problem).__name__}: {message})"
             seen = f"the row has {', '.join(row)}"
             raise bad_rows.BadRow(path, f"row {number}", reason, seen) from problem
         if len(parts) != 2 or not parts[0]:
@@ -210,9 +212,9 @@ class Template:
         try:
             return self._environment.from_string(text)
         except jinja2.TemplateError as problem:
-            line = getattr(problem, "lineno", None)
+            line = f", line {problem.lineno}" if hasattr(problem, "lineno") else ""
             raise errors.UserError(
-                f"{self.where} is no Jinja: {problem}{f', line {line}' if line else ''}."
+                f"{self.where} is no Jinja: {problem.message}{line}."
             ) from problem
 
     @functools.cached_property
