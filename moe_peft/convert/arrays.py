@@ -63,7 +63,7 @@ def write(spec: Spec, folder: epath.Path, leaf: leaves.Leaf) -> Spec:
     """Writes a leaf as a zarr array and returns the description that T5X's index has for it."""
     metadata = {
         "chunks": chunks(leaf.shape, leaf.dtype.itemsize),
-        "compressor": {"id": "gzip", "level": 1},
+        "compressor": None,  # would take most of the time and hardly make weights smaller
         "shape": list(leaf.shape),
     }
     described = {**spec, "dtype": leaf.dtype.name, "metadata": metadata}

@@ -102,6 +102,17 @@ def name(config: t5.T5Config) -> str | None:
     return _names().get(_sizes(dataclasses.asdict(config)))
 
 
+def named(name: str) -> t5.T5Config:
+    """Returns the network of gin/models/NAME.gin."""
+    known = {own: sizes for sizes, own in _names().items()}
+    if name not in known:
+        raise errors.UserError(
+            f"There is no models/{name}.gin; there is {', '.join(sorted(known))}."
+            f"{errors.near(name, known)}"
+        )
+    return t5.T5Config(**dict(zip(_SIZES, known[name], strict=True)))
+
+
 def describe(config: t5.T5Config) -> str:
     """Returns the network's name and sizes for a message."""
     known = name(config) or "no size with a name"
