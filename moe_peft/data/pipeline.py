@@ -86,7 +86,7 @@ def train_batches(
         for task, source in zip(tasks, sources):
             encoding.warn_if_cut(task.name, source, lengths)
         stream = mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
-        make = _packed if pack else _padded
+        make = packed if pack else padded
         batches = make(stream, batch_size, lengths, start_batch)
     else:
         batches = _streamed(mixture_or_task, batch_size, lengths, seed, pack, start_batch, split)
@@ -112,18 +112,20 @@ def rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
     return [float(provider.get_rate(task)) for task in tasks]
 
 
-def _padded(
+def padded(
     stream: mixing.Stream, batch_size: int, lengths: tuple[int, int], start_batch: int
 ) -> Iterator[Batch]:
+    """Batches of one example a row, from batch number `start_batch` on."""
     places = stream.places(start_batch * batch_size)
     while True:
         chosen = list(itertools.islice(places, batch_size))
         yield encoding.encode([(stream.sources[task], index) for task, index in chosen], lengths)
 
 
-def _packed(
+def packed(
     stream: mixing.Stream, batch_size: int, lengths: tuple[int, int], start_batch: int
 ) -> Iterator[Batch]:
+    """Batches of rows filled with several examples, from batch number `start_batch` on."""
     packer = packing.Packer(batch_size, lengths)
     measure, places = stream.places(0), stream.places(0)
 

@@ -24,21 +24,21 @@ def show(capsys, *arguments):
 
 
 def test_a_task_in_its_own_order(capsys):
-    arguments = ("cldr_month_de", "--split", "validation", "--start", "5", "--count", "2")
+    arguments = ("cldr_month_de", "--split", "validation", "--start", "8", "--count", "2")
     code, printed = show(capsys, *arguments, "--json")
     first, second = json.loads(printed.out)
     assert code == 0
-    assert (first["row"], second["row"], first["of"]) == (5, 6, 48)
+    assert (first["row"], second["row"], first["of"]) == (8, 9, 48)
     rows = pipeline.get("cldr_month_de").source.rows("validation")
-    assert first["inputs"]["ids"] == [*rows.inputs[5].tolist(), 1]
-    assert first["inputs"]["length"] == first["inputs"]["whole"] == len(rows.inputs[5]) + 1
-    assert first["task_id"] == rows.scalars["task_ids"][5]
+    assert first["inputs"]["ids"] == [*rows.inputs[8].tolist(), 1]
+    assert first["inputs"]["length"] == first["inputs"]["whole"] == len(rows.inputs[8]) + 1
+    assert first["task_id"] == rows.scalars["task_ids"][8]
     assert first["targets"]["text"] in {
         text for text, _, is_target in first["choices"] if is_target
     }
     assert ["Mai", 4, False] in first["choices"]
     _, printed = show(capsys, *arguments)
-    assert "cldr_month_de  row 5 of 48  task id" in printed.out
+    assert "cldr_month_de  row 8 of 48  task id" in printed.out
     assert f"{first['inputs']['length']} tokens: 81 " in printed.out.replace("\n", " ")
     assert " ... " in printed.out
     assert "(the target)" in printed.out
