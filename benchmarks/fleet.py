@@ -6,14 +6,16 @@ by step as `moe-peft train` goes. Everything is compiled once, before the first 
 the same steps and one evaluation of every run, all three ways.
 
 On a CPU every core is a device for the fleet (`--devices 1` for one device with all cores); a run
-on its own has one device with all cores.
+on its own has one device with all cores. `--examples F` writes the drawn examples to a file, or
+reads them from it: where it exists, neither SeqIO nor TensorFlow is needed.
 
     python benchmarks/fleet.py [--method lora|mhr] [--rounds 5] [--steps 20] [--width 8]
-        [--devices 2] [--output fleet.json]
+        [--devices 2] [--examples examples.npz] [--output fleet.json]
 """
 
 import argparse
 import os
+import pathlib
 
 
 def _options() -> argparse.Namespace:
@@ -25,6 +27,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="runs of a group; default: all")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--devices", type=int, default=cores, help="CPU devices of the fleet")
+    parser.add_argument("--examples", help="file that keeps the examples")
     parser.add_argument("--output", help="JSON file for the figures")
     return parser.parse_args()
 
@@ -36,20 +39,21 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jax.numpy as jnp
 import measure
 import numpy as np
 
 from moe_peft import methods, patching
-from moe_peft.data import fewshot, lookup
 from moe_peft.evaluation import fewshot_scores
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
-import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
+from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import fleet as fleet_lib
-from moe_peft.training import fleet_data, fleet_start, optimizers, preparation, schedules
+from moe_peft.training import optimizers, schedules
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
+BACKBONE = "embedded:cldr_tiny"
 LENGTHS = {"inputs": 56, "targets": 28}
 OPEN = ("number", "percent", "currency", "date", "day", "unit", "relative", "list")
 TASKS = [f"cldr_{name}_{locale}" for locale in ("gl", "ms") for name in OPEN][:11]
@@ -73,80 +77,105 @@ METHODS = {
 
 
 class Runs:
-    """Some of the jobs, stacked, with their states."""
+    """Some of the runs, stacked, with their states."""
 
-    def __init__(self, fleet, start, optimizer, data, batch_size, steps):
-        self._fleet, self._num_runs = fleet, len(data)
-        jobs = [one.job for one in data]
-        seeds = [job.key_seed for job in jobs]
-        self._states = fleet.create(start.trainables(jobs), optimizer, seeds)
-        num_rows = max(len(one.shots) for one in data)
-        self._tables = fleet.put(fleet_data.tables(data, num_rows))
-        rows = np.stack([one.schedule(batch_size, range(steps)) for one in data])
-        self._rows, self._steps = fleet.put(rows), steps
-        parts = [one.validation for one in data]
-        self._chunks = list(fleet_data.chunks(parts, data[0].eval_shape, 16))
-
-    def train(self):
-        """A few steps and an evaluation; returns the losses."""
-        active = np.ones(self._num_runs, bool)
-        self._states, _, found = self._fleet.advance(
-            self._states, active, self._tables, self._rows, 0, self._steps
-        )
-        return found.losses
-
-    def evaluate(self):
-        """Scores of the validation examples."""
-        return self._fleet.score(self._states.trainable, self._chunks, self._num_runs)[0]
+    def __init__(self, fleet, trainables, optimizer, examples, members):
+        self._fleet, self._num_runs, self._num_steps = fleet, len(members), len(examples["rows"][0])
+        self._states = fleet.create([trainables[i] for i in members], optimizer, members)
+        self._tables = fleet.put({k: v[members] for k, v in _part(examples, "shots").items()})
+        self._rows = fleet.put(examples["rows"][members])
+        self._chunk = {k: v[members] for k, v in _part(examples, "evaluated").items()}
 
     def both(self):
-        """Steps, then the evaluation."""
-        return self.train(), self.evaluate()
+        """A few steps, then an evaluation."""
+        active = np.ones(self._num_runs, bool)
+        self._states, _, found = self._fleet.advance(
+            self._states, active, self._tables, self._rows, 0, self._num_steps
+        )
+        scores = self._fleet.score(self._states.trainable, [self._chunk], self._num_runs)
+        return found.losses, scores
 
 
 class StepByStep:
     """One run as `moe-peft train` makes it: a jitted step at a time, batches put as they come."""
 
-    def __init__(self, step, score, start, optimizer, one, batch_size, num_steps):
-        self._step, self._score, self._frozen = step, score, start.frozen
-        (trainable,) = start.trainables([one.job])
-        self._state = state_lib.create(trainable, optimizer, one.job.key_seed)
-        self._one, self._rows = one, one.schedule(batch_size, range(num_steps))
-        self._eval = list(fleet_data.chunks([one.validation], one.eval_shape, 16))
+    def __init__(self, step, score, frozen, trainable, optimizer, examples, run):
+        self._step, self._score, self._frozen = step, score, frozen
+        self._state = state_lib.create(trainable, optimizer, run)
+        self._shots = {k: v[run] for k, v in _part(examples, "shots").items()}
+        self._rows = examples["rows"][run]
+        self._chunk = {k: v[run] for k, v in _part(examples, "evaluated").items()}
 
     def both(self):
-        """A few steps and an evaluation."""
+        """A few steps, then an evaluation."""
         for rows in self._rows:
-            batch = jax.device_put(fleet_data.arrays(self._one.shots, rows, self._one.shape))
+            batch = jax.device_put({name: values[rows] for name, values in self._shots.items()})
             self._state, metrics = self._step(self._state, self._frozen, batch)
-        trainable = self._state.trainable
-        found = [
-            self._score(self._frozen, trainable, {k: v[0] for k, v in chunk.items()})
-            for chunk in self._eval
-        ]
-        return metrics, found
+        return metrics, self._score(self._frozen, self._state.trainable, self._chunk)
 
 
-def main() -> None:
-    """Measures, prints, saves."""
-    options = OPTIONS
+def draw(batch_size: int, num_steps: int) -> dict[str, np.ndarray]:
+    """Examples of all runs: "shots/..." [R, n, ...], "rows" [R, steps, b], "evaluated/..."."""
+    from moe_peft.data import fewshot, lookup
+    import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
+    from moe_peft.training import fleet_data
+
     sizes = fewshot.Sizes(shots=16, validation=4, wordings=4)
     tasks = {name: fewshot.Task(name, LENGTHS, "validation", False) for name in TASKS}
     data = fleet_data.read(tasks, sizes, SEEDS, LENGTHS, False, False)
     assert len({(one.shape, one.eval_shape) for one in data}) == 1
     lookup.check_vocabulary("cldr_fewshot", CONFIG.vocab_size)
+    shots = fleet_data.tables(data, max(len(one.shots) for one in data))
+    parts = [one.validation for one in data]
+    (evaluated,) = fleet_data.chunks(parts, data[0].eval_shape, 16)
+    return {
+        **{f"shots/{name}": values for name, values in shots.items()},
+        **{f"evaluated/{name}": values for name, values in evaluated.items()},
+        "rows": np.stack([one.schedule(batch_size, range(num_steps)) for one in data]),
+    }
+
+
+def _part(examples, name: str) -> dict[str, np.ndarray]:
+    return {
+        key.removeprefix(f"{name}/"): values
+        for key, values in examples.items()
+        if key.startswith(f"{name}/")
+    }
+
+
+def read(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """`draw`, kept in `--examples`."""
+    path = pathlib.Path(options.examples) if options.examples else None
+    if path and path.exists():
+        examples = dict(np.load(path))
+    else:
+        examples = draw(options.batch_size, options.steps)
+    if path and not path.exists():
+        np.savez_compressed(path, **examples)
+    wanted = (options.steps, options.batch_size)
+    if examples["rows"].shape[1:] != wanted:
+        raise SystemExit(f"{path} holds {examples['rows'].shape[1:]} steps and rows, not {wanted}.")
+    return examples
+
+
+def main() -> None:
+    """Measures, prints, saves."""
+    options = OPTIONS
+    examples = read(options)
+    num_runs = len(examples["rows"])
     method = METHODS[options.method]()
     module = t5.Transformer(CONFIG)
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
-    first = fleet_data.arrays(data[0].shots, slice(0, 1), data[0].shape)
-    shapes = {name: rows.shape for name, rows in first.items()}
     base = encoder_decoder.EncoderDecoder(module)
-    start = fleet_start.Start(
-        preparation.Start(model, base, method, shapes), "embedded:cldr_tiny", None, "float32"
-    )
-    (trainable,) = start.trainables([data[0].job])
-    optimizer = optimizers.adamw(schedules.constant(1e-3), clip_norm=1.0).build(
-        trainable, method.learning_rate_group
+    shapes = {name: (1, *rows.shape[2:]) for name, rows in _part(examples, "shots").items()}
+    init = lambda rng: base.init(rng, shapes)
+    loaded = backbone_lib.load(BACKBONE, jax.eval_shape(init, jax.random.key(0)), init)
+    frozen = jax.tree.map(jnp.asarray, loaded.params)
+    own = jax.jit(lambda seed: method.split(model.init(jax.random.key(seed), shapes))[1])
+    trainables = [jax.tree.map(np.asarray, own(run)) for run in range(num_runs)]
+    rate = schedules.constant(1e-3)
+    optimizer = optimizers.adamw(rate, clip_norm=1.0).build(
+        trainables[0], method.learning_rate_group
     )
     update = step_lib.make_update(
         few_shot.FewShotModel(model, few_shot.FewShotLoss(1.0, 0.0, 0.0)),
@@ -155,19 +184,21 @@ def main() -> None:
     )
     score = fewshot_scores.score_rows(model, 0, True)
     fleet_of = lambda width, devices: fleet_lib.Fleet(
-        *(update, score, start.frozen, width), mesh_lib.make_mesh(devices=devices)
+        *(update, score, frozen, width), mesh_lib.make_mesh(devices=devices)
     )
-    setting = (options.batch_size, options.steps)
-    devices = jax.devices()
-    width = options.width or len(data)
-    fleet, together, left = fleet_of(width, devices), [], list(data)
-    for size in fleet_lib.group_sizes(len(data), width):
-        together.append(Runs(fleet, start, optimizer, left[:size], *setting))
+    setting = (trainables, optimizer, examples)
+    devices, width = jax.devices(), options.width or num_runs
+    fleet, together, left = fleet_of(width, devices), [], np.arange(num_runs)
+    for size in fleet_lib.group_sizes(num_runs, width):
+        together.append(Runs(fleet, *setting, left[:size]))
         left = left[size:]
     alone = fleet_of(1, devices[:1])
-    apart = [Runs(alone, start, optimizer, [one], *setting) for one in data]
+    apart = [Runs(alone, *setting, np.array([run])) for run in range(num_runs)]
     step, score_one = jax.jit(update, donate_argnums=0), jax.jit(score)
-    plain = [StepByStep(step, score_one, start, optimizer, one, *setting) for one in data]
+    plain = [
+        StepByStep(step, score_one, frozen, trainable, optimizer, examples, run)
+        for run, trainable in enumerate(trainables)
+    ]
     calls = {
         "33 runs as a fleet": lambda: [runs.both() for runs in together],
         "fleets of one, one after another": lambda: [runs.both() for runs in apart],

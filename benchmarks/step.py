@@ -13,18 +13,15 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from flax import linen as nn
+import candidates
 import jax
 import jax.numpy as jnp
 import measure
-import numpy as np
 import peft_step
 
-from moe_peft import methods, patching
+from moe_peft import methods
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.training import optimizers
-from moe_peft.training import state as state_lib
-from moe_peft.training import step as step_lib
 
 SMALL = {
     "vocab_size": 32128,
@@ -35,7 +32,6 @@ SMALL = {
     "num_encoder_layers": 8,
     "num_decoder_layers": 8,
 }
-REFERENCE = "frozen, forward and backward"
 # Arguments of each method's constructor, where defaults are not meant.
 METHODS = {
     "ia3": {},
@@ -51,62 +47,6 @@ METHODS = {
 PEFT_METHODS = ("ia3", "lora", "poly", "mhr", "full")
 
 
-def make_batch(batch: int, inputs: int, targets: int) -> dict[str, np.ndarray]:
-    """Random tokens without padding."""
-    rng = np.random.default_rng(0)
-    tokens = lambda length: rng.integers(2, 32000, (batch, length)).astype(np.int32)
-    target = tokens(targets)
-    return {
-        "encoder_input_tokens": tokens(inputs),
-        "decoder_target_tokens": target,
-        "decoder_input_tokens": np.pad(target[:, :-1], ((0, 0), (1, 0))),
-        "decoder_loss_weights": np.ones_like(target, np.float32),
-        "task_ids": np.arange(batch, dtype=np.int32) % peft_step.NUM_TASKS,
-    }
-
-
-def frozen_call(module: nn.Module, params, batch):
-    """Loss of the bare network and the gradient with respect to all embedded tokens."""
-
-    def loss(offset, params, batch):
-        def add_offset(next_fun, args, kwargs, context):
-            outputs = next_fun(*args, **kwargs)
-            if context.module.name == "token_embedder" and context.method_name == "__call__":
-                outputs = outputs + offset
-            return outputs
-
-        with nn.intercept_methods(add_offset):
-            return encoder_decoder.EncoderDecoder(module).loss(params, batch)[0]
-
-    step = jax.jit(jax.value_and_grad(loss))
-    offset = jnp.zeros((1, 1, module.config.emb_dim))
-    return lambda: step(offset, params, batch)
-
-
-def method_call(name: str, module: nn.Module, backbone, batch):
-    """One AdamW step of a method through the project's own train step."""
-    method = methods.get(name)(**METHODS[name])
-    network = encoder_decoder.EncoderDecoder(
-        method.patch(module), encoder_decoder.LossConfig(), method
-    )
-    fresh = network.init(jax.random.key(0), jax.tree.map(jnp.shape, batch))
-    frozen, trainable = method.split(fresh)
-    if name == "full":
-        trainable = jax.tree.map(jnp.copy, backbone)
-    else:
-        frozen = backbone
-    optimizer = optimizers.adamw(learning_rate=1e-3).build(trainable, method.learning_rate_group)
-    step = step_lib.make_train_step(network, optimizer, patching.merge, use_dropout=False)
-    holder = {"state": state_lib.create(trainable, optimizer, seed=0)}
-
-    def call():
-        holder["state"], metrics = step(holder["state"], frozen, batch)
-        return holder["state"], metrics
-
-    count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    return call, count
-
-
 def main() -> None:
     """Measures, prints, saves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,15 +60,20 @@ def main() -> None:
     options = parser.parse_args()
 
     module = t5.Transformer(t5.T5Config(**SMALL))
-    batch = make_batch(options.batch, options.inputs, options.targets)
+    batch = candidates.make_batch(
+        options.batch, options.inputs, options.targets, peft_step.NUM_TASKS
+    )
     device_batch = jax.tree.map(jnp.asarray, batch)
     shapes = jax.tree.map(jnp.shape, batch)
     backbone = encoder_decoder.EncoderDecoder(module).init(jax.random.key(0), shapes)
 
-    calls = {REFERENCE: frozen_call(module, backbone, device_batch)}
-    counts = {}
+    adamw = optimizers.adamw(learning_rate=1e-3)
+    found = {candidates.FROZEN: candidates.frozen_call(module, backbone, device_batch)}
     for name in options.methods:
-        calls[name], counts[name] = method_call(name, module, backbone, device_batch)
+        own = jax.tree.map(jnp.copy, backbone) if name == "full" else backbone
+        method = methods.get(name)(**METHODS[name])
+        found[name] = candidates.method_call(method, module, own, device_batch, adamw)
+    calls = {name: call.run for name, call in found.items()}
     reason = "not asked" if options.no_torch else peft_step.available()
     if reason:
         print(reason)
@@ -138,7 +83,7 @@ def main() -> None:
             if name in options.methods:
                 calls[f"{name}, PEFT"] = peft_step.make_step(name, sizes, batch)
 
-    timings = measure.paired(calls, REFERENCE, options.rounds)
+    timings = measure.paired(calls, candidates.FROZEN, options.rounds)
     rows = []
     for name, timing in timings.items():
         low, median, high = timing.ratio
@@ -146,7 +91,7 @@ def main() -> None:
         rows.append(
             [
                 name,
-                f"{counts[name]:,}" if name in counts else "",
+                f"{found[name].num_trainable:,}" if name in options.methods else "",
                 f"{timing.seconds[1] * 1e3:.0f}",
                 f"{median:.2f} ({low:.2f}-{high:.2f})",
                 f"{other.seconds[1] / timing.seconds[1]:.2f}" if other else "",
