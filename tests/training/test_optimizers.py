@@ -232,6 +232,17 @@ def test_last_two_is_hugging_face_as_installed():
     _check_hugging_face(golden.compute())
 
 
+def test_t5x_and_hugging_face_agree_on_what_neither_factors():
+    params = _tree(vector=(40,), matrix=(4, 5))
+    gradients = [_tree(vector=(40,), matrix=(4, 5)) for _ in range(4)]
+    t5x, hugging_face = (
+        _train(optimizers.adafactor(0.1, factoring=how), params, gradients)
+        for how in ("two_largest", "last_two")
+    )
+    np.testing.assert_allclose(t5x["vector"], hugging_face["vector"], rtol=1e-6)
+    assert np.max(np.abs(t5x["matrix"] - hugging_face["matrix"])) > 1e-3  # Factored by one only.
+
+
 # Our shape of a leaf, with what else its adapter holds, and the shape in the papers' code.
 PUBLISHED = {
     "x/adapter/router/logits": ({"logits": (5, 2, 3)}, "logits", (5, 6)),
