@@ -57,13 +57,15 @@ def main() -> None:
     }
     values = [np.asarray(call()).reshape(EXAMPLES, -1) for call in calls.values()]
     gap = float(np.max(np.abs(values[0] - values[1]) / np.abs(values[0])))
+    num_same = int(np.sum(values[0].argmax(axis=1) == values[1].argmax(axis=1)))
     timings = measure.paired(calls, reference="shared encoder", rounds=options.rounds)
     low, median, high = timings["one row per choice"].ratio
     print(
         f"{measure.hardware()}\n"
         f"{EXAMPLES} inputs of {INPUT_TOKENS} tokens, {options.choices} choices of "
         f"{CHOICE_TOKENS}: sharing the encoder is {median:.2f}x ({low:.2f} to {high:.2f}) as fast "
-        f"as one row per choice; largest relative difference of scores {gap:.1e}"
+        f"as one row per choice; {num_same} of {EXAMPLES} predictions are the same, largest "
+        f"relative difference of scores {gap:.1e}"
     )
     measure.save(
         options.output,
@@ -71,6 +73,7 @@ def main() -> None:
             "benchmark": "rank_classification",
             "choices": options.choices,
             "relative_gap": gap,
+            "same_predictions": num_same,
             "seconds": {name: timing.seconds for name, timing in timings.items()},
             "one_by_one_over_shared": [low, median, high],
         },
