@@ -19,6 +19,7 @@ import struct
 import tempfile
 
 import numpy as np
+import pyarrow
 
 from moe_peft import errors
 from moe_peft.data import bad_rows, rows
@@ -178,8 +179,11 @@ def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
 def _open(place: pathlib.Path) -> Stored:
     def mapped(name: str, dtype: type) -> np.ndarray:
         path = place / f"{name}.bin"
-        # An empty file cannot be mapped.
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+        if not path.stat().st_size:  # an empty file cannot be mapped
+            return np.zeros(0, dtype)
+        # Not np.memmap: it keeps a file descriptor for each of thousands of files.
+        with pyarrow.memory_map(str(path)) as file:
+            return np.frombuffer(file.read_buffer(), dtype)
 
     def column(name: str) -> rows.Ragged:
         return rows.Ragged(mapped(name, _COLUMNS[name]), mapped(f"{name}_ends", np.int64))
