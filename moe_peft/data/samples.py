@@ -7,6 +7,7 @@ kilobytes.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -27,9 +28,7 @@ CHOICES = 4  # of an example in rank classification
 
 def folder() -> pathlib.Path:
     """The folder of the samples: superni/, crossfit/ and p3/; written if it is not there."""
-    written_by = (__file__, raw_samples.__file__)
-    source = hashlib.sha256(b"".join(pathlib.Path(p).read_bytes() for p in written_by))
-    place = store.folder() / f"samples-{store.fingerprint()}-{source.hexdigest()[:8]}"
+    place = store.folder() / f"samples-{store.fingerprint()}-{_version()}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=place.parent, prefix="samples-"))
@@ -42,6 +41,14 @@ def folder() -> pathlib.Path:
             if not place.is_dir():
                 raise
     return place
+
+
+@functools.cache
+def _version() -> str:
+    """Of the code that writes samples; asked once, as a process goes on with the code it loaded."""
+    here = pathlib.Path(__file__).parent
+    files = (here / "samples.py", here / "raw_samples.py", here / "p3" / "writing.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 def write(place: pathlib.Path) -> None:
