@@ -1,0 +1,129 @@
+"""What a method is, and what is derived from it: parameter trees, groups, a description."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import re
+from typing import Any
+
+from flax import linen as nn
+
+from moe_peft import errors, patching
+
+ADAPTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/.*"
+ROUTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/router/.*"
+ALL_LEAVES = ".*"
+NO_LEAVES = "(?!)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An adapter method, complete.
+
+    Attributes:
+        name: of the method.
+        rules: which layers get which adapter.
+        trainable: regular expression on full parameter paths; what matches it trains.
+        load_balancing_weight: times the mean load-balancing loss of all routers, in the objective.
+        z_weight: times the mean router z-loss.
+        num_tasks: task ids it tells apart, 0 to num_tasks - 1; None if it needs none.
+        average: the method with one adapter that its modules become when averaged (mu); None where
+            there is nothing to average.
+        transfer: how its parameters come from a run of another method; see `transfer`.
+    """
+
+    name: str
+    rules: tuple[patching.Rule, ...] = ()
+    trainable: str = ADAPTER_LEAVES
+    load_balancing_weight: float = 0.0
+    z_weight: float = 0.0
+    num_tasks: int | None = None
+    average: "Method | None" = None
+    transfer: "Transfer | None" = None
+
+    def __post_init__(self) -> None:
+        """Refuses negative loss weights."""
+        for name in ("load_balancing_weight", "z_weight"):
+            if getattr(self, name) < 0:
+                raise errors.UserError(f"{name} is {getattr(self, name)}; expected at least 0.")
+
+    def patch(self, module: nn.Module) -> patching.Patched:
+        """Returns the model with this method's adapters; the model itself is not touched."""
+        return patching.Patched(module, self.rules)
+
+    def is_trainable(self, path: str) -> bool:
+        """Whether the parameter at 'encoder/layers_0/.../adapter/lora_a' trains."""
+        return re.fullmatch(self.trainable, path) is not None
+
+    def split(self, params: patching.trees.Params) -> tuple[dict, dict]:
+        """Returns (frozen, trainable), nested dicts; `patching.merge` is the inverse."""
+        return patching.split(params, self.is_trainable)
+
+    def trainable_mask(self, params: patching.trees.Params) -> dict:
+        """Returns the tree of `params` with True for trainable leaves and False for frozen ones."""
+        flat = {path: self.is_trainable(path) for path in patching.flatten(params)}
+        return patching.trees.unflatten(flat)
+
+    def learning_rate_group(self, path: str) -> str:
+        """Returns "routers", "adapters" or "base" for a parameter path."""
+        if re.fullmatch(ROUTER_LEAVES, path):
+            return "routers"
+        return "adapters" if re.fullmatch(ADAPTER_LEAVES, path) else "base"
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what defines the method, as JSON types: stored in checkpoints and compared."""
+        described = {
+            "name": self.name,
+            "rules": [_describe_rule(rule) for rule in self.rules],
+            "trainable": self.trainable,
+            "load_balancing_weight": self.load_balancing_weight,
+            "z_weight": self.z_weight,
+        }
+        if self.transfer is not None:
+            described["transfer"] = {
+                "variant": self.transfer.variant,
+                "source": self.transfer.source.describe(),
+            }
+        return described
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Where a method's parameters come from; `transfer.initial` makes them.
+
+    Attributes:
+        source: the method of the multi-task run.
+        variant: what is done with its parameters, one of `transfer.VARIANTS`.
+    """
+
+    source: Method
+    variant: str
+
+
+def _describe_rule(rule: patching.Rule) -> dict[str, Any]:
+    """Returns a rule as JSON types."""
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    factory = fields.pop("adapter_factory")
+    if isinstance(rule.router_input, patching.Sibling):
+        fields["router_input"] = dataclasses.asdict(rule.router_input)
+    del fields["shared_router"]  # The adapter's own router says the same.
+    granularity = dataclasses.asdict(fields.pop("granularity"))
+    if rule.granularity.is_shared:
+        fields["granularity"] = granularity
+    return fields | {"adapter": _describe_factory(factory)}
+
+
+def _describe_factory(factory: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Returns the settings of the module that a factory makes, defaults included."""
+    module = factory(parent=None)
+    described = {"class": type(module).__name__}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name in ("parent", "name"):
+            continue
+        if field.name == "router_factory" and value is not None:
+            sizes = ("num_experts", "num_skills", "num_splits")
+            sizes = {name: getattr(module, name) for name in sizes if hasattr(module, name)}
+            value = _describe_factory(functools.partial(value, **sizes))
+        described[field.name] = value
+    return described

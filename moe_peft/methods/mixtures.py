@@ -1,0 +1,157 @@
+"""(IA)3, LoRA, and their mixtures whose router sees tokens or sentences: MoV, MoLoRA."""
+
+import dataclasses
+import functools
+
+import gin
+
+from moe_peft import adapters, errors, patching
+from moe_peft import routing as routing_lib
+from moe_peft.methods import method as method_lib
+from moe_peft.methods import places
+
+ROUTERS = {
+    "token": routing_lib.TokenRouter,
+    "sentence": routing_lib.SentenceRouter,
+    "uniform": routing_lib.UniformRouter,
+}
+
+
+@gin.register(module="methods")
+def ia3() -> method_lib.Method:
+    """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022)."""
+    return method_lib.Method("ia3", places.scaling_rules(adapters.IA3, "as_in_paper"))
+
+
+@gin.register(module="methods")
+def mov(
+    num_experts: int = 10,
+    router_input: str = "as_released",
+    top_k: int | None = None,
+    renormalize: bool = True,
+    jitter: float = 0.0,
+    routing: str = "token",
+    load_balancing_weight: float = 0.0,
+    z_weight: float = 0.0,
+) -> method_lib.Method:
+    """MoV: mixtures of (IA)3 vectors.
+
+    Args:
+        num_experts: vectors per place; the paper reports 2 to 60.
+        router_input: what a token router sees. "as_released": what is scaled, each head's key or
+            value by itself, and the activated wi_0 in the feed-forward block. "as_in_paper": what
+            the frozen layer reads.
+        top_k: keep the k most probable experts; None merges all.
+        renormalize: divide kept weights by their sum. The released code does not.
+        jitter: noise on the router's input in training, a fraction in [0, 1).
+        routing: "token", "sentence" (needs `sentence_embeddings` in the batch) or "uniform".
+        load_balancing_weight: of the load-balancing loss; the papers train without.
+        z_weight: of the router z-loss; likewise.
+    """
+    router_factory = _router_factory(routing, top_k, renormalize, jitter)
+    factory = functools.partial(
+        adapters.MoV, num_experts=num_experts, router_factory=router_factory
+    )
+    rules = places.scaling_rules(factory, router_input)
+    return method_lib.Method(
+        "mov", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
+    )
+
+
+@gin.register(module="methods")
+def lora(
+    rank: int = 4,
+    alpha: float = 16.0,
+    dropout_rate: float = 0.0,
+    placement: str = "all7",
+    a_init: str = "normal",
+) -> method_lib.Method:
+    """LoRA, with the scale and initialisation of MoV's baselines.
+
+    Poly's LoRA baseline is `lora(rank=1, alpha=1.0, a_init="uniform")`.
+
+    Args:
+        rank: at least 1.
+        alpha: the update is scaled by alpha / rank.
+        dropout_rate: of the adapter's inputs in training.
+        placement: one of `PLACEMENTS`, or a regular expression on the paths of layers, such as
+            ".*/(query|value)".
+        a_init: "normal" or "uniform", see `adapters.LoRA`.
+    """
+    pattern = places.placement(placement)
+    factory = functools.partial(
+        adapters.LoRA, rank=rank, alpha=alpha, dropout_rate=dropout_rate, a_init=a_init
+    )
+    return method_lib.Method("lora", (patching.Rule(pattern, factory),))
+
+
+@gin.register(module="methods")
+def lora_big(
+    rank: int = 16,
+    alpha: float = 1.0,
+    dropout_rate: float = 0.0,
+    placement: str = "all7",
+    a_init: str = "uniform",
+) -> method_lib.Method:
+    """LoRA-big: the large single LoRA beside MHR (Caccia et al. 2023), 35M parameters at T5-XL."""
+    method = lora(rank, alpha, dropout_rate, placement, a_init)
+    return dataclasses.replace(method, name="lora_big")
+
+
+@gin.register(module="methods")
+def molora(
+    num_experts: int = 10,
+    rank: int = 4,
+    alpha: float = 16.0,
+    dropout_rate: float = 0.0,
+    placement: str = "molora_released",
+    a_init: str = "normal",
+    top_k: int | None = None,
+    renormalize: bool = True,
+    jitter: float = 0.0,
+    routing: str = "token",
+    load_balancing_weight: float = 0.0,
+    z_weight: float = 0.0,
+) -> method_lib.Method:
+    """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads.
+
+    Args:
+        num_experts: LoRAs per layer; the paper reports 2 to 15.
+        rank: of each.
+        alpha: updates are scaled by alpha / rank.
+        dropout_rate: of the adapter's inputs in training; the router sees them undropped.
+        placement: one of `PLACEMENTS`.
+        a_init: as in `lora`.
+        top_k: as in `mov`, and so on.
+        renormalize: as in `mov`.
+        jitter: as in `mov`.
+        routing: as in `mov`.
+        load_balancing_weight: as in `mov`.
+        z_weight: as in `mov`.
+    """
+    pattern = places.placement(placement)
+    factory = functools.partial(
+        adapters.MoLoRA,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        dropout_rate=dropout_rate,
+        a_init=a_init,
+        router_factory=_router_factory(routing, top_k, renormalize, jitter),
+    )
+    rules = (patching.Rule(pattern, factory),)
+    return method_lib.Method(
+        "molora", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
+    )
+
+
+def _router_factory(
+    routing: str, top_k: int | None, renormalize: bool, jitter: float
+) -> routing_lib.RouterFactory:
+    """Returns the factory of a named router with its options."""
+    router = places.choose("routing", routing, ROUTERS)
+    if router is routing_lib.UniformRouter:
+        if top_k is not None or jitter:
+            raise errors.UserError("Uniform routing has no top_k and no jitter.")
+        return router
+    return functools.partial(router, top_k=top_k, renormalize=renormalize, jitter=jitter)
