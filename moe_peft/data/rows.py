@@ -42,7 +42,8 @@ class Ragged:
     def slice(self, start: int, end: int) -> "Ragged":
         """Sequences `start` to `end`, sharing memory."""
         first = self.ends[start - 1] if start else 0
-        return Ragged(self.flat[first : self.ends[end - 1]], self.ends[start:end] - first)
+        ends = self.ends[start:end] - first if start else self.ends[:end]  # no copy of all ends
+        return Ragged(self.flat[first : self.ends[end - 1]], ends)
 
     @property
     def lengths(self) -> Int[np.ndarray, " rows"]:
