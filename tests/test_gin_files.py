@@ -88,6 +88,32 @@ def test_monitors_watch_training(name):
         assert made.period == 100
 
 
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        (["runs/eval_p3.gin"], ("p3_(.*)", "exact_match", True, "tasks", "validation")),
+        (
+            ["runs/eval_p3.gin", "runs/anli_merged.gin"],
+            ("p3_(.*?)(?:_r[123])?", "exact_match", True, "groups", "validation"),
+        ),
+        (["runs/eval_superni.gin"], (None, "rouge_l", False, "examples", "test")),
+        (["runs/eval_crossfit.gin"], ("crossfit_(.*)", "task", False, "tasks", "test")),
+    ],
+)
+def test_reports_of_the_benchmarks(files, want):
+    benchmark = files[0].split("_")[-1]
+    data = ["models/tiny.gin", "methods/ia3.gin", f"data/{benchmark}"]
+    cli.configure("eval", [files[0], *data, *files[1:]], [*RUN[:1], *RUN[3:], "VOCABULARY=bytes"])
+    made = gin.get_configurable("evaluation.Evaluator")()
+    settings = made.settings
+    names = ("metric", "rank_choices", "average", "split")
+    group = made._group and made._group.pattern
+    assert (group, *(settings[name] for name in names)) == want
+    assert settings["bootstrap"]["resamples"] == 1000
+    if want[1] != "exact_match":
+        assert "num_beams=4" in settings["decoding"]
+
+
 EXPERIMENTS = [n for n in names("experiments") if not n.endswith("/common.gin")]
 FIRST_OF_TABLE = {name.rsplit("/", 1)[0]: name for name in reversed(EXPERIMENTS)}.values()
 

@@ -1,6 +1,9 @@
 """SuperNI and CrossFit as tasks, on the samples."""
 
 import itertools
+import json
+import pathlib
+import shutil
 import time
 
 import gin
@@ -9,7 +12,17 @@ import pytest
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import feature_converter, fewshot, pipeline, samples, vocabularies
+from moe_peft.data import (
+    feature_converter,
+    fewshot,
+    lookup,
+    pipeline,
+    registration,
+    samples,
+    vocabularies,
+)
+from moe_peft.data.crossfit import files
+from moe_peft.evaluation import metrics
 from moe_peft.tasks import crossfit, superni
 
 LENGTHS = {"inputs": 300, "targets": 64}
@@ -167,6 +180,55 @@ def test_evaluation_reads_the_same_rows():
         (batch, *_) = pipeline.eval_examples(name, LENGTHS, "test", 4)
         assert batch.examples[0].task.startswith(name.split("_")[0])
         assert batch.features["task_ids"][0] >= samples.TRAIN_TASKS
+
+
+def test_every_accepted_answer_is_kept_as_its_file_has_it(tmp_path):
+    folder = pathlib.Path(gin.query_parameter("places.configured.folder"))
+    shutil.copytree(folder, tmp_path / "data")
+    gin.bind_parameter("places.configured.folder", str(tmp_path / "data"))
+    path = next((tmp_path / "data" / "superni" / "tasks").glob("task9007_*.json"))
+    content = json.loads(path.read_text())
+    content["Instances"][0]["output"] = ["one {x}", " two\n", "three"]
+    path.write_text(json.dumps(content))
+    (task,) = pipeline.tasks_of(f"superni_{path.stem}")
+    found = task.source.rows("test").references
+    assert found[0] == ("one {x}", " two\n", "three")
+    assert found[1] == tuple(content["Instances"][1]["output"])
+    gin.bind_parameter("superni.configured.references", "one")
+    (one,) = task.source.rows("test").references[0]
+    assert one in content["Instances"][0]["output"]
+
+    (task, *_) = pipeline.tasks_of("crossfit_test")
+    name = task.name.removeprefix("crossfit_").replace("cldr_", "cldr-", 1)
+    for path in (tmp_path / "data" / "crossfit" / name).glob("*_test.tsv"):
+        path.write_text("q\tyes\tja\t\nr\tno\n")
+    rows = task.source.rows("test")
+    assert rows.references == [("yes", "ja", ""), ("no",)]
+    (batch,) = pipeline.eval_examples(task.name, LENGTHS, "test", 4)
+    assert batch.examples[0].accepted == ("yes", "ja", "")
+
+
+def test_tasks_know_how_their_benchmark_reports_them():
+    reporting = lambda name: lookup.reporting(seqio.TaskRegistry.get(name))
+    table = files.table()
+    want = {"glue-cola": "matthews", "quoref": "qa_f1", "ag_news": "macro_f1"}
+    assert {name: files.METRICS[table[name].metric] for name in want} == want
+    assert reporting("crossfit_glue_cola").metric == "matthews"
+    assert reporting("crossfit_app_reviews") == registration.Reporting("pearson", "app_reviews")
+    rte = reporting("superni_task1344_glue_entailment_classification")
+    assert rte == registration.Reporting("rouge_l", "Textual Entailment")
+    own = [lookup.reporting(task).metric for task in pipeline.tasks_of("crossfit_test")]
+    assert own == ["macro_f1", "rouge_l_crossfit", "qa_f1"]
+    assert set(files.METRICS.values()) < set(metrics.METRICS)
+
+
+def test_a_metric_that_crossfit_does_not_have(tmp_path):
+    (tmp_path / "crossfit").mkdir()
+    content = {"train": [], "dev": [], "test": ["x"], "metrics": {"x": "Rouge-1"}}
+    (tmp_path / "crossfit" / "random.json").write_text(json.dumps(content))
+    gin.bind_parameter("places.configured.folder", str(tmp_path))
+    with pytest.raises(errors.UserError, match="metric of 'x' is 'Rouge-1'.*mean 'Rouge-L'"):
+        pipeline.tasks_of("crossfit_test")
 
 
 def test_a_few_shot_run_takes_the_rows_of_its_sample():
