@@ -479,12 +479,13 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
     entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
-    result = entry_point()
     if args.command == "plan":
         from moe_peft.analysis import plan
 
-        plan.show(result, as_json=args.json)
-    elif args.command in ("export", "merge"):
+        plan.show(entry_point(backbone=plan.configured_backbone()), as_json=args.json)
+        return 0
+    result = entry_point()
+    if args.command in ("export", "merge"):
         print(f"wrote {result}")
     return 0
 

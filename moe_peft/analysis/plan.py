@@ -110,6 +110,7 @@ def plan(
     nominal_size: int | float | None = None,
     embedding_dim: int = 384,
     target_method: methods.Method | None = None,
+    backbone: str | None = None,
 ) -> Plan:
     """Returns what `method` does to `model`.
 
@@ -119,9 +120,11 @@ def plan(
       nominal_size: the size in the model's name, which papers divide by.
       embedding_dim: width of sentence embeddings, if routers use them.
       target_method: what trains on a new task after a multi-task run of `method`.
+      backbone: if it is "hf:" or "t5x:", the headers of its files are compared with the model.
 
     Raises:
-      UserError: a rule matches nothing, or two rules match one layer.
+      UserError: a rule matches nothing, two rules match one layer, or the backbone is of another
+        size than the model.
     """
     shapes = dict.fromkeys(_TOKEN_FEATURES, _TOKENS)
     found = patching.matches(model, method.rules, shapes, enable_dropout=False)
@@ -135,6 +138,11 @@ def plan(
         return jax.eval_shape(init, jax.random.key(0))
 
     variables = abstract(method)
+    if backbone is not None:
+        from moe_peft.training import backbone as backbone_lib  # imports what saves checkpoints
+
+        own = {p: x for p, x in patching.flatten(variables["params"]).items() if not _is_adapter(p)}
+        backbone_lib.check_headers(backbone, patching.trees.unflatten(own))
     target = {}
     if target_method is not None and target_method != method:
         learns = target_method.split(abstract(target_method)["params"])[1]
@@ -166,6 +174,15 @@ def plan(
         leaves=_leaves({path: params[path] for path in in_adapters}, axes),
         **target,
     )
+
+
+def configured_backbone() -> str | None:
+    """Returns the macro BACKBONE, or None where no file or flag gives it a value."""
+    try:
+        value = gin.query_parameter("%BACKBONE")
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _is_adapter(path: str) -> bool:

@@ -19,8 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from moe_peft import errors, patching
-from moe_peft.convert import formats, layout, leaves, sizes
-from moe_peft.convert import opened as opened_lib
+from moe_peft.convert import formats, layout, leaves, opened, sizes
 from moe_peft.training import checkpoints, digest
 
 KINDS = (
@@ -79,8 +78,7 @@ def load(
     """
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
-        found = opened(spec, abstract_params)
-        return _streamed(spec, found, abstract_params, init, stored_as)
+        return _streamed(spec, abstract_params, init, stored_as)
     if kind == "random":
         params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
     elif kind == "embedded":
@@ -113,18 +111,19 @@ def allowed(
     return missing, unused
 
 
-def opened(spec: str, abstract_params: PyTree) -> opened_lib.Opened | None:
-    """Opens a backbone "hf:" or "t5x:" in the model's layout; None for any other kind.
-
-    Only headers are read.
+def check_headers(spec: str, abstract_params: PyTree) -> None:
+    """Compares the headers of a backbone "hf:" or "t5x:" with the model; others are not looked at.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another size than the model; one line
-        names what differs and the file of gin/models that would fit.
+      UserError: there is no such checkpoint, or it does not fit.
     """
+    if str(spec).partition(":")[0] in _CONVERTED:
+        _opened(spec, abstract_params).report().check(*allowed())
+
+
+def _opened(spec: str, abstract_params: PyTree) -> opened.Opened:
+    """Opens a checkpoint in the model's layout of layers, if it is of the model's size."""
     kind, _, folder = str(spec).partition(":")
-    if kind not in _CONVERTED:
-        return None
     found = formats.open_backbone(folder, kind)
     shapes = {path: leaf.shape for path, leaf in patching.flatten(abstract_params).items()}
     model = sizes.recognise(shapes, "The model config")
@@ -144,11 +143,11 @@ def opened(spec: str, abstract_params: PyTree) -> opened_lib.Opened | None:
 
 def _streamed(
     spec: str,
-    found: opened_lib.Opened,
     abstract_params: PyTree,
     init: Callable[[jax.Array], PyTree],
     stored_as: Callable[[str], str] | None,
 ) -> Backbone:
+    found = _opened(spec, abstract_params)
     report = found.report()
     report.check(*allowed())
     for line in report.lines()[1:]:

@@ -10,7 +10,7 @@ from moe_peft.convert import sizes
 from moe_peft.models import t5
 
 
-def config(version="1.1", **options):
+def make_config(version="1.1", **options):
     is_gated = version == "1.1"
     return t5.T5Config(
         vocab_size=32,
@@ -28,7 +28,12 @@ def config(version="1.1", **options):
 
 @pytest.fixture(params=["1.0", "1.1"])
 def cfg(request):
-    return config(request.param)
+    return make_config(request.param)
+
+
+@pytest.fixture
+def cfg_1_1():
+    return make_config("1.1")
 
 
 @pytest.fixture

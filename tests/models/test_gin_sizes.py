@@ -13,7 +13,8 @@ from moe_peft import models
 GIN_MODELS = pathlib.Path(__file__).parents[2] / "gin" / "models"
 
 # T5 1.1: embedding and output layer untied, 32128 rows each. T5 1.0: one tied table; the totals are
-# those of the released checkpoints (60.5M, 222.9M, 737.7M, 2.85B, 11.3B).
+# those of the released checkpoints (60.5M, 222.9M, 737.7M, 2.85B, 11.3B). mT5 and ByT5: as 1.1;
+# the papers say 300M, 582M (580M), 1.23B, 3.74B, 12.9B.
 NUM_PARAMETERS = {
     "t5_1_1_small": 76_961_152,
     "t5_1_1_base": 247_577_856,
@@ -25,6 +26,16 @@ NUM_PARAMETERS = {
     "t5_1_0_large": 737_668_096,
     "t5_1_0_xl": 2_851_598_336,
     "t5_1_0_xxl": 11_307_321_344,
+    "mt5_small": 300_176_768,
+    "mt5_base": 582_401_280,
+    "mt5_large": 1_229_581_312,
+    "mt5_xl": 3_742_619_648,
+    "mt5_xxl": 12_921_057_280,
+    "byt5_small": 299_637_760,
+    "byt5_base": 581_653_248,
+    "byt5_large": 1_228_183_552,
+    "byt5_xl": 3_737_801_728,
+    "byt5_xxl": 12_906_899_328,
 }
 
 
@@ -35,6 +46,7 @@ def _clean_gin():
 
 
 def build(name, *bindings):
+    gin.add_config_file_search_path(str(GIN_MODELS.parent))
     gin.parse_config_files_and_bindings([str(GIN_MODELS / f"{name}.gin")], list(bindings))
     return gin.query_parameter("%MODEL").scoped_configurable_fn()
 
@@ -64,7 +76,7 @@ def test_scanned_has_a_position_bias_in_every_layer(name):
 
 
 def test_every_file_is_counted_and_sets_no_learning_rate():
-    names = {path.stem for path in GIN_MODELS.glob("t5_*.gin")}
+    names = {path.stem for path in GIN_MODELS.glob("*t5_*.gin")}
     assert names == set(NUM_PARAMETERS)
     for path in GIN_MODELS.glob("*.gin"):
         assert "learning_rate" not in path.read_text()
