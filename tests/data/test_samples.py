@@ -9,7 +9,7 @@ from moe_peft.data import samples
 
 @pytest.fixture(autouse=True)
 def written(tmp_path, monkeypatch):
-    """Samples of one empty file, in a cache folder of the test's own; a list of what was written."""
+    """Samples of one empty file, in a cache folder of their own; what was written, in a list."""
     found = []
 
     def write(place):
