@@ -165,6 +165,14 @@ def test_intervals_over_templates_and_tasks(noisy):
     ).confidence_interval
     np.testing.assert_allclose(got.overall.mean_interval, want, atol=0.02)
     assert got.tasks["t0"].mean_interval is None
+    # Half of the resamples of two tasks hold both, and the middle is their mean: weights go with
+    # the tasks.
+    uneven = as_rows([noisy[0][:, :15], noisy[3]])
+    how = bootstrap.Bootstrap("tasks", resamples=4000, level=0.4)
+    overall = aggregation.aggregate(uneven, "examples", how).overall
+    means = noisy[0][:, :15].mean(), noisy[3].mean()
+    assert overall.mean == pytest.approx(0.2 * means[0] + 0.8 * means[1])
+    assert overall.mean_interval == pytest.approx([overall.mean, overall.mean], abs=1e-9)
 
 
 def test_intervals_depend_on_the_seed_alone(noisy):

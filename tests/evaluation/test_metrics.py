@@ -131,6 +131,7 @@ def test_answers_to_questions(prediction, references):
         ("the cat sat on a mat", ["the cat lay on the mat"], 0.7272727223),
         ("a b. c d", ["c d. a b"], 0.9999999950),  # sentences in any order
         ("a a a b", ["b a"], 0.4999999950),  # different words count, not how often
+        ("a a c", ["a c a"], 0.4999999950),  # of two longest subsequences, "a a"
         ("Cat", ["cat", "dog"], 0.0),  # letter case counts
         ("x y z", ["z", "y z"], 0.7999999952),
         ("日本 é!", ["é! 日本"], 0.4999999950),  # two words in another order share one
