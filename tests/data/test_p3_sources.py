@@ -159,7 +159,12 @@ def test_bad_rows_are_skipped_if_asked(folder):
 
 
 ROWS = [
-    {"text": f"zwölf {i}", "label": i % 2, "answers": {"text": ["a", "b"][: i % 3], "n": [1.5, i]}}
+    {
+        "text": f"zwölf {i}",
+        "label": i % 2,
+        "answers": {"text": ["a", "b"][: i % 3], "n": [1.5, i]},
+        "spans": [[i], [i, 3]],
+    }
     for i in range(5)
 ]
 
@@ -192,7 +197,12 @@ def write_tfds(place):
     }
     label = tfds.features.ClassLabel(names=["no", "yes"])
     features = tfds.features.FeaturesDict(
-        {"text": tfds.features.Text(), "label": label, "answers": answers}
+        {
+            "text": tfds.features.Text(),
+            "label": label,
+            "answers": answers,
+            "spans": tfds.features.Sequence(tfds.features.Sequence(np.int32)),
+        }
     )
     path = place / "1.0.0"
     path.mkdir()
