@@ -510,6 +510,8 @@ def _convert(args: argparse.Namespace) -> None:
     options = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(convert.Options)
     }
+    if args.average is not None and len(args.average) < 2:
+        raise errors.UserError("--average takes at least two adapters, got 1.")
     if args.weights is not None:
         options["weights"] = _numbers("--weights", args.weights, float)
     place = convert.convert(args.average or [args.source], args.to, convert.Options(**options))
@@ -571,20 +573,20 @@ def _experiments(args: argparse.Namespace) -> int:
     """Lists or checks experiments; 1 if one of those checked fails."""
     import pathlib
 
-    from moe_peft.commands import experiments
+    from moe_peft.commands import experiment_checks, experiment_record, experiments
 
     found = experiments.select(args.names, args.paper, args.table, args.size)
     if args.shard:
         found = experiments.shard(found, args.shard)
-    record = pathlib.Path(args.record) if args.record else experiments.default_record()
+    record = pathlib.Path(args.record) if args.record else experiment_record.default_record()
     if args.markdown:
         print(experiments.markdown(found))
         return 0
     if args.check:
         folder = pathlib.Path(args.folder)
-        rows = experiments.check(found, args.check, record, folder, args.again)
+        rows = experiment_checks.check(found, args.check, record, folder, args.again)
     else:
-        rows = experiments.rows(found, record)
+        rows = experiment_record.rows(found, record)
     experiments.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 

@@ -7,6 +7,8 @@ import gin
 import pytest
 
 from moe_peft import cli, errors, experiments
+from moe_peft.commands import experiment_checks as checks
+from moe_peft.commands import experiment_record
 from moe_peft.commands import experiments as command
 
 ROW = "poly_s/superni/shared"
@@ -25,8 +27,13 @@ def record(tmp_path):
 
 def check(level, record, *names, **settings):
     found = [experiments.load(name) for name in names or (ROW,)]
-    rows = command.check(found, level, record, record.parent / "runs", **settings)
+    rows = checks.check(found, level, record, record.parent / "runs", **settings)
     return [row.state for row in rows]
+
+
+def state(record):
+    (row,) = experiment_record.rows([experiments.load(ROW)], record)
+    return row.state
 
 
 @pytest.fixture
@@ -37,10 +44,10 @@ def done(monkeypatch):
     def instead(level):
         return lambda found, *_: asked.append((level, found.name))
 
-    monkeypatch.setattr(command, "parse", instead("parse"))
-    monkeypatch.setattr(command, "plan", instead("plan"))
-    monkeypatch.setattr(command, "settings_on_samples", lambda found: found.name)
-    monkeypatch.setattr(command.Workers, "run", lambda self, name, folder: None)
+    monkeypatch.setattr(checks, "parse", instead("parse"))
+    monkeypatch.setattr(checks, "plan", instead("plan"))
+    monkeypatch.setattr(checks, "settings_on_samples", lambda found: found.name)
+    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: None)
     return asked
 
 
@@ -83,7 +90,9 @@ def test_wrong_shard(which):
 
 
 def test_levels_build_on_each_other_and_are_not_repeated(record, done):
-    assert [row.state for row in command.rows([experiments.load(ROW)], record)] == ["not checked"]
+    assert [row.state for row in experiment_record.rows([experiments.load(ROW)], record)] == [
+        "not checked"
+    ]
     assert check("parse", record) == ["parses"]
     assert check("run", record) == ["ran on samples"]
     assert done == [("parse", ROW), ("plan", ROW)]
@@ -98,7 +107,7 @@ def test_failure_is_recorded_stops_there_and_is_tried_again(record, done, monkey
         raise errors.UserError("no such thing")
 
     with monkeypatch.context() as broken:
-        broken.setattr(command, "plan", fails)
+        broken.setattr(checks, "plan", fails)
         assert check("run", record) == ["plan fails: no such thing"]
     assert "run" not in json.loads(record.read_text())[ROW]
     assert check("run", record) == ["ran on samples"]
@@ -110,21 +119,23 @@ def test_record_of_other_settings_does_not_count(record, done):
     content = json.loads(record.read_text())
     content[ROW]["settings"] = "changed"
     record.write_text(json.dumps(content))
-    assert [row.state for row in command.rows([experiments.load(ROW)], record)] == ["not checked"]
+    assert [row.state for row in experiment_record.rows([experiments.load(ROW)], record)] == [
+        "not checked"
+    ]
     assert check("parse", record) == ["parses"]
     assert "run" not in json.loads(record.read_text())[ROW]
 
 
 def test_process_that_dies_is_a_failure_and_the_next_one_lives(record, done, monkeypatch):
     monkeypatch.undo()
-    with monkeypatch.context() as broken, command.Workers() as workers:
-        broken.setattr(command, "_prepare_worker", os.abort)
+    with monkeypatch.context() as broken, checks.Workers() as workers:
+        broken.setattr(checks, "_prepare_worker", os.abort)
         assert "the process died" in workers.run(ROW, record.parent)
         assert workers._pool is None
 
 
 def test_same_settings_on_the_samples_run_once(record, done, monkeypatch):
-    monkeypatch.setattr(command, "settings_on_samples", lambda found: "same")
+    monkeypatch.setattr(checks, "settings_on_samples", lambda found: "same")
     other = "poly_s/superni/poly"
     assert check("run", record, ROW, other) == ["ran on samples"] * 2
     content = json.loads(record.read_text())
@@ -134,7 +145,7 @@ def test_same_settings_on_the_samples_run_once(record, done, monkeypatch):
 
 
 def test_settings_on_samples_leave_out_size_and_folders():
-    digest = lambda name: command.settings_on_samples(experiments.load(name))
+    digest = lambda name: checks.settings_on_samples(experiments.load(name))
     assert digest("mov/3b/mov_10") == digest("mov/11b/mov_10")
     assert digest("mov/3b/mov_10") != digest("mov/3b/mov_20")
 
@@ -155,7 +166,7 @@ def test_count_that_is_not_in_the_head(monkeypatch):
         experiments.Experiment, "trainable", property(lambda _: (9_437_185, 9_437_184))
     )
     with pytest.raises(errors.UserError, match="says 9,437,185 .* counted are 9,437,184"):
-        command.plan(found)
+        checks.plan(found)
 
 
 def test_listing(record, capsys):
@@ -178,16 +189,16 @@ def test_json(record, capsys):
 
 def test_failed_check_is_the_exit_code(record, done, monkeypatch, capsys):
     arguments = ["experiments", ROW, "--check", "run", "--record", str(record)]
-    monkeypatch.setattr(command.Workers, "run", lambda self, name, folder: "broken")
+    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: "broken")
     assert cli.main(arguments) == 1
     assert "run fails: broken" in capsys.readouterr().err
-    monkeypatch.setattr(command.Workers, "run", lambda self, name, folder: None)
+    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: None)
     assert cli.main(arguments) == 0
 
 
 def test_tables_of_the_docs_are_those_of_the_files():
     shown = command.markdown(command.select())
-    docs = command.default_record().parents[1] / "experiments.md"
+    docs = experiment_record.default_record().parents[1] / "experiments.md"
     assert shown in docs.read_text(encoding="utf-8"), (
         "docs/experiments.md differs from the files; write its tables with "
         "`moe-peft experiments --markdown`."
@@ -195,13 +206,15 @@ def test_tables_of_the_docs_are_those_of_the_files():
 
 
 def test_recorded_experiments_exist():
-    assert set(command._read(command.default_record())) <= set(experiments.names())
+    assert set(experiment_record.read(experiment_record.default_record())) <= set(
+        experiments.names()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", experiments.names())
 def test_plans_as_its_head_says(name):
-    assert command.plan(experiments.load(name)).base > 0
+    assert checks.plan(experiments.load(name)).base > 0
 
 
 @pytest.mark.slow

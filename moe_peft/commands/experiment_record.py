@@ -1,0 +1,117 @@
+"""What checks of experiments found, in a file that several processes may add to.
+
+A record counts as long as the experiment's fingerprint has not changed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+import moe_peft
+from moe_peft import errors, experiments, gin_utils
+
+LEVELS = ("parse", "plan", "run")
+REACHED = {"parse": "parses", "plan": "plans", "run": "ran on samples"}
+OK = "ok"
+
+
+def default_record() -> pathlib.Path:
+    """The record that comes with a checkout; elsewhere one below the working directory."""
+    shipped = gin_utils.packaged_folder().parent / "docs" / "results"
+    return (shipped if shipped.is_dir() else pathlib.Path("results")) / "experiments.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An experiment and what its record says.
+
+    Attributes:
+      experiment: what the file's head says.
+      record: outcomes by level, "ok" or the error's line; empty if nothing counts.
+    """
+
+    experiment: experiments.Experiment
+    record: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        """The highest level reached, or the first one that failed."""
+        state = "not checked"
+        for level in LEVELS:
+            if level not in self.record:
+                break
+            if self.record[level] != OK:
+                return f"{level} fails: {self.record[level]}"
+            state = REACHED[level]
+        return state
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        found, (many, new) = self.experiment, self.experiment.trainable
+        return {
+            "name": found.name,
+            "row": found.title,
+            "source": f"{experiments.PAPERS[found.paper]}: {found.source}",
+            "size": found.size,
+            "expected": found.expected,
+            "trainable": many,
+            "trainable_afterwards": new,
+            "training_operations": found.operations,
+            "state": self.state,
+            "seconds_on_samples": self.record.get("seconds"),
+        }
+
+
+def rows(found: Iterable[experiments.Experiment], record: pathlib.Path) -> list[Row]:
+    """Experiments with what the record has for their present settings."""
+    records = read(record)
+    return [Row(each, _current(records.get(each.name), each)) for each in found]
+
+
+def _current(entry: Mapping[str, Any] | None, experiment: experiments.Experiment) -> Mapping:
+    return entry if entry and entry["settings"] == experiment.fingerprint else {}
+
+
+def read(record: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Outcomes by experiment; a UserError if the file is broken."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise errors.UserError(f"{record} is not a record of checks: {error}") from None
+
+
+@contextlib.contextmanager
+def _locked(record: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes away from the record."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(record.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def keep(record: pathlib.Path, experiment: experiments.Experiment, outcome: Mapping) -> None:
+    """Adds an outcome to what is recorded of the experiment's present settings."""
+    with _locked(record):
+        records = read(record)
+        old = _current(records.get(experiment.name), experiment)
+        records[experiment.name] = {
+            **old,
+            **outcome,
+            "settings": experiment.fingerprint,
+            "version": moe_peft.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+        os.replace(temporary, record)
