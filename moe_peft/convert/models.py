@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from moe_peft import errors, merging, patching
 from moe_peft.convert import (
@@ -111,12 +110,8 @@ def check_written(
         LOGITS_BYTES
     ):
         return None
-    logits = [_logits(each, model.config, seed) for each in (model, written)]
-    return merging.gap(*logits)
-
-
-def _logits(model: opened_lib.Opened, config: t5.T5Config, seed: int) -> np.ndarray:
-    network = t5.Transformer(dataclasses.replace(config, dtype="float32"))
-    batch = merging.random_batch(config.vocab_size, seed)
-    params = leaves.load(model.leaves, "float32")
-    return jax.jit(encoder_decoder.EncoderDecoder(network).logits)(params, batch)
+    network = t5.Transformer(dataclasses.replace(model.config, dtype="float32"))
+    logits = jax.jit(encoder_decoder.EncoderDecoder(network).logits)
+    batch = merging.random_batch(model.config.vocab_size, seed)
+    before, after = (logits(leaves.load(m.leaves, "float32"), batch) for m in (model, written))
+    return merging.gap(before, after)

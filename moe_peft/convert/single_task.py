@@ -1,6 +1,7 @@
 """One task of a skilled adapter as a plain one: with the router's weights fixed, MHR is a LoRA."""
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
@@ -36,7 +37,8 @@ def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
     merging.check(method, task)
     network = records.network(saved.description, where)
     context = routing.RoutingContext(task_ids=jnp.asarray([task], jnp.int32))
-    shared = granularity.weights(saved.trainable, method.rules, patching.ADAPTER, context, None, 1)
+    params = jax.tree.map(jnp.asarray, saved.trainable)
+    shared = granularity.weights(params, method.rules, patching.ADAPTER, context, None, 1)
     layers = {}
     for layer, own in adapter_trees.by_layer(saved).items():
         rule = adapter_trees.rule_of(method, layer)

@@ -1,6 +1,5 @@
 """Tiny networks with trained adapters, as `checkpoints.Saved`."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 
 from moe_peft import merging, methods, patching
 from moe_peft.convert import adapter_trees
+from moe_peft.convert import sizes as sizes_lib
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.training import checkpoints, preparation
 
@@ -28,31 +28,37 @@ METHODS = {
 }
 
 
-def network(layout):
+def network(layout, **sizes):
+    sizes = {**SIZES, **sizes}
     return t5.Transformer(
-        t5.T5Config(**SIZES, num_encoder_layers=2, num_decoder_layers=1, **LAYOUTS[layout])
+        t5.T5Config(**sizes, num_encoder_layers=2, num_decoder_layers=1, **LAYOUTS[layout])
     )
+
+
+def saved(method, tree, layout="t5_1_1", **description):
+    """A tree as what a run of the method would have saved."""
+    described = {
+        "method": method.describe(),
+        "model": preparation.describe_model(network(layout)),
+        "backbone": {"fingerprint": "of the toy", "frozen_dtype": "float32"},
+        "backbone_spec": "random:0",
+        **description,
+    }
+    return checkpoints.Saved(7, tree, {}, {"description": preparation.as_json(described)})
 
 
 def trained(method, layout="t5_1_1", seed=0):
     """What a run of the method would have saved, far from fresh."""
-    module, rng = network(layout), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def draw(path, shape):
         start, size = (1.0, 0.3) if path.endswith("vectors") else (0.0, 0.3)
         size = 2.0 if path.endswith("logits") else size
         return (start + size * rng.normal(size=shape)).astype(np.float32)
 
-    shapes = adapter_trees.shapes_of(method, module)
+    shapes = adapter_trees.shapes_of(method, network(layout))
     tree = patching.trees.unflatten({path: draw(path, shape) for path, shape in shapes.items()})
-    description = {
-        "method": method.describe(),
-        "model": {"class": "Transformer", "config": dataclasses.asdict(module.config)},
-        "backbone": {"fingerprint": "of the toy", "frozen_dtype": "float32"},
-        "backbone_spec": "random:0",
-    }
-    record = {"description": preparation.as_json(description)}
-    return checkpoints.Saved(7, tree, {}, record)
+    return saved(method, tree, layout)
 
 
 def logits(method, module, base, trainable, batch):
@@ -72,3 +78,11 @@ def same(one, other):
         one[path].dtype == other[path].dtype and one[path].tobytes() == other[path].tobytes()
         for path in one
     )
+
+
+def base_params(network, seed=5):
+    """Random weights of a network without adapters."""
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: (0.3 * rng.normal(size=shape)).astype(np.float32)
+    shapes = sizes_lib.of_config(network.config)
+    return patching.trees.unflatten({path: draw(shape) for path, shape in shapes.items()})
