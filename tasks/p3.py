@@ -170,6 +170,10 @@ def _open(
 ) -> row_store.Stored:
     lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
     found = row_store.stored(store.folder() / PREFIX, f"{task}-{split}", key, lines)
+    if found.skipped and not len(found):
+        raise errors.UserError(
+            f"{source.where}, {split!r} has no row left. {bad_rows.summary(found.skipped)}."
+        )
     expected = _table().prompts[task].rows(split)
     if limit is None and expected not in (None, len(found)) and not found.skipped:
         logging.warning(

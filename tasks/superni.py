@@ -7,11 +7,11 @@ Mixtures, all of equal rates:
 * `superni_mhr`, `superni_poly_s`: the 20 and the 16 test tasks of the MHR papers.
 
 Registering reads no data. Which tasks exist is what `DATA_DIR/superni/splits/default` lists; their
-ids are their places in the sorted training list, then in the sorted test list. Settings:
-`superni.configured`.
+ids are their places in the sorted training list, then in the sorted test list. Token ids are kept
+on disk after the first reading (`row_store`). Settings: `superni.configured`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -20,10 +20,12 @@ from typing import Literal
 import gin
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, places, registration, rows, vocabularies
+from moe_peft.data import bad_rows, places, registration, row_store, rows, vocabularies
+from moe_peft.data.cldr import store
 from moe_peft.data.superni import files, prompts, sampling
 
 PREFIX = "superni"
+_WRITING = 1  # another number where the same files and settings give other rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,7 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
 
 
 def _rows(name: str, split: str) -> rows.Rows:
-    folder = places.folder(PREFIX)
-    found = _all_rows(folder, name, configured(), _read_with())
+    found = _all_rows(places.folder(PREFIX), name, configured(), _read_with())
     if split not in found:
         raise errors.UserError(
             f"{name} has no instances for its split {split!r}; it has {', '.join(found)}."
@@ -91,22 +92,47 @@ def _rows(name: str, split: str) -> rows.Rows:
     return found[split]
 
 
+def _splits(name: str) -> tuple[str, ...]:
+    return tuple(_all_rows(places.folder(PREFIX), name, configured(), _read_with()))
+
+
+def _read_with() -> tuple:
+    return vocabularies.fingerprint(), bad_rows.is_skipping()
+
+
 @functools.lru_cache(maxsize=4096)
 def _all_rows(
     folder: pathlib.Path, name: str, settings: Settings, read_with: tuple
 ) -> dict[str, rows.Rows]:
-    """Rows of each split that has some. `read_with` tells caches apart."""
-    del read_with
+    """Rows of each split that has some, from the cache of ids. `read_with` tells caches apart."""
     if name not in _task_ids(folder):
         raise errors.UserError(
             f"{name} is in neither list of {folder / 'splits' / 'default'}; so it has no task id."
             f"{errors.near(name, _task_ids(folder))}"
         )
-    task = files.read(folder, name)
+    path = files.path_of(folder, name)
     is_test_task = name in files.split_list(folder, "test")
-    chosen = sampling.split(task, is_test_task, settings.amounts, settings.seed)
-    if not chosen:
-        raise errors.UserError(f"{folder / 'tasks' / name}.json has no instances.")
+    stamp = (path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
+    key = (_WRITING, settings, is_test_task, read_with, stamp)
+    chosen = functools.cache(lambda: _chosen(folder, name, settings, is_test_task))
+    found = {}
+    for split in ("train", "test" if is_test_task else "validation"):
+        lines = lambda split=split: registration.lines(
+            chosen().get(split, ()), settings.max_input_tokens
+        )
+        stored = row_store.stored(store.folder() / PREFIX, f"{name}-{split}", key, lines)
+        if len(stored):
+            found[split] = registration.as_rows(stored, _task_ids(folder)[name])
+    if not found:
+        raise errors.UserError(f"{path} has no instances.")
+    return found
+
+
+def _chosen(
+    folder: pathlib.Path, name: str, settings: Settings, is_test_task: bool
+) -> Mapping[str, Iterable[registration.TextExample]]:
+    """The examples of every split."""
+    task = files.read(folder, name)
     encode = vocabularies.get().encode
 
     def example(instance: files.Instance) -> registration.TextExample:
@@ -121,20 +147,8 @@ def _all_rows(
         accepted = instance.outputs if settings.references == "all" else (targets,)
         return registration.TextExample(inputs, targets, ending=ending, references=accepted)
 
-    return {
-        split: registration.encode(
-            map(example, instances), _task_ids(folder)[name], settings.max_input_tokens
-        )
-        for split, instances in chosen.items()
-    }
-
-
-def _splits(name: str) -> tuple[str, ...]:
-    return tuple(_all_rows(places.folder(PREFIX), name, configured(), _read_with()))
-
-
-def _read_with() -> tuple:
-    return vocabularies.fingerprint(), bad_rows.is_skipping()
+    found = sampling.split(task, is_test_task, settings.amounts, settings.seed)
+    return {split: map(example, instances) for split, instances in found.items()}
 
 
 def _register_task(name: str) -> str:

@@ -4,7 +4,7 @@ Registering reads nothing: a task's splits and rows, and the tasks of a mixture,
 somebody asks for them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import re
@@ -13,7 +13,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from moe_peft.data import rows, vocabularies
+from moe_peft.data import row_store, rows, vocabularies
 
 _text = seqio.Feature(vocabularies.Configured(), add_eos=True)
 _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
@@ -159,17 +159,15 @@ def add_mixture(
         seqio.MixtureRegistry.add_provider(name, LazyMixture(name, list_tasks, rate))
 
 
-def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
-    """Rows of ids.
+def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_store.Line]:
+    """Examples as ids.
 
     Args:
       examples: in order.
-      task_id: of all of them.
       max_inputs: tokens of the inputs, end mark included. A longer input is cut from the right;
         its `ending`, if it has one, is put back.
     """
     vocabulary = vocabularies.get()
-    examples = list(examples)
     ids = functools.cache(lambda text: np.array(vocabulary.encode(text), np.int32))
 
     def inputs(example: TextExample) -> np.ndarray:
@@ -179,15 +177,31 @@ def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> ro
         ending = ids(example.ending)
         return np.concatenate([found[: max_inputs - 1 - len(ending)], ending])
 
-    has_choices = any(example.answer_choices for example in examples)
-    has_references = any(example.references for example in examples)
+    for example in examples:
+        targets = ids(example.targets)
+        yield row_store.Line(inputs(example), targets, example.answer_choices, example.references)
+
+
+def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
+    """Rows of ids in memory, see `lines`; `task_id` is that of all of them."""
+    examples = list(examples)
+    found = list(lines(examples, max_inputs))
+    has_choices = any(line.answer_choices for line in found)
+    has_references = any(line.references for line in found)
     return rows.Rows(
-        rows.Ragged.of([inputs(example) for example in examples]),
-        rows.Ragged.of([ids(example.targets) for example in examples]),
+        rows.Ragged.of([line.inputs for line in found]),
+        rows.Ragged.of([line.targets for line in found]),
         {
-            "task_ids": np.full(len(examples), task_id, np.int32),
+            "task_ids": np.full(len(found), task_id, np.int32),
             "template_ids": np.array([example.template_id for example in examples], np.int32),
         },
-        [example.answer_choices for example in examples] if has_choices else (),
-        [example.references for example in examples] if has_references else (),
+        [line.answer_choices for line in found] if has_choices else (),
+        [line.references for line in found] if has_references else (),
     )
+
+
+def as_rows(found: row_store.Stored, task_id: int) -> rows.Rows:
+    """Rows of ids in a cache, of one wording, all with the same task id."""
+    constant = lambda value: np.broadcast_to(np.int32(value), (len(found),))
+    scalars = {"task_ids": constant(task_id), "template_ids": constant(0)}
+    return rows.Rows(found.inputs, found.targets, scalars, references=found.references)

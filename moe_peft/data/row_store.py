@@ -21,10 +21,9 @@ import tempfile
 import numpy as np
 import pyarrow
 
-from moe_peft import errors
 from moe_peft.data import bad_rows, rows
 
-_FORMAT = 2
+_FORMAT = 3
 _SKIPPED = "skipped.json"
 
 
@@ -35,6 +34,7 @@ class Line:
     inputs: np.ndarray
     targets: np.ndarray
     answer_choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 class Texts(Sequence[tuple[str, ...]]):
@@ -62,6 +62,7 @@ class Stored:
     inputs: rows.Ragged
     targets: rows.Ragged
     answer_choices: Texts
+    references: Texts | tuple[()] = ()
     skipped: bad_rows.Counts = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -93,8 +94,6 @@ def stored(
         try:
             with bad_rows.counting() as skipped:
                 _write(temporary, make())
-            if skipped and not (temporary / "inputs_ends.bin").stat().st_size:
-                raise errors.UserError(f"{name} has no row left. {bad_rows.summary(skipped)}.")
             listed = [[*row, count] for row, count in skipped.items()]
             (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
             os.replace(temporary, place)
@@ -149,31 +148,34 @@ def _told(lines: Iterable[Line]) -> Iterator[Line]:
         tell(count)
 
 
-_COLUMNS = {"inputs": np.int32, "targets": np.int32, "choices": np.uint8}
-_ENDS = (*(f"{name}_ends" for name in _COLUMNS), "rows_ends")
+_TEXTS = ("answer_choices", "references")
+_COLUMNS = {"inputs": np.int32, "targets": np.int32, **dict.fromkeys(_TEXTS, np.uint8)}
+_ENDS = (*(f"{name}_ends" for name in _COLUMNS), *(f"{name}_rows" for name in _TEXTS))
 
 
 def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
-    totals = dict.fromkeys(_COLUMNS, 0)
-    num_choices = 0
+    totals = dict.fromkeys((*_COLUMNS, *_ENDS), 0)
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context(open(place / f"{name}.bin", "wb"))
             for name in (*_COLUMNS, *_ENDS)
         }
 
+        def end(name: str, of: str, count: int) -> None:
+            totals[of] += count
+            files[name].write(struct.pack("=q", totals[of]))
+
         def add(name: str, sequence: np.ndarray) -> None:
             files[name].write(np.asarray(sequence, _COLUMNS[name]).tobytes())
-            totals[name] += len(sequence)
-            files[f"{name}_ends"].write(struct.pack("=q", totals[name]))
+            end(f"{name}_ends", name, len(sequence))
 
         for line in _told(lines):
             add("inputs", line.inputs)
             add("targets", line.targets)
-            for choice in line.answer_choices:
-                add("choices", np.frombuffer(choice.encode("utf-8"), np.uint8))
-            num_choices += len(line.answer_choices)
-            files["rows_ends"].write(struct.pack("=q", num_choices))
+            for name in _TEXTS:
+                for text in getattr(line, name):
+                    add(name, np.frombuffer(text.encode("utf-8"), np.uint8))
+                end(f"{name}_rows", f"{name}_rows", len(getattr(line, name)))
 
 
 def _open(place: pathlib.Path) -> Stored:
@@ -188,7 +190,7 @@ def _open(place: pathlib.Path) -> Stored:
     def column(name: str) -> rows.Ragged:
         return rows.Ragged(mapped(name, _COLUMNS[name]), mapped(f"{name}_ends", np.int64))
 
-    choices = Texts(column("choices"), mapped("rows_ends", np.int64))
+    texts = (Texts(column(name), mapped(f"{name}_rows", np.int64)) for name in _TEXTS)
     listed = json.loads((place / _SKIPPED).read_text(encoding="utf-8"))
     skipped = {(path, reason): count for path, reason, count in listed}
-    return Stored(column("inputs"), column("targets"), choices, skipped)
+    return Stored(column("inputs"), column("targets"), *texts, skipped)

@@ -192,7 +192,7 @@ def test_p3_task_without_choices(tmp_path):
     read = lambda: pipeline.get(f"p3_{table.held_out[0].name}").source.rows("validation")
     stops(read, r"'validation', row 0: 'idx' is missing; is this no task with answer choices\?")
     skip()
-    stops(read, "validation has no row left. Skipped .* bad rows: .*'idx' is missing")
+    stops(read, "'validation' has no row left. Skipped .* bad rows: .*'idx' is missing")
 
 
 def test_duplicated_task_names(tmp_path):

@@ -29,7 +29,8 @@ LENGTHS = {"inputs": 300, "targets": 64}
 
 
 @pytest.fixture(autouse=True)
-def _settings(tmp_path_factory):
+def _settings(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MOE_PEFT_CACHE", str(_folder(tmp_path_factory).parent / "cache"))
     gin.clear_config()
     gin.bind_parameter("places.configured.folder", str(_folder(tmp_path_factory)))
     gin.bind_parameter("vocabularies.configured.vocabulary", "bytes")
@@ -135,6 +136,32 @@ def test_superni_cut_prompt_keeps_its_end():
     (batch,) = itertools.islice(pipeline.train_batches("superni_train", 4, lengths, 0), 1)
     assert (batch["encoder_input_tokens"][:, -1] == 1).all()
     assert all(inputs.endswith("\nOutput:") for inputs, _ in texts(batch, "superni_train"))
+
+
+def test_superni_second_reading_needs_no_task_file(monkeypatch):
+    superni._all_rows.cache_clear()
+    tasks = pipeline.tasks_of("superni_test")
+    first = [task.source.rows(split) for task in tasks for split in task.splits]
+    assert any(len(found.references[0]) for found in first)
+    superni._all_rows.cache_clear()
+    monkeypatch.setattr(superni.files, "read", None)
+    again = [task.source.rows(split) for task in tasks for split in task.splits]
+    assert len(again) == 2 * samples.TEST_TASKS
+    for one, other in zip(first, again):
+        for i in range(len(one)):
+            assert one.inputs[i].tolist() == other.inputs[i].tolist()
+            assert one.targets[i].tolist() == other.targets[i].tolist()
+            assert one.references[i] == other.references[i]
+    # Other settings are other rows, and a file that changed is read again.
+    gin.bind_parameter("superni.configured.test_examples", 7)
+    with pytest.raises(TypeError):
+        tasks[0].source.rows("test")
+    gin.bind_parameter("superni.configured.test_examples", 8)
+    superni._all_rows.cache_clear()
+    (path,) = (_written[0] / "superni" / "tasks").glob(f"{tasks[0].name[len('superni_') :]}.json")
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(TypeError):
+        tasks[0].source.rows("test")
 
 
 def test_superni_test_tasks_keep_their_first_instances_for_the_report():

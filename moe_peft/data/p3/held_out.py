@@ -36,8 +36,8 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
         choices = groups.setdefault(record.idx[0], {})
         if record.idx[1] in choices:
             raise bad_rows.BadRow(where, f"row {number}", f"idx {record.idx} is there twice")
-        if choices:  # the question is the same: kept once
-            first = next(iter(choices.values()))
+        first = next(iter(choices.values()), record)
+        if record.inputs == first.inputs:  # as it should be; kept once, then
             record = dataclasses.replace(record, inputs=first.inputs, input_ids=first.input_ids)
         choices[record.idx[1]] = record
 

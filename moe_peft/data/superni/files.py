@@ -106,19 +106,23 @@ def all_names(folder: pathlib.Path) -> tuple[str, ...]:
     return (*train, *test)
 
 
+def path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The file of a task; a UserError with near names if there is none."""
+    path = folder / "tasks" / f"{name}.json"
+    if not path.is_file():
+        known = [other.stem for other in path.parent.glob("*.json")]
+        raise errors.UserError(f"There is no task file {path}.{errors.near(name, known)}")
+    return path
+
+
 def read(folder: pathlib.Path, name: str) -> TaskFile:
     """A task file; a UserError names the file and the field that is wrong.
 
     Only instances may be skipped (`bad_rows`): what prompts are made of must be right.
     """
-    path = folder / "tasks" / f"{name}.json"
+    path = path_of(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        known = [other.stem for other in path.parent.glob("*.json")]
-        raise errors.UserError(
-            f"There is no task file {path}.{errors.near(name, known)}"
-        ) from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
     except json.JSONDecodeError as problem:
