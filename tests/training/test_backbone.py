@@ -1,12 +1,16 @@
+import dataclasses
 import os
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors
-from moe_peft.training import backbone
+from moe_peft import errors, patching
+from moe_peft.convert import hugging_face, leaves, sizes, t5x
+from moe_peft.models import t5
+from moe_peft.training import backbone, digest
 
 PARAMS = {
     "encoder": {"layers_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}},
@@ -138,3 +142,127 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
         backbone.save(_variant(extra={"a": np.ones(1)}), path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+# Backbones of other projects
+
+
+CONFIG = t5.T5Config(16, 8, 2, 4, 12, 2, 1)
+
+
+def _flat(config=CONFIG):
+    rng = np.random.default_rng(0)
+    shapes = sizes.of_config(config)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+def _shapes(config):
+    flat = sizes.of_config(config)
+    of = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
+    return patching.trees.unflatten({path: of(shape) for path, shape in flat.items()})
+
+
+def _write(kind, folder):
+    writers = {"hf": hugging_face.write, "t5x": t5x.write}
+    writers[kind](folder, CONFIG, _flat())
+    return f"{kind}:{folder}"
+
+
+@pytest.fixture(params=["hf", "t5x"])
+def spec(request, tmp_path):
+    return _write(request.param, tmp_path / "model")
+
+
+@pytest.fixture
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def test_backbones_of_other_projects(spec):
+    loaded = backbone.load(spec, _shapes(CONFIG), None)
+    flat = patching.flatten(loaded.params)
+    assert flat.keys() == _flat().keys()
+    for path, values in _flat().items():
+        np.testing.assert_array_equal(flat[path], values)
+        assert flat[path].flags["C_CONTIGUOUS"]
+    # The fingerprint is that of the same weights from anywhere else.
+    assert loaded.fingerprint == digest.of_tree(patching.trees.unflatten(_flat()))
+
+
+def test_each_leaf_is_stored_as_it_will_be_used(spec):
+    stored_as = lambda path: "float32" if "norm" in path else "bfloat16"
+    loaded = backbone.load(spec, _shapes(CONFIG), None, stored_as)
+    for path, leaf in patching.flatten(loaded.params).items():
+        assert leaf.dtype == stored_as(path)
+    assert loaded.fingerprint == backbone.load(spec, _shapes(CONFIG), None).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["hf", "t5x", "file"])
+def test_backbones_come_in_the_layout_of_the_model(kind, tmp_path):
+    scanned = dataclasses.replace(CONFIG, scan_layers=True)
+    if kind == "file":
+        spec = f"file:{backbone.save(patching.trees.unflatten(_flat()), tmp_path / 'b')}"
+    else:
+        spec = _write(kind, tmp_path / "model")
+    loaded = backbone.load(spec, _shapes(scanned), None)
+    key = loaded.params["encoder"]["encoder"]["attention"]["key"]["kernel"]
+    np.testing.assert_array_equal(
+        key[:, 1], _flat()["encoder/layers_1/attention/key/kernel"].reshape(8, 2, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 20}, r"another size than the model: vocab_size 16 \(model config: 20\)\."),
+        ({"num_decoder_layers": 3}, r"num_decoder_layers 1 \(model config: 3\)\. Set T5Config to"),
+        ({"logits_via_embedding": True}, r"logits_via_embedding False \(model config: True\)"),
+    ],
+)
+@pytest.mark.parametrize("check", [backbone.load, backbone.check_headers])
+def test_another_size_is_told_before_anything_is_read(spec, change, words, check, monkeypatch):
+    monkeypatch.setattr(leaves.Leaf, "__array__", lambda *_: pytest.fail("read"))
+    shapes = _shapes(dataclasses.replace(CONFIG, **change))
+    arguments = (None,) if check is backbone.load else ()
+    with pytest.raises(errors.UserError, match=words):
+        check(spec, shapes, *arguments)
+
+
+def test_a_size_with_a_name_says_which_file_fits(tmp_path):
+    config = sizes.named("tiny")
+    hugging_face.write(tmp_path / "m", config, _flat(config))
+    with pytest.raises(errors.UserError, match=r"emb_dim 32 .* Take models/tiny.gin."):
+        backbone.check_headers(f"hf:{tmp_path / 'm'}", _shapes(CONFIG))
+
+
+def test_missing_and_unused_leaves_are_errors_unless_named(tmp_path, clean_gin, capsys):
+    flat = _flat()
+    del flat["decoder/decoder_norm/scale"]
+    flat["decoder/more/kernel"] = np.ones((2, 2), np.float32)
+    found = leaves.flatten(flat)
+    target = tmp_path / "m" / "checkpoint_0"
+    target.mkdir(parents=True)
+    t5x._write_legacy(target, found, 0)
+    spec = f"t5x:{tmp_path / 'm'}"
+    fresh = lambda rng: jax.tree.map(lambda x: jnp.full(x.shape, 7.0), _shapes(CONFIG))
+    with pytest.raises(errors.UserError, match="lacks 1 of .*decoder/decoder_norm/scale"):
+        backbone.load(spec, _shapes(CONFIG), fresh)
+    gin.bind_parameter("backbones.allowed.missing", ("decoder/decoder_norm/.*",))
+    with pytest.raises(errors.UserError, match="has 1 leaves .*target.decoder.more.kernel"):
+        backbone.load(spec, _shapes(CONFIG), fresh)
+    gin.bind_parameter("backbones.allowed.unused", (".*more.kernel",))
+    loaded = backbone.load(spec, _shapes(CONFIG), fresh)
+    np.testing.assert_array_equal(loaded.params["decoder"]["decoder_norm"]["scale"], np.full(8, 7))
+    assert "more" not in loaded.params["decoder"]
+    printed = capsys.readouterr().err
+    assert "missing: decoder/decoder_norm/scale" in printed
+    assert "unused: " in printed
+
+
+def test_kinds_that_hold_no_model(tmp_path):
+    with pytest.raises(errors.UserError, match="is none of random:SEED.*hf:FOLDER, t5x:FOLDER"):
+        backbone.load("hg:/tmp", SHAPES, _init)
+    with pytest.raises(errors.UserError, match="There is no .*nowhere"):
+        backbone.load(f"t5x:{tmp_path / 'nowhere'}", SHAPES, _init)
+    backbone.check_headers("random:0", SHAPES)
