@@ -383,6 +383,12 @@ def _add_experiments(commands) -> None:
     sub.add_argument("--again", action="store_true", help="repeat what was checked before")
     sub.add_argument("--record", metavar="FILE", help="where outcomes are kept")
     sub.add_argument(
+        "--results",
+        default="results",
+        metavar="FOLDER",
+        help="where full-size runs are, for their scores; default: %(default)s",
+    )
+    sub.add_argument(
         "--folder",
         default="results/experiments",
         help="where two-minute versions run; default: %(default)s",
@@ -431,7 +437,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        return _run(args, gin_bindings)
+        code = _run(args, gin_bindings)
+        if args.command != "data" or args.verb == "show":  # the other verbs tell it themselves
+            _say_skipped()
+        return code
     except BrokenPipeError:  # whoever read the output has seen enough, as in `moe-peft plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -443,6 +452,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moe-peft {args.command}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _say_skipped() -> None:
+    """Prints how many bad rows were skipped, if any were."""
+    reader = sys.modules.get("moe_peft.data.bad_rows")
+    if reader is not None and reader.skipped():
+        print(f"{reader.summary(reader.skipped())}.", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
@@ -586,7 +602,7 @@ def _experiments(args: argparse.Namespace) -> int:
         folder = pathlib.Path(args.folder)
         rows = experiment_checks.check(found, args.check, record, folder, args.again)
     else:
-        rows = experiment_record.rows(found, record)
+        rows = experiment_record.rows(found, record, pathlib.Path(args.results))
     experiments.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import moe_peft
 from moe_peft import errors, experiments, gin_utils
+from moe_peft.commands import experiment_results
 
 LEVELS = ("parse", "plan", "run")
 REACHED = {"parse": "parses", "plan": "plans", "run": "ran on samples"}
@@ -34,14 +35,18 @@ class Row:
     Attributes:
       experiment: what the file's head says.
       record: outcomes by level, "ok" or the error's line; empty if nothing counts.
+      score: what came of it at full size, if it ran.
     """
 
     experiment: experiments.Experiment
     record: Mapping[str, Any]
+    score: experiment_results.Score | None = None
 
     @property
     def state(self) -> str:
-        """The highest level reached, or the first one that failed."""
+        """The score at full size; else the highest level reached, or the first that failed."""
+        if self.score:
+            return str(self.score)
         state = "not checked"
         for level in LEVELS:
             if level not in self.record:
@@ -64,14 +69,20 @@ class Row:
             "trainable_afterwards": new,
             "training_operations": found.operations,
             "state": self.state,
+            "score": self.score and self.score.value,
             "seconds_on_samples": self.record.get("seconds"),
         }
 
 
-def rows(found: Iterable[experiments.Experiment], record: pathlib.Path) -> list[Row]:
-    """Experiments with what the record has for their present settings."""
+def rows(
+    found: Iterable[experiments.Experiment],
+    record: pathlib.Path,
+    results: pathlib.Path | None = None,
+) -> list[Row]:
+    """Experiments with what the record has for their present settings, and scores in `results`."""
     records = read(record)
-    return [Row(each, _current(records.get(each.name), each)) for each in found]
+    score = lambda each: experiment_results.measured(each, results) if results else None
+    return [Row(each, _current(records.get(each.name), each), score(each)) for each in found]
 
 
 def _current(entry: Mapping[str, Any] | None, experiment: experiments.Experiment) -> Mapping:

@@ -1,5 +1,6 @@
 """`experiments`: rows of the papers' tables, chosen by filters, and how far each was checked."""
 
+import collections
 from collections.abc import Callable, Sequence
 import json
 import re
@@ -87,11 +88,11 @@ def show(found: Sequence[experiment_record.Row], as_json: bool = False) -> None:
     for row in found:
         table.add_row(*cells(row))
     console.print(table)
-    counts = dict.fromkeys(("not checked", *experiment_record.REACHED.values(), "fails"), 0)
-    for row in found:
-        counts["fails" if " fails: " in row.state else row.state] += 1
-    said = [f"{count} {state}" for state, count in counts.items() if count]
-    console.print(f"{len(found)} experiments: {', '.join(said)}; none reproduced at full size.")
+    counts = collections.Counter(row.state.partition(":")[0] for row in found)
+    said = [f"{count} {state}" for state, count in counts.items()]
+    console.print(f"{len(found)} experiments: {', '.join(said)}.")
+    if not any(row.score for row in found):
+        console.print("None has been run at full size: samples say nothing about the numbers.")
 
 
 def cells(row: experiment_record.Row) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_peft import cli, errors, experiments
 from moe_peft.commands import experiment_checks as checks
-from moe_peft.commands import experiment_record
+from moe_peft.commands import experiment_record, experiment_results
 from moe_peft.commands import experiments as command
 
 ROW = "poly_s/superni/shared"
@@ -196,6 +196,68 @@ def test_failed_check_is_the_exit_code(record, done, monkeypatch, capsys):
     assert cli.main(arguments) == 0
 
 
+def group(median):
+    return {"median": median, "mean": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "state"),
+    [
+        (
+            "mhr/t0_xl/poly",
+            "poly/adapted/results.json",
+            {"overall": {"mean_of_task_medians": 0.6705}},
+            "reproduced: 67.05",  # 68.0 ± 1.0
+        ),
+        (
+            "poly_s/superni/shared",
+            "shared/adapted/results.json",
+            {"overall": {"mean_of_task_medians": 0.0, "over_seeds": {"mean": 0.643}}},
+            "measured: 64.30",  # 64.9 ± 0.5
+        ),
+        (
+            "poly_s/t0/shared",
+            "shared/adapted/results.json",
+            {"overall": {"mean_of_task_medians": 0.675}},
+            "reproduced: 67.50",  # 66.9 (0.7)
+        ),
+        (
+            "mov/3b/mov_10",
+            "mov_10/eval/p3_heldout_published/results.json",
+            {"results": {"groups": {"anli": group(0.1), "cb": group(0.4)}}},
+            "measured: 25.00",
+        ),
+        (
+            "mov/sentence/token_3b",
+            "../3b/mov_10/eval/p3_heldout_published/results.json",
+            {"results": {"groups": {"anli": group(0.1), "cb": group(0.4)}}},
+            "measured: 40.00",
+        ),
+        (
+            "mhr/zero_shot/xl_backbone",
+            "xl_backbone/eval/p3_heldout/results.json",
+            {"results": {"overall": {"mean": 0.432}}},
+            "measured: 43.20",
+        ),
+    ],
+)
+def test_scores_at_full_size(name, file, content, state, tmp_path):
+    path = tmp_path / name.rpartition("/")[0] / file
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    found = [experiments.load(name)]
+    (row,) = experiment_record.rows(found, tmp_path / "record.json", tmp_path)
+    assert row.state == state
+
+
+def test_scores_on_samples_do_not_count(tmp_path):
+    folder = tmp_path / "mhr/t0_xl/poly/adapted"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"overall": {"mean_of_task_medians": 0.68}}')
+    (folder / "config.gin").write_text("DATA_DIR = 'embedded:samples'\n")
+    assert experiment_results.measured(experiments.load("mhr/t0_xl/poly"), tmp_path) is None
+
+
 def test_tables_of_the_docs_are_those_of_the_files():
     shown = command.markdown(command.select())
     docs = experiment_record.default_record().parents[1] / "experiments.md"
@@ -236,4 +298,5 @@ def test_two_minute_version(name, results, record, monkeypatch):
     assert check("run", record, name) == ["ran on samples"]
     (written,) = (record.parent / "runs").glob(f"{name}-*/**/results.json")
     content = json.loads(written.read_text())
-    assert len(content.get("runs", content["tasks"])) == results
+    found = content["runs"] if "runs" in content else content["results"]["tasks"]
+    assert len(found) == results
