@@ -7,7 +7,7 @@ import gin
 import pytest
 
 from moe_peft import cli
-from moe_peft.data import pipeline, samples
+from moe_peft.data import bad_rows, pipeline, samples
 
 SETTINGS = ["--gin.DATA_DIR=embedded:samples", "--gin.VOCABULARY=bytes"]
 
@@ -114,3 +114,19 @@ def test_help_has_examples(capsys):
         with pytest.raises(SystemExit):
             cli.main([*name.split(), "--help"])
         assert f"moe-peft {name} " in capsys.readouterr().out
+
+
+def test_skipped_rows_are_told_at_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bad_rows, "_skipped", type(bad_rows._skipped)())
+    samples.write_crossfit(tmp_path / "crossfit")
+    path = sorted((tmp_path / "crossfit").glob("cldr-month_*/*_13_train.tsv"))[0]
+    path.write_text(path.read_text() + "broken\nin two\n")
+    name = "crossfit_" + re.sub(r"[^\w.]+", "_", path.parent.name)
+    arguments = (name, "--split", "train_13", "--count", "1", "--gin.VOCABULARY=bytes")
+    code, printed = show(capsys, *arguments, f"--gin.DATA_DIR={tmp_path}")
+    assert code == cli.USER_ERROR
+    (line,) = printed.err.splitlines()
+    assert f"{path}, row " in line
+    code, printed = show(capsys, *arguments, f"--gin.DATA_DIR={tmp_path}", "--gin.BAD_ROWS=skip")
+    assert code == 0
+    assert f"Skipped 2 bad rows: {path}: 1 column" in printed.err.splitlines()[-1]
