@@ -23,8 +23,8 @@ def make_mesh(
 
     Args:
       data: devices along the data axis; None takes what fsdp and model leave over.
-      fsdp: devices along which batches, and later parameters, are split.
-      model: devices along which later the width of the layers is split.
+      fsdp: devices along which batches and weights are split.
+      model: devices along which the inside of layers is split; see `layout`.
       devices: the devices to use, in order.
 
     Raises:

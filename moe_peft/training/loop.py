@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.models import encoder_decoder
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import (
     checkpoints,
@@ -84,7 +85,8 @@ def train(
       start_from: folder of a multi-task run that `method` (made by `methods.transferred`, variant
         "mu" or "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-
         Head Adapter Routing", section 5. None for fresh adapters.
-      mesh: devices; default: all of them, data-parallel.
+      mesh: devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are
+        split over its axes `fsdp` and `model`.
 
     Raises:
       UserError: a setting, the folder, the backbone or the data is wrong. Before compiling.
@@ -214,6 +216,8 @@ def fit(
         abstract = jax.eval_shape(
             lambda tree: state_lib.create(tree, transform, settings.seed), trainable
         )
+        layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
+        places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
         num_old = len(checkpoints.steps(folder))
         folders.check_space(
             folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
@@ -232,10 +236,9 @@ def fit(
         description = preparation.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
-        everywhere = mesh_lib.replicated(mesh)
-        frozen = jax.device_put(trees.frozen, everywhere)
+        frozen = jax.device_put(trees.frozen, layout.shardings(trees.frozen, axes))
         state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = jax.device_put(state, everywhere)
+        state = jax.device_put(state, places)
         changed = ""
         if saved:
             preparation.check_same_run(saved.description, description, folder)
@@ -252,7 +255,8 @@ def fit(
                 settings.num_microbatches,
                 optimizer.learning_rates(trainable, group_of),
                 settings.use_dropout,
-                out_shardings=everywhere,
+                layout=layout,
+                out_shardings=(places, layout.everywhere),
             ),
             eval_hook=eval_hook,
             frozen=frozen,

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching, transfer
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import digest, exported, optimizers
 
@@ -57,6 +58,14 @@ class Start:
                 "Evaluate it with `moe-peft eval` instead."
             )
         return trainable
+
+    def logical_axes(self) -> layout_lib.Axes:
+        """Returns the names of the axes of every parameter; none of a model that does not tell."""
+        init = getattr(self.model, "init_variables", None)
+        if init is None:
+            return {}
+        shapes = jax.eval_shape(lambda rng: init(rng, self.batch_shapes), jax.random.key(0))
+        return layout_lib.logical_axes(shapes)
 
     def trees(
         self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import optax
 
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import state as state_lib
 
 Batch = Mapping[str, Array]
@@ -28,7 +29,12 @@ class Model(Protocol):
         ...
 
 
-def make_train_step(*args: Any, out_shardings: Any = None, **kwargs: Any) -> TrainStep:
+def make_train_step(
+    *args: Any,
+    layout: layout_lib.Layout | None = None,
+    out_shardings: Any = None,
+    **kwargs: Any,
+) -> TrainStep:
     """Returns `make_update(...)`, jitted.
 
     The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
@@ -36,10 +42,14 @@ def make_train_step(*args: Any, out_shardings: Any = None, **kwargs: Any) -> Tra
 
     Args:
       *args: of `make_update`.
-      out_shardings: sharding of the new state (metrics are replicated by it too).
+      layout: how activations are split.
+      out_shardings: of the new state and the metrics.
       **kwargs: of `make_update`.
     """
-    return jax.jit(make_update(*args, **kwargs), donate_argnums=0, out_shardings=out_shardings)
+    update = make_update(*args, **kwargs)
+    if layout is not None:
+        update = layout.applied(update)
+    return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
 
 
 def make_update(

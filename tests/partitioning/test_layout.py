@@ -1,0 +1,211 @@
+"""Training on meshes of eight devices against one device; which arrays are split and how."""
+
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_peft import errors, methods, patching
+from moe_peft.models import encoder_decoder, t5
+from moe_peft.partitioning import layout as layout_lib
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import loop, optimizers, preparation
+from moe_peft.training import run as run_lib
+from moe_peft.training import state as state_lib
+
+BATCH, INPUTS, TARGETS, STEPS = 8, 12, 6, 10
+CONFIG = {
+    "vocab_size": 64,
+    "emb_dim": 16,
+    "num_heads": 8,
+    "head_dim": 4,
+    "mlp_dim": 32,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 1,
+    "dropout_rate": 0.1,
+}
+METHODS = {
+    "lora": lambda: methods.lora(rank=2),
+    "molora": lambda: methods.molora(num_experts=2, rank=2),
+    "mov": lambda: methods.mov(num_experts=2),
+    "mhr": lambda: methods.mhr(num_tasks=3, num_skills=2, num_splits=4, rank=2),
+    "full": methods.full,
+}
+
+
+def batches(start):
+    """The batch of a step is a function of its number."""
+    for step in itertools.count(start):
+        tokens = np.random.default_rng(step).integers(1, 64, (BATCH, INPUTS + 2 * TARGETS))
+        inputs, shifted, targets = np.split(
+            tokens.astype(np.int32), [INPUTS, INPUTS + TARGETS], axis=1
+        )
+        yield {
+            "encoder_input_tokens": inputs,
+            "decoder_input_tokens": shifted,
+            "decoder_target_tokens": targets,
+            "task_ids": (np.arange(BATCH, dtype=np.int32) + step) % 3,
+        }
+
+
+def mesh_of(data, fsdp, model):
+    return mesh_lib.make_mesh(data, fsdp, model, devices=jax.devices()[: data * fsdp * model])
+
+
+def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microbatches=1):
+    """(losses of every step, the run's result)."""
+    method = METHODS[method]()
+    config = t5.T5Config(**CONFIG, scan_layers=scan_layers)
+    module = t5.Transformer(config)
+    network = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
+    base = encoder_decoder.EncoderDecoder(module)
+    result = loop.fit(
+        start=lambda shapes: preparation.Start(network, base, method, shapes),
+        backbone="random:1",
+        open_batches=batches,
+        optimizer=optimizers.adamw(1e-2, clip_norm=1.0),
+        model_dir=folder,
+        described={"model": "t5", "data": "random"},
+        settings=run_lib.Settings(
+            num_steps=num_steps,
+            batch_size=BATCH,
+            log_period=1,
+            num_microbatches=num_microbatches,
+        ),
+        mesh=mesh_of(*shape),
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line], result
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run on one device, made once for every setting."""
+
+    @functools.cache
+    def run(*args, **kwargs):
+        return train(tmp_path_factory.mktemp("alone") / "run", *args, (1, 1, 1), **kwargs)
+
+    return run
+
+
+def check_equal(found, wanted):
+    losses, result = found
+    want_losses, want = wanted
+    assert len(losses) == len(want_losses) == STEPS
+    np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
+    for path, leaf in patching.flatten(want.state.trainable).items():
+        got = patching.flatten(result.state.trainable)[path]
+        # Adam's first steps divide by the gradients' own size: their rounding is not small there.
+        np.testing.assert_allclose(got, leaf, rtol=1e-3, atol=2e-4, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "scan_layers"),
+    [
+        ("molora", (2, 2, 2), False),
+        pytest.param("mhr", (1, 2, 4), True, marks=pytest.mark.slow),
+        pytest.param("lora", (8, 1, 1), True, marks=pytest.mark.slow),
+        pytest.param("lora", (1, 8, 1), True, marks=pytest.mark.slow),
+        pytest.param("lora", (1, 1, 8), True, marks=pytest.mark.slow),
+        pytest.param("mov", (4, 2, 1), True, marks=pytest.mark.slow),
+        pytest.param("mov", (4, 1, 2), False, marks=pytest.mark.slow),
+        pytest.param("mhr", (2, 4, 1), False, marks=pytest.mark.slow),
+        pytest.param("full", (2, 1, 4), True, marks=pytest.mark.slow),
+        pytest.param("full", (1, 4, 2), False, marks=pytest.mark.slow),
+    ],
+)
+def test_every_mesh_equals_one_device(alone, tmp_path, method, shape, scan_layers):
+    found = train(tmp_path, method, shape, scan_layers=scan_layers)
+    check_equal(found, alone(method, scan_layers=scan_layers))
+
+
+def test_a_run_goes_on_on_another_mesh(alone, tmp_path):
+    train(tmp_path, "mhr", (2, 1, 4), num_steps=4, scan_layers=True)
+    _, result = found = train(tmp_path, "mhr", (1, 8, 1), scan_layers=True)
+    check_equal(found, alone("mhr", scan_layers=True))
+    assert result.state.step == STEPS
+
+
+@pytest.mark.slow
+def test_microbatches_on_a_mesh(alone, tmp_path):
+    found = train(tmp_path, "mhr", (2, 2, 2), scan_layers=True, num_microbatches=2)
+    check_equal(found, alone("mhr", scan_layers=True, num_microbatches=2))
+
+
+def shapes_and_axes(method, scan_layers=True):
+    module = t5.Transformer(t5.T5Config(**CONFIG, scan_layers=scan_layers))
+    model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
+    batch = {name: rows.shape for name, rows in next(batches(0)).items()}
+    start = preparation.Start(model, None, method, batch)
+    params = jax.eval_shape(lambda rng: model.init(rng, batch), jax.random.key(0))
+    return params, start.logical_axes()
+
+
+def specs(layout, params, axes):
+    flat = patching.flatten(layout.shardings(params, axes))
+    return {path: tuple(sharding.spec) for path, sharding in flat.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_names_its_axes(name):
+    params, axes = shapes_and_axes(METHODS[name]())
+    flat = patching.flatten(params)
+    assert axes.keys() == flat.keys()
+    assert all(len(axes[path]) == leaf.ndim for path, leaf in flat.items())
+
+
+def test_weights_are_split_and_adapters_are_not():
+    params, axes = shapes_and_axes(methods.lora(rank=2))
+    found = specs(layout_lib.Layout(mesh_of(2, 2, 2)), params, axes)
+    assert found["token_embedder/embedding"] == ("model", "fsdp")
+    assert found["encoder/encoder/attention/query/kernel"] == ("fsdp", None, "model", None)
+    assert found["encoder/encoder/mlp/wo/kernel"] == ("model", None, "fsdp")
+    assert {spec for path, spec in found.items() if "/adapter/" in path} == {()}
+
+
+def test_adapters_are_split_like_their_layers_on_request():
+    params, axes = shapes_and_axes(methods.molora(num_experts=2, rank=2))
+    mesh = mesh_of(2, 2, 2)
+    found = specs(layout_lib.Layout(mesh, adapters="sharded"), params, axes)
+    assert found["encoder/encoder/mlp/wo/adapter/lora_a"] == ("model", None, None, None)
+    by_expert = layout_lib.Layout(mesh, first=[("expert", "model")], adapters="sharded")
+    found = specs(by_expert, params, axes)
+    assert found["encoder/encoder/mlp/wo/adapter/lora_b"] == ("model", None, None, "fsdp")
+
+
+def test_moments_lie_beside_their_parameters():
+    method = methods.full()
+    params, axes = shapes_and_axes(method)
+    layout = layout_lib.Layout(mesh_of(1, 2, 4))
+    shardings = layout.shardings(params, axes)
+    transform = optimizers.adamw(1e-2).build(params, method.learning_rate_group)
+    state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
+    places = layout.like(state, shardings, params)
+    kernels = [
+        sharding.spec
+        for path, sharding in jax.tree_util.tree_leaves_with_path(places)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mlp/wo/kernel")
+    ]
+    assert len(kernels) == 6  # two coders, each with the parameter and two moments
+    assert {tuple(spec) for spec in kernels} == {("model", None, "fsdp")}
+    assert tuple(places.step.spec) == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        ((1, 1, 3), {}, r"model = 3 cannot divide .*: its axis 'heads' is 8 long"),
+        ((1, 3, 1), {}, r"fsdp = 3 cannot divide .* its axis 'embed' is 16 long"),
+        ((1, 1, 4), {"adapters": "sharded", "first": [("rank", "model")]}, "Layout.adapters='rep"),
+        ((1, 1, 1), {"adapters": "split"}, "replicated, sharded"),
+        ((1, 1, 1), {"first": [("mlp", "modle")]}, "Did you mean 'model'"),
+    ],
+)
+def test_what_a_mesh_cannot_divide(shape, settings, message):
+    params, axes = shapes_and_axes(methods.lora(rank=2))
+    with pytest.raises(errors.UserError, match=message):
+        layout_lib.Layout(mesh_of(*shape), **settings).shardings(params, axes)
