@@ -10,6 +10,7 @@ from google.protobuf import message
 import seqio
 
 from moe_peft import errors
+from moe_peft.convert import tokenizers
 
 BYTES = "bytes"
 
@@ -19,8 +20,9 @@ def configured(vocabulary: str | None = None) -> str:
     """What gin sets: `vocabularies.configured.vocabulary = "/models/t5/spiece.model"`.
 
     Args:
-      vocabulary: path of T5's SentencePiece model, or "bytes" for the 272 ids of the embedded
-        backbone (padding, end, unknown, 256 bytes, 13 sentinels).
+      vocabulary: path of T5's SentencePiece model, or of a Hugging Face folder with its tokenizer
+        ("hf:/folder" or "/folder"), or "bytes" for the 272 ids of the embedded backbone (padding,
+        end, unknown, 256 bytes, 13 sentinels).
     """
     if vocabulary is None:
         raise errors.UserError(
@@ -35,15 +37,25 @@ def get() -> seqio.Vocabulary:
     return _load(configured())
 
 
+def _path(name: str) -> pathlib.Path:
+    return pathlib.Path(name.removeprefix("hf:")).expanduser()
+
+
 @functools.cache
 def _load(name: str) -> seqio.Vocabulary:
     if name == BYTES:
         return seqio.ByteVocabulary(extra_ids=13)
-    if not pathlib.Path(name).is_file():
+    path = _path(name)
+    if path.is_dir():
+        if tokenizers.is_bytes(path):
+            return seqio.ByteVocabulary(extra_ids=125)  # ByT5's 384 ids
+        path = tokenizers.sentencepiece(path)
+    if not path.is_file():
         raise errors.UserError(
-            f"VOCABULARY {name!r} is no file; expected T5's SentencePiece model, or {BYTES!r}."
+            f"VOCABULARY {name!r} is no file; expected T5's SentencePiece model, a folder with a "
+            f"tokenizer, or {BYTES!r}."
         )
-    vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=100)
+    vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=100)
     try:
         vocabulary.encode("a")
     except (message.Error, RuntimeError, OSError) as problem:
@@ -53,7 +65,11 @@ def _load(name: str) -> seqio.Vocabulary:
 
 @functools.cache
 def _digest(name: str) -> str:
-    content = name.encode() if name == BYTES else pathlib.Path(name).read_bytes()
+    path = _path(name)
+    if name == BYTES or tokenizers.is_bytes(path):
+        content = BYTES.encode()
+    else:
+        content = (tokenizers.sentencepiece(path) if path.is_dir() else path).read_bytes()
     return hashlib.sha256(content).hexdigest()[:12]
 
 
