@@ -91,21 +91,15 @@ def _run(
 
     Rows of different sizes often differ in nothing on the samples.
     """
-    digest = settings_on_samples(experiment)
+    made = {"run": experiment_record.OK, "settings_on_samples": settings_on_samples(experiment)}
     for name, entry in experiment_record.read(record).items():
-        same = (
-            entry.get("settings_on_samples") == digest and entry.get("run") == experiment_record.OK
-        )
-        if same and name != experiment.name and "ran_as" not in entry:
-            return {"run": experiment_record.OK, "settings_on_samples": digest, "ran_as": name}
+        is_first = "ran_as" not in entry and name != experiment.name
+        if is_first and made.items() <= entry.items():
+            return {**made, "ran_as": name}
     start = time.monotonic()
-    problem = workers.run(experiment.name, folder)
-    seconds = round(time.monotonic() - start)
-    return {
-        "run": problem or experiment_record.OK,
-        "settings_on_samples": digest,
-        "seconds": seconds,
-    }
+    if problem := workers.run(experiment.name, folder):
+        made["run"] = problem
+    return {**made, "seconds": round(time.monotonic() - start)}
 
 
 def settings_on_samples(experiment: experiments.Experiment) -> str:

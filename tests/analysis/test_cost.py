@@ -30,11 +30,11 @@ def compiled_operations(config, inputs, targets):
     return forward.lower(params).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(("inputs", "targets"), [(64, 32), (256, 64), (16, 128)])
+@pytest.mark.parametrize(("inputs", "targets"), [(64, 32), (512, 64), (16, 512)])
 def test_forward_equals_the_compilers_count(inputs, targets):
     counted = cost.forward(CONFIG, inputs, targets)
     # The compiler also counts what is not a product: norms, softmax, masks.
-    assert 0.9 < counted / compiled_operations(CONFIG, inputs, targets) <= 1
+    assert 0.98 < counted / compiled_operations(CONFIG, inputs, targets) <= 1
 
 
 def test_training_with_a_frozen_network_is_two_passes_and_three_with_all_weights():

@@ -135,13 +135,12 @@ def test_process_that_dies_is_a_failure_and_the_next_one_lives(record, done, mon
 
 
 def test_same_settings_on_the_samples_run_once(record, done, monkeypatch):
-    monkeypatch.setattr(checks, "settings_on_samples", lambda found: "same")
-    other = "poly_s/superni/poly"
-    assert check("run", record, ROW, other) == ["ran on samples"] * 2
+    monkeypatch.setattr(checks, "settings_on_samples", lambda found: found.paper)
+    names = (ROW, "poly_s/superni/poly", "poly_s/superni/full_ft", "mov/3b/ia3")
+    assert check("run", record, *names) == ["ran on samples"] * 4
     content = json.loads(record.read_text())
-    assert content[other]["ran_as"] == ROW
-    assert "seconds" in content[ROW]
-    assert "ran_as" not in content[ROW]
+    assert [content[name].get("ran_as") for name in names] == [None, ROW, ROW, None]
+    assert ["seconds" in content[name] for name in names] == [True, False, False, True]
 
 
 def test_settings_on_samples_leave_out_size_and_folders():
