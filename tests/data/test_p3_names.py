@@ -175,6 +175,8 @@ def test_held_out_set(name, templates, choices, validation, test):
     assert found.published.num_choices == choices
     assert (found.published.rows["validation"], found.published.rows["test"]) == (validation, test)
     assert list(found.templates) == sorted(found.templates)
+    is_public = name.startswith("anli") or name == "storycloze"
+    assert found.published.hidden == (() if is_public else ("test",))
     fixed = {
         "copa": "p" * 12,
         "winogrande": "p" * 5,
@@ -248,12 +250,31 @@ def test_prompts():
     assert all(task == prompt.task for task, prompt in TABLE.prompts.items())
 
 
+@pytest.mark.parametrize(
+    ("task", "splits"),
+    [
+        ("super_glue_rte_can_we_infer_score_eval", {"train", "validation"}),
+        ("anli_can_we_infer_r1_score_eval", {"train", "validation", "test"}),
+        ("story_cloze_2016_Choose_Story_Ending_score_eval", {"validation", "test"}),
+        ("wiki_bio_who", {"train", "val", "test"}),
+        ("adversarial_qa_dbert_based_on", {"train", "validation"}),
+        ("adversarial_qa_dbert_generate_question", {"train", "validation", "test"}),
+        ("kilt_tasks_hotpotqa_final_exam", {"train", "validation"}),
+    ],
+)
+def test_splits_with_answers(task, splits):
+    prompt = TABLE.prompts[task]
+    every = ("train", "validation", "val", "test", "challenge", "unsupervised")
+    assert {split for split in every if prompt.has_answers(split)} == splits
+
+
 def test_a_table_without_numbers(tmp_path):
     line = {"name": "x", "subset": None, "templates": ["a"]}
     table = {"training": [line | {"mixture": "t0", "train_size": 3}], "held_out": []}
     (tmp_path / names.TABLE_FILE).write_text(json.dumps(table))
     (prompt,) = names.of_folder(tmp_path).prompts.values()
     assert (prompt.choices, prompt.rows("train")) == ("", None)
+    assert prompt.has_answers("train")
 
 
 @pytest.mark.parametrize(

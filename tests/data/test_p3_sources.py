@@ -81,6 +81,22 @@ def test_which_source(whole, folder):
         sources.find(folder, prompt, "either")
 
 
+def test_splits_without_answers_are_none(whole):
+    content = json.loads((whole / names.TABLE_FILE).read_text())
+    for line in (content["training"][0], content["held_out"][0], content["held_out"][-1]):
+        line |= {"rows": {"train": 5, "validation": 4, "test": 3}, "hidden": ["validation"]}
+    table = names._table(content)
+    for prompt in table.prompts.values():
+        if prompt.of not in (table.training[0], table.held_out[0], table.held_out[-1]):
+            continue
+        for wanted in ("either", "raw"):
+            source = sources.find(whole, prompt, wanted)
+            story = prompt.of.name == "storycloze"
+            assert source.splits() == (("test",) if story else ("train",))
+            assert source.files("validation") == []
+            assert source.files(source.splits()[0])
+
+
 def test_a_changed_template_is_another_source(folder):
     prompt = prompt_of(folder, "cldr_month")
     before = sources.find(folder, prompt, "raw").key

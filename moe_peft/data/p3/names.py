@@ -34,12 +34,14 @@ class Published:
       choices: a letter for each template: "f" its answer choices are the same for every row, "p"
         they are each row's own, "-" there are none.
       num_choices: of every row; None where they differ.
+      hidden: splits whose right answers are not public.
     """
 
     rows: Mapping[str, int]
     fewer: Mapping[str, Mapping[str, int]]
     choices: str
     num_choices: int | None
+    hidden: tuple[str, ...]
 
     def rows_of(self, template: str, split: str) -> int | None:
         """How many rows P3 has of a template's split; None where the table does not say."""
@@ -148,6 +150,12 @@ class Prompt:
         """Rows that P3 has of it, an example once; None where the table does not say."""
         return self.of.published.rows_of(self.template, split)
 
+    def has_answers(self, split: str) -> bool:
+        """Whether P3 has rows of a split, with answers; True where the table does not say."""
+        published = self.of.published
+        is_there = bool(self.rows(split)) or not published.rows
+        return is_there and split not in published.hidden
+
 
 def task(name: str, subset: str | None, template: str) -> str:
     """P3's name of a (data set, template) task.
@@ -232,7 +240,13 @@ def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def _published(line: Mapping[str, Any], rows: Mapping[str, int]) -> Published:
-    return Published(rows, line.get("fewer", {}), line.get("choices", ""), line.get("num_choices"))
+    return Published(
+        rows,
+        line.get("fewer", {}),
+        line.get("choices", ""),
+        line.get("num_choices"),
+        tuple(line.get("hidden", ())),
+    )
 
 
 def _sets(line: Mapping[str, Any]) -> Iterator[HeldOut]:

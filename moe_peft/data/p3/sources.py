@@ -26,7 +26,7 @@ class Source(Protocol):
     key: str
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that have rows."""
+        """Names of the splits that have rows, and answers."""
 
     def files(self, split: str) -> list[pathlib.Path]:
         """Files of a split; empty where there is no such split."""
@@ -40,7 +40,7 @@ class Published:
     """The records of bigscience/P3."""
 
     folder: pathlib.Path
-    is_ranked: bool
+    prompt: names.Prompt
     key = "published"
 
     @property
@@ -50,16 +50,17 @@ class Published:
 
     def splits(self) -> tuple[str, ...]:
         """See `Source`."""
-        return records.splits(self.folder)
+        return tuple(filter(self.prompt.has_answers, records.splits(self.folder)))
 
     def files(self, split: str) -> list[pathlib.Path]:
         """See `Source`."""
-        return records.split_files(self.folder, split)
+        is_wanted = self.prompt.has_answers(split)
+        return records.split_files(self.folder, split) if is_wanted else []
 
     def read(self, split: str) -> Iterator[records.Record]:
         """See `Source`."""
         found = records.read(self.folder, split)
-        if self.is_ranked:
+        if self.prompt.is_ranked:
             found = held_out.examples(found, f"{self.folder}, {split!r}")
         yield from found
 
@@ -90,11 +91,11 @@ class Rendered:
 
     def splits(self) -> tuple[str, ...]:
         """See `Source`."""
-        return tuple(self.folder.names)
+        return tuple(filter(self.prompt.has_answers, self.folder.names))
 
     def files(self, split: str) -> list[pathlib.Path]:
         """See `Source`."""
-        return self.folder.files(split)
+        return self.folder.files(split) if self.prompt.has_answers(split) else []
 
     def read(self, split: str) -> Iterator[records.Record]:
         """See `Source`."""
@@ -152,7 +153,7 @@ def find(
     if wanted == "raw":
         return _rendered(prompt, raw_root, template_root)
     if wanted == "published" or not has_raw or records.has_folder(root, prompt.task):
-        return Published(records.task_folder(root, prompt.task), prompt.is_ranked)
+        return Published(records.task_folder(root, prompt.task), prompt)
     try:
         return _rendered(prompt, raw_root, template_root)
     except errors.UserError as problem:
