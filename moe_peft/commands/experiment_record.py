@@ -116,6 +116,8 @@ def keep(record: pathlib.Path, experiment: experiments.Experiment, outcome: Mapp
     with _locked(record):
         records = read(record)
         old = _current(records.get(experiment.name), experiment)
+        if "run" in outcome:  # what an earlier run left goes
+            old = {level: old[level] for level in LEVELS if level in old}
         records[experiment.name] = {
             **old,
             **outcome,
