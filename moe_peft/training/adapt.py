@@ -18,6 +18,7 @@ from moe_peft.evaluation import fewshot_report, metrics, predictions, suites
 from moe_peft.models import encoder_decoder, few_shot, strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import (
+    fleet_answers,
     fleet_data,
     fleet_groups,
     fleet_progress,
@@ -215,7 +216,7 @@ def adapt(
             start=start,
             make_optimizer=functools.partial(optimizer.build, group_of=method.learning_rate_group),
             settings=settings,
-            evaluation=fleet_groups.Evaluation(
+            evaluation=fleet_answers.Evaluation(
                 metrics=metric_of,
                 decoding=_with_length(decoding, feature_lengths),
                 is_length_normalized=length_normalized_choices,

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from moe_peft import errors, patching
-from moe_peft.evaluation import answering, fewshot_scores, metrics, predictions, tracking
-from moe_peft.models import encoder_decoder, few_shot, strategies
-from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.evaluation import fewshot_scores, predictions
+from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import (
+    fleet_answers,
     fleet_data,
     fleet_progress,
     fleet_run,
@@ -33,18 +33,6 @@ _PLAN = "plan.json"
 _FINISHED = "finished.json"
 _PREDICTIONS = "predictions.jsonl"
 _PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training", "evaluation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How answers are found and scored; see `adapt.adapt`. `metrics` are by task."""
-
-    metrics: Mapping[str, metrics.Metric]
-    decoding: strategies.Strategy | None
-    is_length_normalized: bool
-    batch_size: int
-    feature_lengths: Mapping[str, int]
-    vocabulary: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +75,7 @@ class Groups:
     start: fleet_start.Start
     make_optimizer: Callable[[PyTree], optax.GradientTransformation]
     settings: fleet_run.Settings
-    evaluation: Evaluation
+    evaluation: fleet_answers.Evaluation
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
     progress: fleet_progress.Progress
@@ -208,7 +196,7 @@ class Groups:
     def _run_group(self, folder, members, fleet, num_rows) -> None:
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        scorer = self._scorer(fleet, members)
+        scorer = self._scorer(fleet, members, folder)
         trainables = self.start.trainables([one.job for one in members])
         group = fleet_run.GroupRun(
             fleet,
@@ -249,12 +237,15 @@ class Groups:
         seconds = round(group.seconds_before + time.monotonic() - started, 1)
         predictions.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
         group.forget()
+        fleet_answers.forget(folder)
 
-    def _scorer(self, fleet, members) -> fleet_run.Scorer:
+    def _scorer(self, fleet, members, folder) -> fleet_run.Scorer:
         shape, size = members[0].eval_shape, self.evaluation.batch_size
         kept = {"validation": list(fleet_data.chunks([m.validation for m in members], shape, size))}
         if self.evaluation.decoding is not None and not shape.num_choices:
-            return self._by_answers(fleet, members)
+            return fleet_answers.scorer(
+                self.evaluation, self.network, fleet, members, folder, self.mesh
+            )
 
         def score(trainables, split):
             parts = [getattr(one, split) for one in members]
@@ -268,33 +259,6 @@ class Groups:
                 )
                 for run, part in enumerate(parts)
             ]
-
-        return score
-
-    def _by_answers(self, fleet, members) -> fleet_run.Scorer:
-        """Decodes run by run."""
-        how = self.evaluation
-        lengths = dict(how.feature_lengths)
-        answerer = answering.Answerer(self.network, how.batch_size, lengths, self.mesh)
-
-        def score(trainables, split):
-            found = []
-            for run, one in enumerate(members):
-                part = getattr(one, split)
-                trainable = fleet_lib.unstack(trainables, run)
-                params = patching.merge(
-                    fleet.frozen, jax.device_put(trainable, mesh_lib.replicated(self.mesh))
-                )
-                inputs = part.features["encoder_input_tokens"]
-                questions = [answering.Question(row[row > 0]) for row in inputs]
-                answers = answerer.generate(
-                    params, questions, how.decoding, tracking.Silent(), one.job.seed
-                )
-                texts = [how.vocabulary.decode(ids.tolist()) for ids in answers]
-                accepted = [example.accepted for example in part.examples]
-                metric = how.metrics[one.job.task]
-                found.append(fewshot_scores.of_answers(metric, texts, accepted))
-            return found
 
         return score
 

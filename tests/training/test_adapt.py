@@ -11,8 +11,8 @@ import seqio
 
 from moe_peft import cli, errors, methods, patching, transfer
 from moe_peft.data.cldr import suite
-from moe_peft.evaluation import fewshot_report, predictions
-from moe_peft.models import few_shot, t5
+from moe_peft.evaluation import answering, fewshot_report, metrics, predictions
+from moe_peft.models import few_shot, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
 from moe_peft.training import adapt as adapt_lib
@@ -234,3 +234,37 @@ def test_the_command_line_knows_it(capsys):
     assert cli.main(["adapt", *flags, "--gin.SHOTS=abc"]) == cli.USER_ERROR
     assert "moe-peft adapt:" in capsys.readouterr().err
     gin.clear_config()
+
+
+def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypatch):
+    """Interrupted between the reported answers of two runs, only the second run is asked again."""
+    settings = {
+        "decoding": strategies.Greedy(),
+        "metric": "rouge_l",
+        "validation_shots": 1,
+        "num_steps": 2,
+        "feature_lengths": {"inputs": 56, "targets": 8},
+        "save_seconds": 0.0,
+    }
+    generate, asked = answering.Answerer.generate, []
+
+    def watched(self, params, questions, strategy, progress, seed):
+        is_test = len(questions) > 4  # one validation example of four wordings
+        if is_test and len(asked) == 1:
+            asked.append("interrupted")
+            raise KeyboardInterrupt
+        if is_test:
+            asked.append(seed)
+        return generate(self, params, questions, strategy, progress, seed)
+
+    monkeypatch.setattr(answering.Answerer, "generate", watched)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(tmp_path, **settings)
+    results = adapt(tmp_path, **settings)
+    assert asked == [0, "interrupted", 1]
+    rows = list(predictions.read_jsonl(tmp_path / "predictions.jsonl"))
+    for row in rows:
+        assert row["metric"] == "rouge_l"
+        assert row["score"] == metrics.rouge_l(row["prediction"], [row["targets"]])
+    assert results["tasks"][TASK]["metric"] == "rouge_l"
+    assert not list(tmp_path.glob("groups/*/answers*"))
