@@ -2,22 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.queues
-import os
 import queue
-import threading
 import time
 
 import gin
 
-from moe_peft import errors, gin_utils, quiet
-from moe_peft.commands import data_progress
+from moe_peft import errors, gin_utils
+from moe_peft.commands import data_pool, data_progress
 from moe_peft.data import bad_rows, lookup, row_store
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
@@ -99,7 +95,8 @@ def _check_splits(tasks, splits: Sequence[str]) -> None:
             )
 
 
-def _prepare(name: str, splits: Sequence[str]) -> Done:
+def prepare(name: str, splits: Sequence[str]) -> Done:
+    """Reads the splits of a task: all, or those of `splits` that it has."""
     source = lookup.get(name).source
     counts, tokens, written = {}, 0, []
     with bad_rows.counting() as skipped, row_store.watched(written.append):
@@ -118,32 +115,7 @@ def _run_here(
 ) -> Iterator[Done]:
     with row_store.watched(tell):
         for name in tasks:
-            yield _prepare(name, splits)
-
-
-# In a process of a pool: where the counts of rows go.
-_counts: multiprocessing.queues.Queue | None = None
-
-
-def _start(config: str, wanted: Sequence[str], counts) -> None:
-    """Sets a process of the pool up as this one is, and ends it when this one ends."""
-    global _counts
-    _counts = counts
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with quiet.importing():
-        gin.parse_config(config)
-    for name in wanted:  # their tasks are registered by it
-        lookup.tasks_of(name)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _prepare_apart(name: str, splits: Sequence[str]) -> Done:
-    with row_store.watched(_counts.put):
-        return _prepare(name, splits)
+            yield prepare(name, splits)
 
 
 def _run_apart(
@@ -153,14 +125,9 @@ def _run_apart(
     splits: Sequence[str],
     tell: Callable[[int], None],
 ) -> Iterator[Done]:
-    # Fresh processes: TensorFlow's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counts = context.Queue()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, context, _start, (gin_utils.resolved_text(), wanted, counts)
-    )
+    pool, counts = data_pool.make(processes, gin_utils.resolved_text(), wanted)
     with pool:
-        left = {pool.submit(_prepare_apart, name, splits) for name in tasks}
+        left = {pool.submit(data_pool.prepare, name, splits) for name in tasks}
         try:
             while left:
                 done, left = concurrent.futures.wait(left, 0.2, concurrent.futures.FIRST_COMPLETED)
@@ -171,6 +138,11 @@ def _run_apart(
                     result = future.result()
                     bad_rows.remember({key[:2]: key[2] for key in result.skipped})
                     yield result
+        except concurrent.futures.process.BrokenProcessPool as problem:
+            raise errors.UserError(
+                "A process was ended from outside (memory?). What is done is kept: start again, "
+                "perhaps with fewer --processes."
+            ) from problem
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -34,6 +34,10 @@ class BadRow(errors.UserError):
         self.path, self.reason = str(path), reason
         super().__init__(f"{path}, {row}: {reason}{f': {seen}' if seen else ''}.")
 
+    def __reduce__(self):
+        # A process hands it to another as what it says.
+        return errors.UserError, (str(self),)
+
 
 @gin.configurable(module="bad_rows")
 def configured(action: Literal["stop", "skip"] = "stop") -> str:

@@ -116,8 +116,8 @@ def test_bad_rows_are_told(tmp_path, capsys):
 
 def start(data, cache, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "moe_peft.cli", "data", "prepare", "p3_t0", *settings(data)]
-        + [*arguments],
+        [sys.executable, "-m", "moe_peft.cli", "data", "prepare", "p3_t0"]
+        + ["--gin_file", "samples/p3.gin", *settings(data), *arguments],
         env={**os.environ, "MOE_PEFT_CACHE": str(cache), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -168,6 +168,17 @@ def test_a_killed_preparation_goes_on(tmp_path, processes):
     assert not list(cache.glob("*.tmp"))
     assert caches(cache.parent) == caches(tmp_path / "whole")
     assert finished.items() <= {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}.items()
+
+
+@pytest.mark.slow
+def test_a_bad_row_in_another_process_is_one_line(tmp_path):
+    task = large(tmp_path / "data", 10)
+    (path,) = p3.records.split_files(tmp_path / "data" / "p3" / task, "train")
+    path.write_bytes(path.read_bytes()[:-20])
+    process = start(tmp_path / "data", tmp_path / "cache", "--processes", "2")
+    printed, _ = process.communicate()
+    assert process.returncode == cli.USER_ERROR
+    assert f"{path}, row 9: the file is damaged from here on" in printed.splitlines()[-1]
 
 
 def test_what_a_dead_process_left_is_removed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 
 import gin
 import numpy as np
@@ -228,3 +229,10 @@ def test_wrong_split_name(tmp_path, benchmark):
         gin.bind_parameter("bad_rows.configured.action", action)
         read = lambda: pipeline.train_batches(mixture, 4, LENGTHS, 0, split="trian")
         stops(read, "has no split 'trian'; it has .*Did you mean 'train'")
+
+
+def test_a_bad_row_goes_from_process_to_process():
+    row = bad_rows.BadRow("x.tsv", "row 3", "1 column", "'a'")
+    copy = pickle.loads(pickle.dumps(row))
+    assert isinstance(copy, errors.UserError)
+    assert str(copy) == "x.tsv, row 3: 1 column: 'a'."
