@@ -21,6 +21,7 @@ RULES = {
     "leak": "an input to train on is an input that scores are made of",
     "duplicate": "an input comes twice in one part of a task",
     "count": "a task has other numbers of examples than published",
+    "hash": "a file is not the published one",
     "optional": "a task beside the benchmark's core is not there",
 }
 FAILING = ("missing", "damaged", "leak")
@@ -143,13 +144,16 @@ def _has_files(part, group, found, folder, with_hashes) -> bool:
         name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         if name not in group.files:
             group.size += path.stat().st_size
-            group.files[name] = _hash(path) if with_hashes else ""
+            group.files[name] = _hash(path, "sha256") if with_hashes else ""
+            if with_hashes and part.md5 and _hash(path, "md5") != part.md5:
+                message = f"its MD5 is not {part.md5}"
+                found.findings.append(Finding("hash", str(path), message))
     return True
 
 
-def _hash(path: pathlib.Path) -> str:
+def _hash(path: pathlib.Path, algorithm: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 @dataclasses.dataclass

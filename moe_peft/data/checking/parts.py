@@ -35,6 +35,7 @@ class Part:
       read: every example.
       published: how many the benchmark is said to have; None where nobody says.
       is_optional: whether the benchmark is complete without.
+      md5: of its only file as published; None where nobody says.
     """
 
     task: str
@@ -45,6 +46,7 @@ class Part:
     read: Callable[[], Iterable[Example]]
     published: int | None = None
     is_optional: bool = False
+    md5: str | None = None
 
 
 def superni(folder: pathlib.Path) -> Iterator[Part]:
@@ -90,7 +92,10 @@ def crossfit(folder: pathlib.Path) -> Iterator[Part]:
                     is_reported = kind == "test" and side == HELD_OUT
                     # What nobody reports is not compared with anything.
                     if kind != "test" or is_reported:
-                        yield Part(name, side, f"{kind}_{seed}", is_reported, files, read)
+                        listed = crossfit_files.table().get(name)
+                        md5 = listed.test_md5 if listed and is_reported else None
+                        part = Part(name, side, f"{kind}_{seed}", is_reported, files, read)
+                        yield dataclasses.replace(part, md5=md5)
 
 
 def p3(folder: pathlib.Path) -> Iterator[Part]:

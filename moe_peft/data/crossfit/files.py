@@ -47,12 +47,14 @@ class Listed:
       group: train (120 tasks), dev (20) or test (20).
       metric: what CrossFit reports for it.
       shots: k in the names of its files.
+      test_md5: of its test file, as published in 2022; several sources have changed since.
     """
 
     name: str
     group: str
     metric: str
     shots: int
+    test_md5: str
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def table() -> Mapping[str, Listed]:
     """CrossFit's 160 tasks by name."""
     text = (importlib.resources.files(__package__) / "tasks.tsv").read_text(encoding="utf-8")
     lines = [line.split("\t") for line in text.splitlines()]
-    return {name: Listed(name, group, metric, int(k)) for name, group, metric, k in lines}
+    return {name: Listed(name, group, metric, int(k), md5) for name, group, metric, k, md5 in lines}
 
 
 @functools.cache

@@ -127,6 +127,23 @@ def test_information(root):
     assert "are published" in found.message
 
 
+def test_a_file_that_is_not_the_published_one(root):
+    folder, official = root / "crossfit", "superglue-rte"
+    old = crossfit_files.partition(folder)["test"][0]
+    for path in (folder / old).iterdir():
+        path.rename(path.with_name(path.name.replace(old, official)))
+    (folder / old).rename(folder / official)
+    edit_json(
+        folder / crossfit_files.PARTITION_FILE,
+        lambda groups: groups["test"].append(groups["test"].remove(old) or official),
+    )
+    crossfit_files.partition.cache_clear()
+    found = findings(root, "crossfit", with_hashes=True)
+    assert [f.rule for f in found] == ["hash"] * len(crossfit_files.SEEDS)
+    assert found[0].message.endswith(crossfit_files.table()[official].test_md5)
+    assert not findings(root, "crossfit", with_hashes=False)
+
+
 def test_fingerprints_agree_for_texts_that_do():
     reported = fingerprints.Reported()
     examples = [parts.Example(f"Question {i}?", (f"{i}",)) for i in range(100)]
