@@ -14,11 +14,8 @@ held-out sets follow after all of them. Registering reads no data. Token ids are
 the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configured`.
 """
 
-from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
-import itertools
-import logging
 import pathlib
 from typing import Literal
 
@@ -27,9 +24,8 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, places, registration, row_store, rows, vocabularies
-from moe_peft.data.cldr import store
-from moe_peft.data.p3 import held_out, names, records, sources
+from moe_peft.data import places, registration, row_store, rows
+from moe_peft.data.p3 import held_out, ids, names, sources
 
 PREFIX = "p3"
 T_FEW_SPLIT = "t_few"
@@ -145,65 +141,8 @@ def _source(task: str) -> sources.Source:
 
 
 def _stored(task: str, split: str, limit: int | None = None) -> row_store.Stored:
-    """The first `limit` rows of a task as ids, in the order of its files or examples' numbers."""
-    source = _source(task)
-    files = source.files(split)
-    if not files:
-        raise errors.UserError(
-            f"{source.where} has no split {split!r}; it has {', '.join(source.splits())}."
-        )
-    stamps = tuple((str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    settings = configured()
-    read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
-    key = (*read_with, settings.retokenize, source.key, stamps, limit)
-    return _open(source, task, split, limit, settings.retokenize, key)
-
-
-@functools.lru_cache(maxsize=4096)
-def _open(
-    source: sources.Source,
-    task: str,
-    split: str,
-    limit: int | None,
-    retokenize: bool,
-    key: tuple,
-) -> row_store.Stored:
-    lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
-    found = row_store.stored(store.folder() / PREFIX, f"{task}-{split}", key, lines)
-    if found.skipped and not len(found):
-        raise errors.UserError(
-            f"{source.where}, {split!r} has no row left. {bad_rows.summary(found.skipped)}."
-        )
-    expected = _table().prompts[task].rows(split)
-    if limit is None and expected not in (None, len(found)) and not found.skipped:
-        logging.warning(
-            "%s, %r: %s has %d rows there, %d in P3.",
-            source.where,
-            split,
-            task,
-            len(found),
-            expected,
-        )
-    return found
-
-
-def _lines(
-    found: Iterable[records.Record], where: str, retokenize: bool
-) -> Iterator[row_store.Line]:
-    vocabulary = vocabularies.get()
-    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
-    for number, record in enumerate(found):
-        if retokenize or record.input_ids is None:
-            inputs, targets = encode(record.inputs), encode(record.targets)
-        else:
-            inputs, targets = record.input_ids, record.target_ids
-            if number == 0 and not np.array_equal(encode(record.inputs), inputs):
-                raise errors.UserError(
-                    f"{where}: the published token ids are not those of VOCABULARY "
-                    f"{vocabularies.configured()!r}; set p3.configured.retokenize = True, or give "
-                    "T5's vocabulary."
-                )
-        yield row_store.Line(inputs, targets, record.answer_choices)
+    """The first `limit` rows of a task as ids; see `ids.stored`."""
+    return ids.stored(_source(task), split, limit, configured().retokenize)
 
 
 def _training_rows(task: str, split: str) -> rows.Rows:

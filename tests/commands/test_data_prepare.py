@@ -17,7 +17,7 @@ import pytest
 from moe_peft import cli
 from moe_peft.commands import data_progress
 from moe_peft.data import row_store, samples
-from moe_peft.data.p3 import writing
+from moe_peft.data.p3 import ids, records, writing
 from moe_peft.tasks import p3
 
 NAMES = ("p3_t0", "p3_heldout_published")
@@ -26,7 +26,7 @@ NAMES = ("p3_t0", "p3_heldout_published")
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_PEFT_CACHE", str(tmp_path / "cache"))
-    p3._open.cache_clear()
+    ids.opened.cache_clear()
     yield
     gin.clear_config()
 
@@ -65,7 +65,7 @@ def test_prepared_once_and_skipping_nothing(tmp_path, data, capsys):
     assert all(task["written"] for task in found["tasks"])
     assert re.search(r"prepare: (\d+)/\1 tasks, \d+ rows, \S+ rows/s, 0:00 left", printed.err)
     made = caches(tmp_path / "cache")
-    p3._open.cache_clear()
+    ids.opened.cache_clear()
     _, printed = prepare(capsys, *NAMES, *settings(data), "--json")
     again = json.loads(printed.out)
     assert not any(task["written"] for task in again["tasks"])
@@ -101,13 +101,13 @@ def test_mistakes(data, capsys, arguments, message):
 def test_bad_rows_are_told(tmp_path, capsys):
     samples.write_p3(tmp_path / "p3")
     task = sorted(p3.names.of_folder(tmp_path / "p3").training[0].tasks)[0]
-    (path,) = p3.records.split_files(tmp_path / "p3" / task, "train")
+    (path,) = records.split_files(tmp_path / "p3" / task, "train")
     path.write_bytes(path.read_bytes()[:-20])
     code, printed = prepare(capsys, f"p3_{task}", *settings(tmp_path))
     assert code == cli.USER_ERROR
     assert f"{path.name}, row " in printed.err
     for _ in range(2):  # when they are made, and when they are there
-        p3._open.cache_clear()
+        ids.opened.cache_clear()
         p3.row_store.bad_rows._skipped.clear()
         code, printed = prepare(capsys, "p3_t0", *settings(tmp_path), "--gin.BAD_ROWS=skip")
         assert code == 0
@@ -129,7 +129,7 @@ def large(data, rows):
     """The samples' records with one task of many rows, in the middle of the alphabet."""
     samples.write_p3(data / "p3")
     task = sorted(p3.names.of_folder(data / "p3").training[2].tasks)[0]
-    record = next(p3.records.read(data / "p3" / task, "train"))
+    record = next(records.read(data / "p3" / task, "train"))
     for path in (data / "p3" / task).iterdir():
         path.unlink()
     (data / "p3" / task).rmdir()
@@ -173,7 +173,7 @@ def test_a_killed_preparation_goes_on(tmp_path, processes):
 @pytest.mark.slow
 def test_a_bad_row_in_another_process_is_one_line(tmp_path):
     task = large(tmp_path / "data", 10)
-    (path,) = p3.records.split_files(tmp_path / "data" / "p3" / task, "train")
+    (path,) = records.split_files(tmp_path / "data" / "p3" / task, "train")
     path.write_bytes(path.read_bytes()[:-20])
     process = start(tmp_path / "data", tmp_path / "cache", "--processes", "2")
     printed, _ = process.communicate()

@@ -11,9 +11,9 @@ import pytest
 from moe_peft import errors
 from moe_peft.data import bad_rows, pipeline, samples
 from moe_peft.data.crossfit import files as crossfit_files
-from moe_peft.data.p3 import held_out, names, records, writing
+from moe_peft.data.p3 import held_out, ids, names, records, writing
 from moe_peft.data.superni import files as superni_files
-from moe_peft.tasks import crossfit, p3, superni
+from moe_peft.tasks import crossfit, superni
 
 LENGTHS = {"inputs": 96, "targets": 32}
 
@@ -25,7 +25,7 @@ def _settings(monkeypatch, tmp_path):
     gin.clear_config()
     gin.bind_parameter("places.configured.folder", str(tmp_path))
     gin.bind_parameter("vocabularies.configured.vocabulary", "bytes")
-    for cached in (p3._open, superni._all_rows, superni._task_ids, crossfit._read):
+    for cached in (ids.opened, superni._all_rows, superni._task_ids, crossfit._read):
         cached.cache_clear()
     yield
     gin.clear_config()
@@ -113,7 +113,7 @@ def test_p3_truncated_tfrecord_and_its_cache(tmp_path, caplog):
     first = counts()
     assert sum(count for *_, count in first) == total - kept
     # From the cache, in another process, it is said again.
-    p3._open.cache_clear()
+    ids.opened.cache_clear()
     bad_rows._skipped.clear()
     with caplog.at_level(logging.WARNING):
         assert len(read()) == kept

@@ -7,6 +7,7 @@ import seqio
 
 from moe_peft import errors
 from moe_peft.data import fewshot, pipeline, samples, vocabularies
+from moe_peft.data.p3 import ids, records
 from moe_peft.tasks import p3
 
 LENGTHS = {"inputs": 64, "targets": 32}
@@ -25,7 +26,7 @@ def _settings(folder, tmp_path, monkeypatch):
     gin.clear_config()
     gin.bind_parameter("places.configured.folder", str(folder))
     gin.bind_parameter("vocabularies.configured.vocabulary", "bytes")
-    p3._open.cache_clear()
+    ids.opened.cache_clear()
     yield
     gin.clear_config()
 
@@ -129,8 +130,8 @@ def test_published_ids_of_another_vocabulary():
 
 def test_second_reading_needs_no_records(monkeypatch):
     first = batches(3)
-    p3._open.cache_clear()
-    monkeypatch.setattr(p3.records, "read", None)
+    ids.opened.cache_clear()
+    monkeypatch.setattr(records, "read", None)
     for one, other in zip(first, batches(3)):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
@@ -189,7 +190,7 @@ def test_a_set_that_is_smaller_than_it_should_be_is_told(folder, caplog):
     prompt = p3._table().prompts[task]
     size = len(p3._stored(task, "validation"))
     assert not caplog.records
-    p3._open.cache_clear()
+    ids.opened.cache_clear()
     prompt.of.published.rows["validation"] = size + 1
     p3._stored(task, "validation")
     assert f"{task} has {size} rows there, {size + 1} in P3." in caplog.text

@@ -18,10 +18,12 @@ class Source(Protocol):
     """What both kinds have.
 
     Attributes:
+      prompt: the task.
       where: what messages call it.
       key: whatever its texts depend on beside the files.
     """
 
+    prompt: names.Prompt
     where: str
     key: str
 
