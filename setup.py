@@ -33,6 +33,9 @@ REQUIREMENTS = [
     "scikit-learn>=1.5,<2",
     "scipy>=1.13,<2",
     "safetensors>=0.5,<1",
+    "tensorstore>=0.1.70,<0.2",
+    "etils[epath]>=1.7,<2",
+    "sentencepiece>=0.2,<0.3",
 ]
 
 EXTRAS = {

@@ -14,6 +14,7 @@ from moe_peft import errors, patching
 from moe_peft.convert import arrays, formats, hugging_face, leaves, t5x
 
 LAYOUTS = ("legacy", "orbax")
+QUICK = ts.Context({"file_io_sync": False})
 SCALE = "target.encoder.encoder_norm.scale"
 
 
@@ -46,7 +47,8 @@ def written_by_hand(folder, flat, driver="gfile", old_path=False):
         }
         spec = {"driver": "zarr", "dtype": values.dtype.name, "metadata": metadata}
         store = {"driver": "file", "path": f"{folder}/{name}/"}
-        ts.open({**spec, "kvstore": store}, create=True).result().write(values).result()
+        array = ts.open({**spec, "kvstore": store}, create=True, context=QUICK).result()
+        array.write(values).result()
         place = {"bucket": "t5x-dummy-bucket"} if driver == "gcs" else {}
         if old_path:
             target[path] = {**spec, "kvstore": {"driver": driver, **place}, "path": name}
