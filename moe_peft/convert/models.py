@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 import jax
 
-from moe_peft import errors, merging, patching
+from moe_peft import errors, merging
 from moe_peft.convert import (
     formats,
     hugging_face,
@@ -83,8 +84,10 @@ def write(
         t5x.write(path, model.config, model.leaves, dtype=dtype, layout=layout)
     else:
         network = {"class": "Transformer", "config": dataclasses.asdict(model.config)}
-        tree = patching.trees.unflatten({name: leaf.read() for name, leaf in model.leaves.items()})
-        backbone_lib.save(tree, path, dtype, {**(metadata or {}), "model": network})
+        record = json.dumps({**(metadata or {}), "model": network}, sort_keys=True)
+        stored = {name: leaves.stored_as(leaf, dtype) for name, leaf in model.leaves.items()}
+        header = {"format": "np", "moe_peft": record}
+        safetensors_files.write_file(path, stored, header)
 
 
 def check_written(

@@ -34,6 +34,11 @@ def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
         raise errors.UserError(
             f"{where}: the adapters of {method.name!r} serve all tasks at once; leave out --task."
         )
+    if not method.is_trainable(f"encoder/layer/{patching.ADAPTER}/lora_a"):
+        raise errors.UserError(
+            f"{where}: {method.name!r} trained routers only, its modules lie elsewhere; --merge "
+            "finds them."
+        )
     merging.check(method, task)
     network = records.network(saved.description, where)
     context = routing.RoutingContext(task_ids=jnp.asarray([task], jnp.int32))

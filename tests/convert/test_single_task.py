@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors, merging, methods, patching
+from moe_peft import errors, merging, methods, patching, transfer
 from moe_peft.convert import records, single_task
 
 poly = functools.partial(methods.poly, 3, 2, 2)
@@ -48,5 +48,8 @@ def test_merges_to_the_same_kernels(toy, name):
 def test_refused_in_one_line(toy):
     with pytest.raises(errors.UserError, match="'lora' serve all tasks at once; leave out --task"):
         single_task.of(toy.saved(methods.lora(), {}), 0, "run")
+    z = transfer.transferred(poly(), "z")
+    with pytest.raises(errors.UserError, match="'mhr_z' trained routers only"):
+        single_task.of(toy.saved(z, {}), 0, "run")
     with pytest.raises(errors.UserError, match="0 to 2; task 3 is none of them"):
         single_task.of(toy.saved(poly(), {}), 3, "run")
