@@ -1,5 +1,6 @@
 """`evaluate`: a trained run, or a bare backbone, over tasks and templates; results on disk."""
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -14,6 +15,7 @@ from moe_peft.analysis import report
 from moe_peft.evaluation import answers, predictions, restore, suites, tracking
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.training import digest
 
 
 @gin.register(module="evaluation")
@@ -45,6 +47,7 @@ def evaluate(
       frozen_dtype: "float32", or "bfloat16" for half the memory.
       start_from: folder of a multi-task run that `method` (made by `methods.transferred`) takes its
         parameters from, to evaluate them before any further step; `model_dir` only gets results.
+        For any other method, a run of it or the file it was exported to.
       mesh: devices; default: all, data-parallel.
 
     Returns:
@@ -73,6 +76,8 @@ def evaluate(
         frozen_dtype=frozen_dtype,
         start_from=start_from,
     )
+    run = {**restored.run, "parameters_sha256": digest.of_tree(restored.params)}
+    restored = dataclasses.replace(restored, run=run)
     found = {}
     for mixture in evaluator.mixtures:
         suite, folder = evaluator.suite(mixture), _folder(model_dir, mixture)

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from moe_peft import methods
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import digest, preparation, trained
+from moe_peft.training import preparation, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,6 @@ def restore(
         "step": step,
         "trainable_parameters": trainable,
         "total_parameters": trainable + frozen,
-        "parameters_sha256": digest.of_tree(params),
     }
     return Restored(model, jax.device_put(params, mesh_lib.replicated(mesh)), run)
 
