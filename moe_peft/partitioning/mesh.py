@@ -55,6 +55,31 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
 
 
+def host_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Returns (number, count) of the part of every batch that this process passes on.
+
+    Processes whose devices hold the same rows, because the mesh splits only weights between them,
+    have the same number.
+
+    Raises:
+      UserError: a process's devices hold rows that are no whole part of the batch.
+    """
+    shards = mesh.devices.reshape(-1, mesh.shape["model"])
+    rows_of = {}
+    for row, devices in enumerate(shards):
+        for device in devices:
+            rows_of.setdefault(device.process_index, set()).add(row)
+    own = rows_of[jax.process_index()]
+    first, size = min(own), len(own)
+    if own != set(range(first, first + size)) or first % size or len(shards) % size:
+        raise errors.UserError(
+            f"On this mesh of {dict(mesh.shape)}, process {jax.process_index()} would hold the "
+            f"parts {sorted(own)} of {len(shards)} of a batch, which are no connected share. Make "
+            "model x fsdp divide the devices of a process, or the other way round."
+        )
+    return first // size, len(shards) // size
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_peft import errors, patching
+from moe_peft.partitioning import hosts
 from moe_peft.training import digest
 from moe_peft.training import state as state_lib
 
@@ -238,7 +239,7 @@ def restore(saved: Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
         )
 
     def place(like, value):
-        return jax.device_put(np.asarray(value), like.sharding)
+        return hosts.put(np.asarray(value), like.sharding)
 
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
@@ -256,7 +257,7 @@ def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
         "trainable": state.trainable,
         "position": {"opt_state": _numbered(state.opt_state), "rng": state.rng},
     }
-    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
+    return jax.tree.map(hosts.get, trees)
 
 
 def _numbered(opt_state: PyTree) -> dict[str, Any]:
@@ -266,7 +267,14 @@ def _numbered(opt_state: PyTree) -> dict[str, Any]:
 
 def _read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
     """Reads one checkpoint; raises any exception if it is incomplete or its digests differ."""
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    # Every process reads for itself; orbax's default is to wait for all of them in between.
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
+    )
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
     wanted = {name: ocp.args.StandardRestore() for name in items}
     with reader:
         found = reader.restore(

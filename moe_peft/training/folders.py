@@ -8,6 +8,7 @@ import pathlib
 import shutil
 
 from moe_peft import errors
+from moe_peft.partitioning import hosts
 
 _MARGIN = 1.05
 _SMALL_FILES = 500_000  # bytes: some fifty files of metadata, a disk block or more each
@@ -16,7 +17,9 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
-    """Makes the folder, tries to write into it, and keeps other processes out until the end.
+    """Makes the folder, tries to write into it, and keeps other runs out until the end.
+
+    Of several processes of one run the first keeps the others' place.
 
     Raises:
       UserError: it cannot be made or written, or another process trains in it.
@@ -33,6 +36,9 @@ def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
             f"Cannot write to the folder of the run, {folder}: {error.strerror}. Choose another "
             "one with MODEL_DIR."
         ) from error
+    if not hosts.is_first():
+        yield folder
+        return
     # The kernel releases the lock when the process ends, however it ends.
     with lock:
         try:

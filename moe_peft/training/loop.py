@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.models import encoder_decoder
+from moe_peft.partitioning import hosts
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import (
@@ -107,6 +108,13 @@ def train(
     }
 
     _check_tasks(method, mixture, pack, start_from)
+    if evaluator is not None and jax.process_count() > 1:
+        raise errors.UserError(
+            f"train.evaluator works in one process, and this run has {jax.process_count()}. Leave "
+            "it out, and use `moe-peft eval` afterwards."
+        )
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    shard_index, shard_count = mesh_lib.host_shard(mesh)
 
     def open_batches(start_batch: int) -> run_lib.Batches:
         batches = pipeline.train_batches(
@@ -116,8 +124,8 @@ def train(
             seed,
             pack=pack,
             start_batch=start_batch,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            shard_index=shard_index,
+            shard_count=shard_count,
         )
         return task_ids.checked(batches, method, mixture)
 
@@ -203,7 +211,7 @@ def fit(
         stop = stack.enter_context(signals.StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
 
-        saved = checkpoints.load_newest(folder)
+        saved = hosts.in_turn(lambda: checkpoints.load_newest(folder), "checkpoints")
         put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         source = open_batches(saved.step if saved else 0)
         batches = stack.enter_context(prefetch.Prefetch(source, put))
@@ -236,9 +244,9 @@ def fit(
         description = preparation.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
-        frozen = jax.device_put(trees.frozen, layout.shardings(trees.frozen, axes))
+        frozen = hosts.put(trees.frozen, layout.shardings(trees.frozen, axes))
         state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = jax.device_put(state, places)
+        state = hosts.put(state, places)
         changed = ""
         if saved:
             preparation.check_same_run(saved.description, description, folder)

@@ -14,6 +14,25 @@ from moe_peft import errors
 FILE_NAME = "metrics.jsonl"
 
 
+class Silent:
+    """Writes nothing: another process does."""
+
+    def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
+        del model_dir, resumed_step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
 class MetricsWriter:
     """Appends one json object a line: {"step": s, name: value, ...}.
 

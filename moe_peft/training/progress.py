@@ -28,12 +28,30 @@ class Progress(Protocol):
         ...
 
 
-def make(first_step: int, num_steps: int) -> Progress:
+def make(first_step: int, num_steps: int, is_silent: bool = False) -> Progress:
     """Returns a bar where standard error is a terminal, plain lines otherwise."""
+    if is_silent:
+        return Silent()
     console = rich.console.Console(stderr=True)
     if console.is_terminal:
         return Bar(first_step, num_steps, console)
     return Lines(num_steps)
+
+
+class Silent:
+    """Says nothing: another process does."""
+
+    def update(self, step: int) -> None:
+        """Nothing."""
+
+    def report(self, step: int, loss: float, steps_per_second: float) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Lines:

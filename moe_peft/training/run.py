@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import signal
 import time
 
 import gin
@@ -12,12 +13,15 @@ import numpy as np
 
 import moe_peft
 from moe_peft import errors, gin_utils, patching
+from moe_peft.partitioning import hosts
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
 from moe_peft.training import monitors as monitors_lib
 from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
+
+_AGREEMENT_PERIOD = 10  # steps after which several processes ask each other whether to stop
 
 Batches = Iterator[Mapping[str, np.ndarray]]
 EvalHook = Callable[[int, PyTree], Mapping[str, float]]
@@ -82,10 +86,11 @@ class Run:
         settings = self._settings
         first_step = saved.step if saved else 0
         with contextlib.ExitStack() as stack:
-            self._progress = progress_lib.make(first_step, settings.num_steps)
+            is_first = hosts.is_first()
+            self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
             stack.callback(self._progress.close)
-            writer = metrics_writer.MetricsWriter(folder, first_step)
-            self._writer = stack.enter_context(writer)
+            kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
+            self._writer = stack.enter_context(kind(folder, first_step))
             monitors_lib.drop_after(folder, first_step)
             saver = checkpoints.Checkpoints(folder, settings.keep)
             self._checkpoints = stack.enter_context(saver)
@@ -95,7 +100,7 @@ class Run:
                 state_lib.leaf_names(state.trainable),
                 saved.record["unwritten_metrics"] if saved else (),
             )
-            if jax.process_index() == 0:
+            if is_first:
                 gin_utils.write_config(folder)
             if changed_optimizer:
                 self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
@@ -130,13 +135,19 @@ class Run:
             for monitor in self._monitors:
                 if is_last or step % monitor.period == 0:
                     self._watch(monitor, step, state)
-            is_stopping = self._stop.received and not is_last
+            is_stopping = not is_last and self._is_stopping(step)
             if is_last or is_stopping or step % settings.checkpoint_period == 0:
                 self._save(step, state)
             if is_stopping:
                 self._exit(step)
         self._checkpoints.wait()
         return Result(state, self._frozen, line)
+
+    def _is_stopping(self, step) -> bool:
+        """Whether a signal came, in any process: all have to stop at the same step."""
+        if jax.process_count() == 1:
+            return self._stop.received is not None
+        return step % _AGREEMENT_PERIOD == 0 and hosts.anywhere(self._stop.received is not None)
 
     def _save(self, step, state):
         self._logbook.collect()
@@ -166,10 +177,11 @@ class Run:
 
     def _exit(self, step):
         self._checkpoints.wait()
+        received = self._stop.received or signal.SIGTERM  # Another process's, in this one unseen.
         self._progress.say(
-            f"{self._stop.received.name}: saved step {step}; the same command goes on from there."
+            f"{received.name}: saved step {step}; the same command goes on from there."
         )
-        raise SystemExit(self._stop.exit_code)
+        raise SystemExit(128 + received)  # As shells report it.
 
 
 def next_batch(batches: Batches, step: int) -> Mapping[str, np.ndarray]:

@@ -26,11 +26,6 @@ class StopRequest:
     def __exit__(self, *_):
         self._restore()
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the number of the signal, as shells report it."""
-        return 128 + self.received
-
     def _note(self, number, frame):
         del frame
         self.received = signal.Signals(number)

@@ -36,19 +36,20 @@ METHODS = {
 }
 
 
-def batches(start):
-    """The batch of a step is a function of its number."""
+def batches(start, index=0, count=1):
+    """The batch of a step is a function of its number; part `index` of `count` of its rows."""
     for step in itertools.count(start):
         tokens = np.random.default_rng(step).integers(1, 64, (BATCH, INPUTS + 2 * TARGETS))
         inputs, shifted, targets = np.split(
             tokens.astype(np.int32), [INPUTS, INPUTS + TARGETS], axis=1
         )
-        yield {
+        batch = {
             "encoder_input_tokens": inputs,
             "decoder_input_tokens": shifted,
             "decoder_target_tokens": targets,
             "task_ids": (np.arange(BATCH, dtype=np.int32) + step) % 3,
         }
+        yield {name: np.split(rows, count)[index] for name, rows in batch.items()}
 
 
 def mesh_of(data, fsdp, model):
@@ -62,10 +63,12 @@ def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microba
     module = t5.Transformer(config)
     network = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
     base = encoder_decoder.EncoderDecoder(module)
+    mesh = mesh_of(*shape)
+    index, count = mesh_lib.host_shard(mesh)
     result = loop.fit(
         start=lambda shapes: preparation.Start(network, base, method, shapes),
         backbone="random:1",
-        open_batches=batches,
+        open_batches=lambda start: batches(start, index, count),
         optimizer=optimizers.adamw(1e-2, clip_norm=1.0),
         model_dir=folder,
         described={"model": "t5", "data": "random"},
@@ -75,7 +78,7 @@ def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microba
             log_period=1,
             num_microbatches=num_microbatches,
         ),
-        mesh=mesh_of(*shape),
+        mesh=mesh,
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line], result

@@ -1,0 +1,34 @@
+"""A run of `test_layout` in a process of its own: FOLDER METHOD DATA,FSDP,MODEL STEPS [SPEC]."""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from moe_peft import errors, patching
+from moe_peft.partitioning import hosts
+
+
+def main(folder, method, shape, num_steps, spec=None, timeout="60"):
+    jax.config.update("jax_num_cpu_devices", 2 if spec else 1)
+    if spec:
+        hosts.join(hosts.find(spec, {}), int(timeout))
+    path = pathlib.Path(__file__).parent / "test_layout.py"
+    module = importlib.util.spec_from_file_location("layout_runs", path)
+    runs = importlib.util.module_from_spec(module)
+    module.loader.exec_module(runs)
+    shape = tuple(map(int, shape.split(",")))
+    _, result = runs.train(pathlib.Path(folder), method, shape, int(num_steps), scan_layers=True)
+    flat = patching.flatten(result.state.trainable)
+    values = {path: hosts.get(leaf) for path, leaf in flat.items()}
+    if hosts.is_first():
+        np.savez(pathlib.Path(folder) / "trained.npz", **values)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except errors.UserError as error:
+        sys.exit(str(error))
