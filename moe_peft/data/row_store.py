@@ -117,8 +117,18 @@ def _clean(folder: pathlib.Path) -> None:
     """Removes what processes of this machine that are no more have left unfinished."""
     for path in folder.glob(f"{socket.gethostname()}-*.tmp"):
         process = path.name.removeprefix(f"{socket.gethostname()}-").split("-")[0]
-        if process.isdigit() and not pathlib.Path(f"/proc/{process}").exists():
+        if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks, and does nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 _WATCHED = 1000  # rows between two calls
