@@ -67,7 +67,8 @@ class Suite:
             for array in map(np.ascontiguousarray, arrays):
                 found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
             known = {k: v for k, v in self.rows[place].items() if k not in ("index", "group")}
-            found.update(json.dumps([known, self.is_cut[place]]).encode())
+            metric = self.own_metrics.get(known["task"])
+            found.update(json.dumps([known, self.is_cut[place], metric]).encode())
         return found.hexdigest()
 
 

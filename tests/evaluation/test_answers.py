@@ -95,4 +95,5 @@ def test_what_a_suite_asks_in_parts():
     assert digest == regrouped.digest([0])
     for field in ({"targets": "y"}, {"references": ["x", "y"]}):
         assert digest != dataclasses.replace(suite, rows=[{**rows[0], **field}]).digest([0])
-    assert digest != dataclasses.replace(suite, is_cut=[True]).digest([0])
+    for field in ({"is_cut": [True]}, {"own_metrics": {"a": "qa_f1"}}):
+        assert digest != dataclasses.replace(suite, **field).digest([0])
