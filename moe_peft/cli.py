@@ -198,6 +198,8 @@ def parser() -> argparse.ArgumentParser:
         sub = _add_settings(commands, name, command)
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        if name == "train":
+            _add_distributed(sub)
     comparison = commands.add_parser(
         "compare",
         help="show evaluated or adapted runs side by side, as a table and a picture",
@@ -215,6 +217,23 @@ def parser() -> argparse.ArgumentParser:
     _add_experiments(commands)
     commands.add_parser("files", help="list the gin files that come with the package")
     return top
+
+
+def _add_distributed(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--distributed",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="train in COUNT processes, of which this is the INDEX-th, from 0; 'auto' asks the "
+        "surroundings (TPU pods, Slurm, Open MPI), 'off' trains alone. Default: the same in "
+        "MOE_PEFT_DISTRIBUTED, else what a Slurm step, a TPU slice or a Kubernetes job says",
+    )
+    sub.add_argument(
+        "--distributed_timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes (default: 300)",
+    )
 
 
 def _add_settings(commands, name: str, command: Command) -> argparse.ArgumentParser:
@@ -316,7 +335,7 @@ def _add_data(commands) -> None:
         description=(
             "Reads all files of the benchmarks in a folder once and reports counts, hashes and "
             "findings by rule. Exits with 1 where the rules missing, damaged or leak found "
-            "something; duplicate, count and optional are for information."
+            "something; duplicate, count, hash and optional are for information."
         ),
     )
     check.add_argument(
@@ -494,6 +513,7 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     command = COMMANDS[args.command]
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
+    _join(args)
     entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
     if args.command == "plan":
         from moe_peft.analysis import plan
@@ -504,6 +524,22 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     if args.command in ("export", "merge"):
         print(f"wrote {result}")
     return 0
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Joins the other processes of a run, if there are any."""
+    from moe_peft.partitioning import hosts
+
+    if args.command in ("plan", "export", "merge"):
+        return
+    cluster = hosts.find(getattr(args, "distributed", None), os.environ)
+    if cluster is not None and args.command != "train":
+        raise errors.UserError(
+            f"{args.command} works in one process, and {cluster.found_in} starts several. Start it "
+            f"once, or set {hosts.VARIABLE}=off."
+        )
+    if cluster is not None:
+        hosts.join(cluster, args.distributed_timeout)
 
 
 def _compare(folders: Sequence[str], out: str) -> None:
