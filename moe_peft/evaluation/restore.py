@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from moe_peft import methods
 from moe_peft.models import encoder_decoder
-from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import preparation, trained
 
 
@@ -20,7 +20,7 @@ class Restored:
 
     Attributes:
       model: patched.
-      params: on all devices of the mesh.
+      params: on the devices of the mesh, split by `partitioning.Layout`.
       run: what a report says about it, as JSON types.
     """
 
@@ -49,7 +49,7 @@ def restore(
       backbone: as trained; see `training.backbone.load`.
       model_dir: folder of the run.
       batch_shapes: feature name to shape, as the model will see them.
-      mesh: devices that get a copy.
+      mesh: devices.
       step: which checkpoint; None for the newest.
       frozen_dtype: "float32" or "bfloat16", how frozen weights are stored.
       start_from: see `trained.load`.
@@ -73,7 +73,8 @@ def restore(
         "trainable_parameters": trainable,
         "total_parameters": trainable + frozen,
     }
-    return Restored(model, jax.device_put(params, mesh_lib.replicated(mesh)), run)
+    shardings = layout_lib.Layout(mesh).shardings(params, start.logical_axes())
+    return Restored(model, jax.device_put(params, shardings), run)
 
 
 def _count(tree: PyTree) -> int:

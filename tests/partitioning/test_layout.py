@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, methods, patching
-from moe_peft.models import encoder_decoder, t5
+from moe_peft.evaluation import answering, tracking
+from moe_peft.models import encoder_decoder, strategies, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import loop, optimizers, preparation
@@ -212,3 +213,26 @@ def test_what_a_mesh_cannot_divide(shape, settings, message):
     params, axes = shapes_and_axes(methods.lora(rank=2))
     with pytest.raises(errors.UserError, match=message):
         layout_lib.Layout(mesh_of(*shape), **settings).shardings(params, axes)
+
+
+def test_answers_do_not_depend_on_the_mesh():
+    module = t5.Transformer(t5.T5Config(**CONFIG, scan_layers=True))
+    method = methods.lora(rank=2)
+    model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
+    shapes = {name: rows.shape for name, rows in next(batches(0)).items()}
+    params = jax.jit(lambda rng: model.init(rng, shapes))(jax.random.key(3))
+    axes = preparation.Start(model, None, method, shapes).logical_axes()
+    inputs = next(batches(0))["encoder_input_tokens"]
+    questions = [answering.Question(ids, choices=(ids[:3], ids[3:5])) for ids in inputs]
+    found = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        mesh = mesh_of(*shape)
+        placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
+        answerer = answering.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
+        texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), tracking.Silent())
+        scores = answerer.score_choices(placed, questions, tracking.Silent())
+        found.append((texts, scores))
+    (texts, scores), (other_texts, other_scores) = found
+    np.testing.assert_array_equal(np.stack(texts), np.stack(other_texts))
+    for one, other in zip(scores, other_scores, strict=True):
+        np.testing.assert_allclose(one.log_likelihoods, other.log_likelihoods, rtol=1e-5)
