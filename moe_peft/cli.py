@@ -518,7 +518,7 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     if args.command == "plan":
         from moe_peft.analysis import plan
 
-        plan.show(entry_point(backbone=plan.configured_backbone()), as_json=args.json)
+        plan.show(entry_point(), as_json=args.json)
         return 0
     result = entry_point()
     if args.command in ("export", "merge"):
@@ -684,7 +684,12 @@ def configure(
     command = every[name]
     gin_utils.import_modules(command.modules)
     search_paths = [path for path in gin_search_paths.split(",") if path]
-    config = gin_utils.load(gin_files, gin_bindings, search_paths, command.defaults)
+    load = lambda bindings: gin_utils.load(gin_files, bindings, search_paths, command.defaults)
+    config = load(gin_bindings)
+    backbone = config.macro("BACKBONE")
+    if name == "plan" and backbone is not None and isinstance(backbone.value, str):
+        # Optional, unlike for the commands that load it: a plan needs no weights.
+        config = load([*gin_bindings, "plan.backbone=%BACKBONE"])
     entry_points = [other.entry_point for other in every.values()]
     gin_checks.check(
         config,

@@ -23,8 +23,8 @@ MACROS = {
     "METHOD": "what is adapted and what trains, such as `@methods.mov()`",
     "VARIANT": "how it is transferred: `keep`, `new_logits`, `z`, `mu` or `soup`",
     "NUM_TASKS": "task ids of the mixture that task routers tell apart",
-    "BACKBONE": "the network's own weights: `embedded:cldr_tiny`, `file:weights.safetensors`, "
-    "`run:/a/run/of/full`, `hf:/folder/of/transformers`, `t5x:/checkpoint`, `random:0`",
+    "BACKBONE": "the network's own weights: `embedded:cldr_tiny`, `hf:/folder/of/transformers`, "
+    "`t5x:/checkpoint`, `file:weights.safetensors`, `run:/a/run/of/full`, `random:0`",
     "MIXTURE": "name of the SeqIO mixture or task to train on",
     "EVAL_MIXTURES": "names of those to evaluate on, a tuple",
     "TARGET_MIXTURE": "name of the mixture of new tasks, where one file trains and adapts",

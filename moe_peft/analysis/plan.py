@@ -176,15 +176,6 @@ def plan(
     )
 
 
-def configured_backbone() -> str | None:
-    """Returns the macro BACKBONE, or None where no file or flag gives it a value."""
-    try:
-        value = gin.query_parameter("%BACKBONE")
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
-
-
 def _is_adapter(path: str) -> bool:
     return patching.ADAPTER in path.split("/")
 

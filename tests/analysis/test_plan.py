@@ -4,12 +4,14 @@ import io
 import json
 
 import gin
+import numpy as np
 import pytest
 import rich.console
 
 from moe_peft import cli, errors, methods, patching
 from moe_peft.adapters import IA3
 from moe_peft.analysis import plan as plan_lib
+from moe_peft.convert import hugging_face, sizes
 from moe_peft.models import t5
 
 
@@ -118,3 +120,18 @@ def test_json_has_every_number_the_table_has(capsys):
 )
 def test_bytes_are_readable(count, text):
     assert plan_lib._bytes(count) == text
+
+
+def test_a_backbone_of_another_size_is_told(tmp_path, capsys):
+    config = sizes.named("tiny")
+    shapes = sizes.of_config(config)
+    flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    hugging_face.write(tmp_path / "m", config, flat)
+    files = ["--gin_file", "methods/ia3.gin", f"--gin.BACKBONE=hf:{tmp_path / 'm'}"]
+    assert cli.main(["plan", "--gin_file", "models/tiny.gin", "--json", *files]) == 0
+    gin.clear_config()
+    assert cli.main(["plan", "--gin_file", "models/cldr_tiny.gin", *files]) == cli.USER_ERROR
+    printed = capsys.readouterr().err
+    assert "vocab_size 384 (model config: 272)" in printed
+    assert "Take models/tiny.gin." in printed
+    assert printed.count("\n") == 1
