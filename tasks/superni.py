@@ -25,6 +25,15 @@ from moe_peft.data.cldr import store
 from moe_peft.data.superni import files, prompts, sampling
 
 PREFIX = "superni"
+# Categories that the official scorer reports by exact match; all others by Rouge-L.
+EXACT_MATCH = {
+    "Answerability Classification",
+    "Cause Effect Classification",
+    "Coreference Resolution",
+    "Dialogue Act Recognition",
+    "Textual Entailment",
+    "Word Analogy",
+}
 _WRITING = 1  # another number where the same files and settings give other rows
 
 
@@ -151,15 +160,21 @@ def _chosen(
     return {split: map(example, instances) for split, instances in found.items()}
 
 
+def _reporting(listed: files.Listed | None) -> registration.Reporting:
+    """By its category, where the official scorer tells it, and that category's metric."""
+    is_exact = listed is not None and listed.category in EXACT_MATCH
+    metric = "exact_match_normalized" if is_exact else "rouge_l"
+    return registration.Reporting(metric, listed and listed.category)
+
+
 def _register_task(name: str) -> str:
     """Registers a task of this name; returns SeqIO's."""
     registered = registration.task_name(PREFIX, name)
-    listed = files.table().get(name)
     registration.add_task(
         registered,
         functools.partial(_rows, name),
         functools.partial(_splits, name),
-        registration.Reporting("rouge_l", listed and listed.category),
+        _reporting(files.table().get(name)),
     )
     return registered
 

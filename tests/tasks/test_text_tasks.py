@@ -1,5 +1,6 @@
 """SuperNI and CrossFit as tasks, on the samples."""
 
+import collections
 import itertools
 import json
 import pathlib
@@ -22,6 +23,7 @@ from moe_peft.data import (
     vocabularies,
 )
 from moe_peft.data.crossfit import files
+from moe_peft.data.superni import files as superni_files
 from moe_peft.evaluation import metrics
 from moe_peft.tasks import crossfit, superni
 
@@ -243,7 +245,15 @@ def test_tasks_know_how_their_benchmark_reports_them():
     assert reporting("crossfit_glue_cola").metric == "matthews"
     assert reporting("crossfit_app_reviews") == registration.Reporting("pearson", "app_reviews")
     rte = reporting("superni_task1344_glue_entailment_classification")
-    assert rte == registration.Reporting("rouge_l", "Textual Entailment")
+    assert rte == registration.Reporting("exact_match_normalized", "Textual Entailment")
+    titles = reporting("superni_task1356_xlsum_title_generation")
+    assert titles == registration.Reporting("rouge_l", "Title Generation")
+    by_metric = collections.Counter(
+        lookup.reporting(seqio.TaskRegistry.get(registration.task_name("superni", name))).metric
+        for name, listed in superni_files.table().items()
+        if "test" in listed.sets
+    )
+    assert by_metric == {"exact_match_normalized": 73, "rouge_l": 46}
     own = [lookup.reporting(task).metric for task in pipeline.tasks_of("crossfit_test")]
     assert own == ["macro_f1", "rouge_l_crossfit", "qa_f1"]
     assert set(files.METRICS.values()) < set(metrics.METRICS)
