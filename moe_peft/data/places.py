@@ -14,7 +14,7 @@ SAMPLES = "embedded:samples"
 LAYOUT = {
     "superni": "a checkout of allenai/natural-instructions: tasks/, splits/",
     "crossfit": "CrossFit's data/: one folder per task with its .tsv files",
-    "p3": "the records of bigscience/P3: one folder per task",
+    "p3": "the records of bigscience/P3: one folder per task; or raw/ and templates/",
 }
 
 
