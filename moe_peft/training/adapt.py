@@ -92,7 +92,7 @@ def adapt(
         shots than that, a batch is all of them.
       optimizer: see `optimizers`; clipping and statistics are each run's own.
       model_dir: folder of this adaptation.
-      source: folder of the multi-task run; None starts from fresh adapters.
+      source: folder of the multi-task run, or its exported file; None starts from fresh adapters.
       validation_shots: further examples of the train split, which select and stop.
       wordings: consecutive rows of a task that are one example in other words (templates).
       train_split: where shots come from; "{seed}" in it stands for the run's seed, where a data set
