@@ -26,6 +26,7 @@ from moe_peft import errors, quiet
 # Configurables that library code calls itself, rather than by a reference from a gin file.
 CALLED_BY_LIBRARY = (
     "backbones.allowed",
+    "partitioning.Layout",
     "sentences.configured",
     "task_ids.per_template",
     "places.configured",
