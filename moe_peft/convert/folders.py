@@ -18,8 +18,12 @@ _OTHERS = (".h5", ".msgpack", ".gguf", ".onnx")
 def existing(path: epath.PathLike) -> epath.Path:
     """Returns the path of a file or folder, local or in a bucket; UserError if it is not there."""
     found = epath.Path(os.path.expanduser(os.fspath(path)))
-    if found.exists():
-        return found
+    try:
+        if found.exists():
+            return found
+    except Exception as error:  # of the bucket's library, whichever that is
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise errors.UserError(f"{found} cannot be reached: {first}.") from error
     parent = found.parent
     near = errors.near(found.name, [p.name for p in parent.iterdir()]) if parent.exists() else ""
     raise errors.UserError(f"There is no {found}.{near}")

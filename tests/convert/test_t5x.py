@@ -165,6 +165,23 @@ def test_buckets_are_addressed_by_their_own_driver():
     assert spec["kvstore"]["base"] == {"driver": "gcs", "bucket": "bucket", "path": "t5x/"}
 
 
+def test_a_bucket_that_does_not_answer(monkeypatch):
+    class Path:
+        def __init__(self, path):
+            self.path = path
+
+        def __str__(self):
+            return self.path
+
+        def exists(self):
+            raise RuntimeError("Could not resolve host\nmore")
+
+    monkeypatch.setattr("etils.epath.Path", Path)
+    with pytest.raises(errors.UserError) as caught:
+        t5x.open_folder("gs://bucket/run")
+    assert str(caught.value) == "gs://bucket/run cannot be reached: Could not resolve host."
+
+
 def test_chunks_divide_the_shape():
     assert arrays.chunks((12, 4), 4) == [12, 4]
     rows, columns = arrays.chunks((32128, 4096), 4)
