@@ -8,7 +8,7 @@ import shutil
 
 from etils import epath
 
-from moe_peft import errors
+from moe_peft import errors, quiet
 
 # Files that run code when they are opened, or that hold weights in yet another format.
 _PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
@@ -18,9 +18,12 @@ _OTHERS = (".h5", ".msgpack", ".gguf", ".onnx")
 def existing(path: epath.PathLike) -> epath.Path:
     """Returns the path of a file or folder, local or in a bucket; UserError if it is not there."""
     found = epath.Path(os.path.expanduser(os.fspath(path)))
+    # A bucket's library is TensorFlow's, where that is installed.
+    is_remote = "://" in os.fspath(path)
     try:
-        if found.exists():
-            return found
+        with quiet.importing() if is_remote else contextlib.nullcontext():
+            if found.exists():
+                return found
     except Exception as error:  # of the bucket's library, whichever that is
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise errors.UserError(f"{found} cannot be reached: {first}.") from error
