@@ -92,7 +92,10 @@ def _open(place: places.Place, options: Options) -> checkpoints.Saved | opened.O
         if getattr(options, name) is not None:
             raise errors.UserError(f"{place} is no folder of runs, so it has no --{name}.")
     if place.kind == formats.PEFT:
-        return peft.read(place.path, _base(options.base) if options.base else None)
+        saved = peft.read(place.path, _base(options.base) if options.base else None)
+        for line in saved.description.get("gin", ()):
+            print(line)
+        return saved
     is_adapter = place.kind == formats.ADAPTERS and exported.holds_adapter(place.path)
     return exported.load(place.path) if is_adapter else models.open_place(place)
 

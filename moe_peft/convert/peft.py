@@ -218,9 +218,10 @@ def _describe(config: Mapping[str, Any], tensors: Tensors, base: Base) -> dict[s
                 f"{next(iter(own.values())).source} is no layer of {base.spec} "
                 f"({sizes.describe(base.config)})."
             )
-    method = peft_methods.method(config, list(tensors), base.config)
+    method, gin_lines = peft_methods.method(config, list(tensors), base.config)
     description = {
         "method": method.describe(),
+        "gin": gin_lines,
         "model": {"class": "Transformer", "config": dataclasses.asdict(base.config)},
         "backbone": {"fingerprint": base.fingerprint, "frozen_dtype": "float32"},
         "backbone_spec": base.spec,

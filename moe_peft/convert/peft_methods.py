@@ -81,22 +81,35 @@ def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def method(
     config: Mapping[str, Any], layers: Sequence[str], network: t5.T5Config
-) -> methods.Method:
-    """Returns our method with the settings of a PEFT folder.
+) -> tuple[methods.Method, list[str]]:
+    """Returns our method with the settings of a PEFT folder, and the gin lines that make it.
 
     Args:
       config: of the folder.
       layers: that have an adapter, as paths of the unscanned network.
       network: that they belong to.
     """
-    if config["peft_type"] == "IA3":
-        return methods.ia3()
-    placement = _placement(layers, network)
+    name, settings = "ia3", {}
     if config["peft_type"] == "LORA":
-        rate = float(config["lora_dropout"])
-        return methods.lora(config["r"], peft_config.alpha(config), rate, placement)
-    sizes_ = (config[key] for key in ("n_tasks", "n_skills", "n_splits", "r"))
-    return methods.poly(*sizes_, placement=placement, relaxed=True)
+        name = "lora"
+        settings = {
+            "rank": config["r"],
+            "alpha": peft_config.alpha(config),
+            "dropout_rate": float(config["lora_dropout"]),
+            "placement": _placement(layers, network),
+        }
+    elif config["peft_type"] == "POLY":
+        name = "poly"
+        settings = {
+            "num_tasks": config["n_tasks"],
+            "num_skills": config["n_skills"],
+            "num_splits": config["n_splits"],
+            "rank": config["r"],
+            "placement": _placement(layers, network),
+            "relaxed": True,
+        }
+    lines = [f"{name}.{key} = {value!r}" for key, value in settings.items()]
+    return methods.get(name)(**settings), [f"METHOD = @methods.{name}()", *lines]
 
 
 def kernels(network: t5.T5Config) -> dict[str, tuple[int, int]]:

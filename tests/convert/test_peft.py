@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gin
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -27,6 +28,12 @@ def test_round_trip_is_bit_exact(toy, name, layout, tmp_path):
     assert gap.largest < 1e-5 * gap.scale
     other = toy.trained(toy.METHODS[name](), layout, seed=1)
     assert peft.gap(other, tmp_path / "a").largest > 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+    yield
+    gin.clear_config()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,9 @@ def test_a_foreign_folder_is_a_method_of_ours(toy, folders, name):
     saved = peft.read(folders / name, base(toy))
     assert saved.description["method"] == preparation.as_json(IMPORTS[name]().describe())
     assert saved.description["backbone"]["fingerprint"] == "of the toy"
+    gin.parse_config(["import moe_peft.methods", *saved.description["gin"]])
+    described = gin.query_parameter("%METHOD").scoped_configurable_fn().describe()
+    assert preparation.as_json(described) == saved.description["method"]
     assert peft.gap(saved, folders / name).relative < 1e-6
 
 
