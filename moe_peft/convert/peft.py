@@ -5,7 +5,7 @@ record of the run in the tensors' header, which PEFT ignores: read again, it giv
 adapter of the very same run. Nothing here imports torch or peft.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
@@ -20,10 +20,10 @@ from moe_peft.convert import (
     adapter_trees,
     folders,
     leaves,
-    names,
     peft_config,
     peft_layers,
     peft_methods,
+    peft_tensors,
     records,
     safetensors_files,
     sizes,
@@ -31,12 +31,6 @@ from moe_peft.convert import (
 from moe_peft.models import t5
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, preparation
-
-TENSORS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
-
-Tensors = dict[str, leaves.Leaves]  # layer of the unscanned network -> suffix -> tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +75,15 @@ def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> p
     spec = saved.description.get("backbone_spec", "")
     base = spec.removeprefix("hf:") if spec.startswith("hf:") else None
     record = json.dumps({**saved.description, "step": saved.step}, sort_keys=True)
-    stored = {_key(*place): leaves.of(array, "") for place, array in sorted(tensors.items())}
+    stored = {
+        peft_tensors.key_of(*place): leaves.of(array, "")
+        for place, array in sorted(tensors.items())
+    }
     with folders.created(folder) as partial:
         text = json.dumps(peft_config.complete(config, base), indent=2, sort_keys=True)
         (partial / peft_config.NAME).write_text(text + "\n", encoding="utf-8")
         header = {"format": "pt", "moe_peft": record}
-        safetensors_files.write_file(partial / TENSORS, stored, header)
+        safetensors_files.write_file(partial / peft_tensors.TENSORS, stored, header)
     return pathlib.Path(folder)
 
 
@@ -103,8 +100,8 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
     """
     folder = pathlib.Path(folder).expanduser()
     config = peft_config.read(folder)
-    tensors = _open(folder, config["peft_type"])
-    description = backbone_lib.read_metadata(folder / TENSORS)
+    tensors = peft_tensors.open_folder(folder, config["peft_type"])
+    description = backbone_lib.read_metadata(folder / peft_tensors.TENSORS)
     if "method" in description:
         network = _network(description, base, folder)
     elif base is not None:
@@ -116,14 +113,14 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
             "hf:FOLDER."
         )
     step = description.pop("step", 0)
-    method = records.method(description["method"], str(folder / TENSORS))
+    method = records.method(description["method"], str(folder / peft_tensors.TENSORS))
     _check_settings(method, config, folder)
     shapes = adapter_trees.shapes_of(method, network)
-    tensors = _aligned(tensors, adapter_trees.layers_of(shapes))
+    tensors = peft_tensors.aligned(tensors, adapter_trees.layers_of(shapes))
     _check(config, tensors, shapes, network.config, folder)
     alpha = peft_methods.folded_alpha(method)
     layers = {
-        layer: peft_layers.from_peft(config["peft_type"], _read(own), alpha)
+        layer: peft_layers.from_peft(config["peft_type"], peft_tensors.read(own), alpha)
         for layer, own in tensors.items()
     }
     tree = adapter_trees.assemble(layers, shapes)
@@ -139,7 +136,9 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
     config = peft_config.read(folder)
     method = records.method(saved.description["method"], str(folder))
     layers = adapter_trees.by_layer(saved)
-    tensors = _aligned(_open(folder, config["peft_type"]), list(layers))
+    tensors = peft_tensors.aligned(
+        peft_tensors.open_folder(folder, config["peft_type"]), list(layers)
+    )
     rng = np.random.default_rng(seed)
     found = []
     for layer, own in layers.items():
@@ -159,7 +158,7 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
         flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
         theirs = y
         if layer in tensors:
-            theirs = peft_layers.forward(config, _read(tensors[layer]), *flat, ids)
+            theirs = peft_layers.forward(config, peft_tensors.read(tensors[layer]), *flat, ids)
         found.append((np.asarray(ours).reshape(2, 5, -1), theirs.reshape(2, 5, -1)))
     return merging.Gap(
         max(float(np.abs(ours - theirs).max()) for ours, theirs in found),
@@ -168,48 +167,9 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
     )
 
 
-def _open(folder: pathlib.Path, kind: str) -> Tensors:
-    """Returns the tensors of a folder; only headers are read."""
-    path = folder / TENSORS
-    if not path.is_file():
-        if (folder / _PICKLE).exists():
-            folders.refuse_pickle(folder / _PICKLE)
-        raise errors.UserError(f"{folder} has no {TENSORS}.")
-    suffixes, found = peft_layers.SUFFIXES[kind], {}
-    for key, leaf in safetensors_files.open_file(path).items():
-        suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
-        module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
-        kernel = names.path_of(f"{module}.weight") or ""
-        if not suffix or not kernel.endswith("/kernel") or "/layers_" not in kernel:
-            raise errors.UserError(
-                f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of a T5."
-            )
-        found.setdefault(kernel.removesuffix("/kernel"), {})[suffix] = leaf
-    for layer, own in found.items():
-        for suffix in suffixes:
-            if suffix not in own:
-                raise errors.UserError(f"{path} has no {_key(layer, suffix)}.")
-    if not found:
-        raise errors.UserError(f"{path} holds no tensors.")
-    return found
-
-
-def _read(tensors: leaves.Leaves) -> peft_layers.Arrays:
-    return {suffix: leaf.read() for suffix, leaf in tensors.items()}
-
-
-def _aligned(tensors: Tensors, expected: Sequence[str]) -> Tensors:
-    """Returns (IA)3 vectors that scale what wo reads, in a gated block, as those of wi_1."""
-
-    def place(layer: str) -> str:
-        gate = layer.removesuffix("wo") + "wi_1"
-        is_moved = layer not in expected and gate in expected and gate not in tensors
-        return gate if is_moved and layer.endswith("/wo") else layer
-
-    return {place(layer): own for layer, own in tensors.items()}
-
-
-def _describe(config: Mapping[str, Any], tensors: Tensors, base: Base) -> dict[str, Any]:
+def _describe(
+    config: Mapping[str, Any], tensors: peft_tensors.Tensors, base: Base
+) -> dict[str, Any]:
     """Returns the description that a run of ours with this adapter would have."""
     kernels = peft_methods.kernels(base.config)
     for layer, own in tensors.items():
@@ -250,14 +210,14 @@ def _check_settings(method: methods.Method, config: Mapping[str, Any], folder: p
     for key, value in peft_methods.method_settings(peft_methods.settings(method)).items():
         if found[key] != value:
             raise errors.UserError(
-                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but {TENSORS} was written "
+                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but {peft_tensors.TENSORS} was written "
                 f"with {value!r}."
             )
 
 
 def _check(
     config: Mapping[str, Any],
-    tensors: Tensors,
+    tensors: peft_tensors.Tensors,
     expected: adapter_trees.Shapes,
     network: t5.T5Config,
     folder: pathlib.Path,
@@ -266,7 +226,7 @@ def _check(
     layers, kernels = adapter_trees.layers_of(expected), peft_methods.kernels(network)
     for layer, own in tensors.items():
         if layer not in layers:
-            known = sorted({_module(one).rpartition(".")[2] for one in layers})
+            known = sorted({peft_tensors.module_of(one).rpartition(".")[2] for one in layers})
             raise errors.UserError(
                 f"{next(iter(own.values())).source} adapts a layer that {config['peft_type']} "
                 f"leaves alone here; expected only {', '.join(known)}."
@@ -280,7 +240,9 @@ def _check(
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
         suffix = peft_layers.SUFFIXES[config["peft_type"]][0]
-        raise errors.UserError(f"{folder / TENSORS} has no {_key(missing[0], suffix)}.")
+        raise errors.UserError(
+            f"{folder / peft_tensors.TENSORS} has no {peft_tensors.key_of(missing[0], suffix)}."
+        )
 
 
 def _feature_shapes(own: peft_layers.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -296,15 +258,7 @@ def _feature_shapes(own: peft_layers.Arrays) -> tuple[tuple[int, ...], tuple[int
 def _targets(method: methods.Method, places: Any) -> list[str]:
     """Returns names of modules: short ones where a rule is one for all blocks."""
     layers = {place if isinstance(place, str) else place[0] for place in places}
-    modules = {_module(layer) for layer in layers}
+    modules = {peft_tensors.module_of(layer) for layer in layers}
     if all(rule.pattern.startswith(".*/") and "/" not in rule.pattern[3:] for rule in method.rules):
         modules = {module.rpartition(".")[2] for module in modules}
     return sorted(modules)
-
-
-def _module(layer: str) -> str:
-    return names.name_of(f"{layer}/kernel").removesuffix(".weight")
-
-
-def _key(layer: str, suffix: str) -> str:
-    return f"{_PREFIX}{_module(layer)}.{suffix}"

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import cli, merging, methods, patching
-from moe_peft.convert import hugging_face, peft
+from moe_peft.convert import hugging_face, peft, peft_tensors
 from moe_peft.training import backbone, digest, exported
 
 
@@ -87,7 +87,7 @@ def test_adapters_go_to_peft_and_back(toy, files, tmp_path, capsys):
 
 def test_a_folder_of_peft_belongs_to_the_base(files, tmp_path, capsys):
     run(capsys, "--from", files / "lora0.safetensors", "--to", tmp_path / "a")
-    path = tmp_path / "a" / peft.TENSORS
+    path = tmp_path / "a" / peft_tensors.TENSORS
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)
     assert "--base" in refused(capsys, "--from", tmp_path / "a", "--to", tmp_path / "b.safetensors")
     base, back = files / "base.safetensors", tmp_path / "b.safetensors"

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import errors, methods
-from moe_peft.convert import peft, peft_config, records
+from moe_peft.convert import peft, peft_config, peft_tensors, records
 from moe_peft.training import preparation
 
 NAMES = ("lora", "qv", "ia3", "mhr8")
@@ -48,7 +48,7 @@ def folders(toy, tmp_path_factory):
 
 def change(folder, edit, record=None):
     """Edits the tensors in place; the header keeps `record` only."""
-    path = folder / peft.TENSORS
+    path = folder / peft_tensors.TENSORS
     tensors = edit(safetensors.numpy.load_file(path))
     header = {"format": "pt"} | ({} if record is None else {"moe_peft": json.dumps(record)})
     safetensors.numpy.save_file(tensors, path, header)
@@ -134,7 +134,9 @@ OPTIONS = {
 def test_options_are_refused_by_name(toy, folders, words, tmp_path):
     folder = copy(folders, "qv", tmp_path)
     set_option(folder, **OPTIONS[words])
-    check_refused(toy, folder, words, peft.TENSORS if "shape" in words else peft_config.NAME)
+    check_refused(
+        toy, folder, words, peft_tensors.TENSORS if "shape" in words else peft_config.NAME
+    )
 
 
 def check_refused(toy, folder, words, file):
@@ -169,14 +171,14 @@ TENSORS = {
 def test_tensors_are_refused_by_key(toy, folders, words, tmp_path):
     folder = copy(folders, "qv", tmp_path)
     change(folder, TENSORS[words])
-    check_refused(toy, folder, words, peft.TENSORS)
+    check_refused(toy, folder, words, peft_tensors.TENSORS)
 
 
 def test_damaged_files_are_named(toy, folders, tmp_path):
     folder = copy(folders, "qv", tmp_path)
-    path = folder / peft.TENSORS
+    path = folder / peft_tensors.TENSORS
     path.write_bytes(path.read_bytes()[:-100])
-    check_refused(toy, folder, "is cut short: base_model.model.", peft.TENSORS)
+    check_refused(toy, folder, "is cut short: base_model.model.", peft_tensors.TENSORS)
     path.rename(folder / "adapter_model.bin")
     check_refused(toy, folder, "is a pickle", "adapter_model.bin")
     (folder / peft_config.NAME).write_text("{")
