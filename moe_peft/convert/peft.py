@@ -210,8 +210,8 @@ def _check_settings(method: methods.Method, config: Mapping[str, Any], folder: p
     for key, value in peft_methods.method_settings(peft_methods.settings(method)).items():
         if found[key] != value:
             raise errors.UserError(
-                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but {peft_tensors.TENSORS} was written "
-                f"with {value!r}."
+                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but "
+                f"{peft_tensors.TENSORS} was written with {value!r}."
             )
 
 
