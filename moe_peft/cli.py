@@ -75,6 +75,26 @@ COMMANDS = {
         ),
         modules=("moe_peft.training.loop",),
     ),
+    "preflight": Command(
+        entry_point="preflight",
+        help="compile the train step for TPUs or GPUs that are not here; say whether it fits",
+        example=(
+            "  moe-peft preflight --gin_file experiments/mov/3b/mov_10.gin --target v5e:4x4 "
+            "--mesh model=4\n"
+            "  moe-peft preflight --gin_file experiments/mov/11b/mov_30.gin --target v5e-256 "
+            "--search"
+        ),
+        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.commands.preflight"),
+        defaults=(
+            "FROZEN_DTYPE = 'bfloat16'",
+            "preflight.model = %MODEL",
+            "preflight.method = %METHOD",
+            "preflight.optimizer = %OPTIMIZER",
+            "preflight.feature_lengths = %FEATURE_LENGTHS",
+            "preflight.batch_size = %BATCH_SIZE",
+            "preflight.frozen_dtype = %FROZEN_DTYPE",
+        ),
+    ),
     "adapt": Command(
         entry_point="adapt",
         help="adapt a multi-task run, or the bare backbone, to new tasks with a few examples",
@@ -200,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         if name == "train":
             _add_distributed(sub)
+        if name == "preflight":
+            _add_preflight(sub)
     comparison = commands.add_parser(
         "compare",
         help="show evaluated or adapted runs side by side, as a table and a picture",
@@ -233,6 +255,47 @@ def _add_distributed(sub: argparse.ArgumentParser) -> None:
         default=300,
         metavar="SECONDS",
         help="how long to wait for the other processes (default: 300)",
+    )
+
+
+def _add_preflight(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--target", required=True, help="a TPU topology (v5e:4x4), slice (v4-256) or h100:COUNT"
+    )
+    sub.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,...",
+        help="sizes of data, fsdp and model (default: all devices along data)",
+    )
+    sub.add_argument("--microbatches", type=int, default=1, help="parts of a batch (default: 1)")
+    sub.add_argument(
+        "--remat",
+        default="full",
+        help="what the backward pass computes again: none, minimal, full (default)",
+    )
+    sub.add_argument("--price", type=float, help="of a chip and hour, to tell the cost of steps")
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, micro-batches and remat policies, and rank what fits",
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _preflight(experiment, args: argparse.Namespace) -> int:
+    from moe_peft.commands import preflight
+    from moe_peft.partitioning import targets
+
+    return preflight.run(
+        experiment,
+        targets.find(args.target),
+        mesh=args.mesh,
+        microbatches=args.microbatches,
+        remat=args.remat,
+        price=args.price,
+        is_search=args.search,
+        as_json=args.json,
     )
 
 
@@ -455,6 +518,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in ("plan", "report", "export", "merge", "convert", "aggregate"):
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.command == "preflight":
+        from moe_peft.partitioning import surroundings
+
+        surroundings.without_devices(os.environ)
     try:
         code = _run(args, gin_bindings)
         if args.command != "data" or args.verb == "show":  # the other verbs tell it themselves
@@ -520,6 +587,8 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
 
         plan.show(entry_point(), as_json=args.json)
         return 0
+    if args.command == "preflight":
+        return _preflight(entry_point(), args)
     result = entry_point()
     if args.command in ("export", "merge"):
         print(f"wrote {result}")
@@ -530,7 +599,7 @@ def _join(args: argparse.Namespace) -> None:
     """Joins the other processes of a run, if there are any."""
     from moe_peft.partitioning import hosts
 
-    if args.command in ("plan", "export", "merge"):
+    if args.command in ("plan", "preflight", "export", "merge"):
         return
     cluster = hosts.find(getattr(args, "distributed", None), os.environ)
     if cluster is not None and args.command != "train":

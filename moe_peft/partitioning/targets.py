@@ -1,0 +1,145 @@
+"""Hardware that need not be there: TPU topologies and GPUs that programs can be compiled for.
+
+TPU topologies come from libtpu (`pip install libtpu`), H100s from jax's CUDA plugins without CUDA
+(`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, of jax's own version). Neither needs a
+device. Figures of chips are their makers' data sheets.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import re
+
+import jax
+
+from moe_peft import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a kind, by its data sheet.
+
+    Attributes:
+      name: as people write it.
+      memory: bytes.
+      flops: bfloat16 operations per second.
+      bandwidth: of the memory, bytes per second.
+      link: bytes per second that a chip can send to others.
+      per_host: devices of one machine.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    per_host: int
+
+
+CHIPS = {
+    "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 300e9, 4),
+    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9, 4),
+    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9, 4),
+    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9, 4),
+    "h100": Chip("h100", 84_942_979_072, 989e12, 3352e9, 450e9, 8),
+}
+# Topologies by the number of chips, as clouds sell them.
+_FLAT = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
+_CUBES = ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"]
+_SHAPES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _CUBES, "v5p": _CUBES}
+# XLA's description of an H100 SXM of 80 GB, in protobuf's text form.
+_H100 = """\
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+      name: such as "v5e:4x4" or "h100:8".
+      chip: of which there are `count`.
+      shape: of the topology; empty for GPUs.
+    """
+
+    name: str
+    chip: Chip
+    count: int
+    shape: str
+
+    def devices(self) -> Sequence[jax.Device]:
+        """Descriptions of the devices, for a mesh.
+
+        Raises:
+          UserError: the plugin that knows them is not installed, or there is no such topology.
+        """
+        from jax.experimental import topologies
+
+        try:
+            if self.shape:
+                name = f"{self.chip.name}:{self.shape}"
+                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            else:
+                name = f"1x1x{self.count}"
+                found = topologies.get_topology_desc(
+                    name, platform="cuda", topology=name, target_config=_H100
+                )
+        except Exception as error:
+            reason = str(error).splitlines()[0][:160]
+            wanted = "libtpu" if self.shape else "--no-deps jax-cuda12-plugin jax-cuda12-pjrt"
+            raise errors.UserError(
+                f"Nothing here can compile for {self.name} ({reason}). Is it a topology of that "
+                f"chip, and is its compiler installed (pip install {wanted}, of jax "
+                f"{jax.__version__})?"
+            ) from error
+        return found.devices
+
+
+def find(name: str) -> Target:
+    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8".
+
+    Raises:
+      UserError: there is no such chip or number.
+    """
+    form = re.fullmatch(r"(\w+)[:-](\d+(?:x\d+)*)", name)
+    if not form:
+        raise errors.UserError(
+            f"--target is {name!r}; expected a chip and its topology or number, such as v5e:4x4, "
+            "v5e-256 or h100:8."
+        )
+    kind, shape = form.groups()
+    errors.check_one_of("The chip of --target", kind, CHIPS)
+    chip = CHIPS[kind]
+    if kind == "h100":
+        if "x" in shape:
+            raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
+        return Target(name, chip, int(shape), "")
+    if "x" not in shape:
+        sizes = {_size(each): each for each in _SHAPES[kind]}
+        if int(shape) not in sizes:
+            raise errors.UserError(
+                f"--target is {name!r}; slices of {kind} have {', '.join(map(str, sizes))} chips, "
+                f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
+            )
+        shape = sizes[int(shape)]
+    return Target(name, chip, _size(shape), shape)
+
+
+def _size(shape: str) -> int:
+    """
+    >>> _size("2x2x4")
+    16
+    """
+    return math.prod(map(int, shape.split("x")))

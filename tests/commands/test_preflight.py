@@ -1,0 +1,126 @@
+"""`moe-peft preflight`: what it compiles, what it says, what it refuses."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from moe_peft import cli, errors, methods
+from moe_peft.analysis import program
+from moe_peft.commands import preflight
+from moe_peft.models import t5
+from moe_peft.partitioning import targets
+from moe_peft.training import optimizers
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (pip install libtpu)",
+)
+CONFIG = t5.T5Config(
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=4,
+    head_dim=4,
+    mlp_dim=32,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dtype="bfloat16",
+)
+HERE = dataclasses.replace(targets.find("v5e-8"), name="eight of this machine")
+
+
+def experiment(method=None, batch_size=8):
+    return preflight.Experiment(
+        t5.Transformer(CONFIG),
+        method or methods.mhr(num_tasks=3, num_splits=2),
+        optimizers.adafactor(1e-3),
+        {"inputs": 16, "targets": 8},
+        batch_size,
+    )
+
+
+def test_a_step_for_a_mesh_of_this_machine():
+    setting = preflight.Setting(2, 2, 2, 2, "full")
+    flight = experiment().compile(HERE, jax.devices(), setting)
+    assert flight.fits
+    assert flight.collectives["all-reduce"].count > 0
+    assert flight.seconds == max(flight.bounds.values()) > 0
+    assert flight.memory.peak >= flight.memory.arguments > 0
+    assert json.loads(json.dumps(flight.to_json()))["fits"] is True
+    small = dataclasses.replace(flight, capacity=10.0)
+    assert not small.fits
+    assert "does not fit" in preflight.summary(small)
+    assert "--microbatches 4" in preflight.advice(small)
+
+
+def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
+    asked = []
+
+    def compiled(self, target, devices, setting):
+        asked.append(setting)
+        if setting.model == 2:
+            raise errors.UserError("no such mesh")
+        needed = 20e9 / setting.num_microbatches / setting.fsdp
+        memory = program.Memory(0, int(needed), int(needed))
+        bounds = {"arithmetic": setting.num_microbatches / setting.data}
+        return preflight.Flight(setting, "t", 16e9, memory, "", 1.0, 1.0, {}, bounds, 0.0)
+
+    monkeypatch.setattr(preflight.Experiment, "compile", compiled)
+    monkeypatch.setattr(targets.Target, "devices", lambda self: ())
+    found = preflight.search(experiment(), targets.find("v5e-4"))
+    first = [s for s in asked if (s.data, s.fsdp, s.model) == (4, 1, 1)]
+    assert [(s.num_microbatches, s.remat_policy) for s in first] == [
+        (1, "minimal"),
+        (1, "full"),
+        (2, "minimal"),
+    ]
+    assert [flight.fits for flight in found] == sorted((f.fits for f in found), reverse=True)
+    assert str(found[0].setting).startswith("data 4 x fsdp 1 x model 1, 2 micro-batches")
+    assert "no such mesh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("", (8, 1, 1)), ("model=4", (2, 1, 4)), ("data=1, fsdp=8", (1, 8, 1))]
+)
+def test_meshes_in_words(text, wanted):
+    assert preflight.parse_mesh(text, 8) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("modle=2", "Did you mean 'model'"), ("model=x", "expected sizes"), ("model=3", "2 x 1 x 3")],
+)
+def test_meshes_that_are_none(text, message):
+    with pytest.raises(errors.UserError, match=message):
+        preflight.parse_mesh(text, 8)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(errors.UserError, match="A batch of 6"):
+        experiment(batch_size=6).compile(HERE, jax.devices(), preflight.Setting(8, 1, 1, 1, "full"))
+
+
+def test_mistakes_come_before_compiling(capsys):
+    files = ["preflight", "--gin_file", "experiments/mov/3b/mov_10.gin"]
+    assert cli.main([*files, "--target", "v5x:4x4"]) == cli.USER_ERROR
+    assert "Did you mean" in capsys.readouterr().err
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+def test_a_published_experiment_for_sixteen_tpus():
+    command = [sys.executable, "-m", "moe_peft.cli", "preflight", "--json"]
+    command += ["--gin_file", "experiments/mov/770m/mov_10.gin"]
+    command += ["--target", "v5e:4x4", "--mesh", "model=4"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
+    assert done.returncode == 0, done.stderr
+    (flight,) = json.loads(done.stdout)
+    assert flight["fits"]
+    assert 0.3e9 < flight["memory"]["arguments"] < 1e9
+    assert flight["collectives"]["all-reduce"]["count"] > 24 * 4
