@@ -33,7 +33,7 @@ MACROS = {
     "TARGET_STEPS": "updates of a run on a new task, likewise",
     "TARGET_BATCH_SIZE": "shots of a batch on a new task, likewise",
     "DATA_DIR": "folder of the benchmarks' files, or `embedded:samples`; None: $MOE_PEFT_DATA",
-    "BAD_ROWS": "`stop` at the first row of a benchmark that cannot be read, or `skip` and count it",
+    "BAD_ROWS": "`stop` at the first bad row of a benchmark, or `skip` and count it",
     "VOCABULARY": "path of T5's SentencePiece model or of a folder with a tokenizer, or `bytes`",
     "INPUT_TOKENS": "longest input that prompts are made for, end mark included",
     "TASK_GROUP": "regular expression: what in a task's name it is reported under",
