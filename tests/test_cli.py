@@ -10,6 +10,7 @@ import pytest
 
 import moe_peft
 from moe_peft import cli, gin_checks, gin_utils
+from moe_peft.commands import settings
 
 TINY_MOV = ("--gin_file", "models/tiny.gin", "--gin_file", "methods/mov.gin")
 
@@ -33,7 +34,7 @@ def test_help_loads_nothing_heavy():
     assert time.monotonic() - started < 5  # 0.1 s on an idle machine
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", settings.COMMANDS)
 def test_help_of_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

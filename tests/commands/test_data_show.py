@@ -7,6 +7,7 @@ import gin
 import pytest
 
 from moe_peft import cli
+from moe_peft.commands import settings
 from moe_peft.data import bad_rows, pipeline, samples
 
 SETTINGS = ["--gin.DATA_DIR=embedded:samples", "--gin.VOCABULARY=bytes"]
@@ -110,7 +111,7 @@ def test_mistakes(capsys, arguments, message):
 
 
 def test_help_has_examples(capsys):
-    for name in cli.DATA_COMMANDS:
+    for name in settings.DATA_COMMANDS:
         with pytest.raises(SystemExit):
             cli.main([*name.split(), "--help"])
         assert f"moe-peft {name} " in capsys.readouterr().out
