@@ -16,6 +16,7 @@ import numpy as np
 from moe_peft import errors
 from moe_peft.evaluation import tracking
 from moe_peft.models import encoder_decoder, scoring, strategies
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 
 Batch = dict[str, np.ndarray]
@@ -88,15 +89,16 @@ class Answerer:
             )
         self._batch_size, self._lengths = batch_size, dict(feature_lengths)
         self._sharding = mesh_lib.batch_sharding(mesh)
-        self._exact_match = jax.jit(model.exact_match)
-        self._predict = jax.jit(model.predict, static_argnums=2)
+        split = layout_lib.Layout(mesh).applied
+        self._exact_match = jax.jit(split(model.exact_match))
+        self._predict = jax.jit(split(model.predict), static_argnums=2)
 
         def choose(params, batch, num_choices, is_length_normalized):
             scores = model.score_choices(params, batch, num_choices)
             best = scores.best(is_length_normalized=is_length_normalized)
             return best, scores.log_likelihood, scores.num_tokens
 
-        self._choose = jax.jit(choose, static_argnums=(2, 3))
+        self._choose = jax.jit(split(choose), static_argnums=(2, 3))
 
     def exact_match(
         self, params: PyTree, questions: Sequence[Question], progress: tracking.Progress

@@ -181,8 +181,8 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def get(leaf: jax.Array) -> np.ndarray:
+def get(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """A copy of a whole array on the host; all processes must ask together."""
-    if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf, copy=True)

@@ -171,7 +171,7 @@ def test_options_reach_the_pictures(mhr, tmp_path, monkeypatch):
     [
         ("nowhere", [], "no training checkpoint"),
         ("mhr", ["--step", "6"], "no checkpoint of step 6; it has steps 7"),
-        ("mhr", ["--splits", "one"], "expected numbers such as 0,1,2"),
+        ("mhr", ["--splits", "one"], "expected numbers with commas between them"),
         ("mhr", ["--layers", "encoder/layers_1"], "Did you mean 'encoder/layers_0/mlp/wo'"),
         ("lora", ["--layers", "mlp"], "'lora' has no learned task routing"),
         ("lora", ["--splits", "0"], "'lora' has no learned task routing"),

@@ -70,7 +70,8 @@ def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microba
         start=lambda shapes: preparation.Start(network, base, method, shapes),
         backbone="random:1",
         open_batches=lambda start: batches(start, index, count),
-        optimizer=optimizers.adamw(1e-2, clip_norm=1.0),
+        # Routers of equal experts have no gradient but rounding: a small epsilon would enlarge it.
+        optimizer=optimizers.adamw(1e-2, clip_norm=1.0, epsilon=1e-3),
         model_dir=folder,
         described={"model": "t5", "data": "random"},
         settings=run_lib.Settings(
@@ -103,7 +104,6 @@ def check_equal(found, wanted):
     np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
     for path, leaf in patching.flatten(want.state.trainable).items():
         got = patching.flatten(result.state.trainable)[path]
-        # Adam's first steps divide by the gradients' own size: their rounding is not small there.
         np.testing.assert_allclose(got, leaf, rtol=1e-3, atol=2e-4, err_msg=path)
 
 
@@ -215,15 +215,21 @@ def test_what_a_mesh_cannot_divide(shape, settings, message):
         layout_lib.Layout(mesh_of(*shape), **settings).shardings(params, axes)
 
 
-def test_answers_do_not_depend_on_the_mesh():
+@pytest.mark.parametrize("method", ["lora", "mhr"])
+def test_answers_do_not_depend_on_the_mesh(method):
     module = t5.Transformer(t5.T5Config(**CONFIG, scan_layers=True))
-    method = methods.lora(rank=2)
+    method = METHODS[method]()
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
     shapes = {name: rows.shape for name, rows in next(batches(0)).items()}
     params = jax.jit(lambda rng: model.init(rng, shapes))(jax.random.key(3))
+    noise = lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape)
+    params = jax.tree.map(lambda leaf: leaf + noise(leaf).astype(leaf.dtype), params)
     axes = preparation.Start(model, None, method, shapes).logical_axes()
     inputs = next(batches(0))["encoder_input_tokens"]
-    questions = [answering.Question(ids, choices=(ids[:3], ids[3:5])) for ids in inputs]
+    questions = [
+        answering.Question(ids, choices=(ids[:3], ids[3:5]), features={"task_ids": np.int32(i % 3)})
+        for i, ids in enumerate(inputs)
+    ]
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         mesh = mesh_of(*shape)

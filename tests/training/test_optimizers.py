@@ -239,7 +239,7 @@ def test_t5x_and_hugging_face_agree_on_what_neither_factors():
         _train(optimizers.adafactor(0.1, factoring=how), params, gradients)
         for how in ("two_largest", "last_two")
     )
-    np.testing.assert_allclose(t5x["vector"], hugging_face["vector"], rtol=1e-6)
+    np.testing.assert_allclose(t5x["vector"], hugging_face["vector"], rtol=1e-6, atol=1e-7)
     assert np.max(np.abs(t5x["matrix"] - hugging_face["matrix"])) > 1e-3  # Factored by one only.
 
 
