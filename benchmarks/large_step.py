@@ -27,6 +27,7 @@ import measure
 
 from moe_peft import methods
 from moe_peft.models import encoder_decoder, t5
+from moe_peft.partitioning import program
 from moe_peft.training import optimizers
 
 # emb_dim, num_heads, head_dim, mlp_dim, layers of the encoder and of the decoder.
@@ -93,17 +94,13 @@ def measure_one(name: str, options: argparse.Namespace) -> dict[str, object]:
         started = time.perf_counter()
         jax.block_until_ready(call.run())
         seconds.append(time.perf_counter() - started)
-    analysis = call.compiled.memory_analysis()
     return {
         "trainable": call.num_trainable,
         "compile_seconds": compile_seconds,
         "seconds": seconds[2:],
         "peak_bytes": peak_bytes(),
         "peak_bytes_before": before,
-        "planned_bytes": analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes,
+        "planned_bytes": program.memory(call.compiled).peak,
         "hardware": measure.hardware(),
     }
 

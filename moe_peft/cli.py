@@ -15,7 +15,7 @@ from moe_peft import errors
 from moe_peft.commands import arguments as arguments_lib
 from moe_peft.commands import settings
 
-USER_ERROR = 2
+USER_ERROR = errors.EXIT_CODE
 INTERRUPTED = 130
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 import difflib
 
+EXIT_CODE = 2  # of the command line, for what a person can mend
+
 
 class UserError(ValueError):
     """What was expected, what came and what to try, in one line.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with `EXIT_CODE`.
     """
 
 

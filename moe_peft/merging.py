@@ -65,7 +65,7 @@ def merge_into_base(
     context = routing.RoutingContext(task_ids=ids)
     shared = granularity.weights(params, method.rules, patching.ADAPTER, context, None, 1)
     flat = patching.flatten(jax.device_get(params))
-    merged = {path: leaf for path, leaf in flat.items() if not _is_adapters(path)}
+    merged = {path: leaf for path, leaf in flat.items() if not patching.is_adapter(path)}
     for layer in _layers(module, method.rules):
         own = {p: leaf for p, leaf in flat.items() if p.startswith(f"{layer.path}/")}
         site = layer.site(context, shared)
@@ -255,7 +255,7 @@ def _over_stack(merge: Callable[[Leaves], Leaves], leaves: Leaves, layer: _Layer
 def _merge_layer(layer: _Layer, site: routing.Site, leaves: Leaves) -> Leaves:
     """Returns the merged kernel of one layer, by its path, in the shape in which it is stored."""
     path = f"{layer.path}/kernel"
-    own = {name: jnp.asarray(leaf) for name, leaf in leaves.items() if _is_adapters(name)}
+    own = {name: jnp.asarray(leaf) for name, leaf in leaves.items() if patching.is_adapter(name)}
     params = patching.trees.unflatten(own)
     adapter = _At((*layer.path.split("/"), patching.ADAPTER), layer.rule.adapter_factory)
 
@@ -287,8 +287,3 @@ def _router(adapter: nn.Module) -> nn.Module | None:
     sizes = ("num_experts", "num_skills", "num_splits")
     sizes = {name: getattr(adapter, name) for name in sizes if hasattr(adapter, name)}
     return adapter.router_factory(**sizes, parent=None)
-
-
-def _is_adapters(path: str) -> bool:
-    """Whether a parameter is an adapter's or its router's."""
-    return patching.ADAPTER in path.split("/")

@@ -4,7 +4,7 @@
 # --processes N   how many (default 2)
 # --port P        of the first one, by which they meet (default: a free one)
 # --dry_run       print what would be started, and start nothing
-# Lines of process I begin with "[I] ". If one process fails, the others are ended too. Ctrl-C and SIGTERM go to all of them.
+# Lines of process I begin with "[I] ". If one process fails, the others are ended too. Ctrl-C and SIGTERM stop all of them.
 set -euo pipefail
 
 usage() {
@@ -37,7 +37,7 @@ stop() {
   for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 trap 'stop TERM' TERM
-trap 'stop INT' INT
+trap 'stop TERM' INT  # Bash has its background processes ignore SIGINT.
 
 for ((i = 0; i < processes; i++)); do
   spec="localhost:$port,$processes,$i"

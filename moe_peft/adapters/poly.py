@@ -47,8 +47,8 @@ def apply_lora(
     if a.shape[0] == 1:
         hidden = thin.thin_product(x, a[0])
         return thin.thin_product(hidden * jnp.asarray(scale, hidden.dtype), b[0])
-    # Left to itself, XLA 0.10 splits factors that were joined from several splits wrongly on meshes
-    # of three axes (data 2 x fsdp 2 x model 2): other numbers, no error.
+    # Left to itself, XLA (jax 0.10.2) splits factors that were joined from several splits wrongly
+    # on meshes of three axes (data 2 x fsdp 2 x model 2): other numbers, no error.
     a, b = (partitioning.with_sharding_constraint(f, ("batch", None, None)) for f in (a, b))
     hidden = jnp.einsum("b...i,bir->b...r", x, a.astype(x.dtype))
     return jnp.einsum("b...r,bro->b...o", hidden * jnp.asarray(scale, x.dtype), b.astype(x.dtype))

@@ -141,7 +141,8 @@ def plan(
     if backbone is not None:
         from moe_peft.training import backbone as backbone_lib  # imports what saves checkpoints
 
-        own = {p: x for p, x in patching.flatten(variables["params"]).items() if not _is_adapter(p)}
+        flat = patching.flatten(variables["params"])
+        own = {path: leaf for path, leaf in flat.items() if not patching.is_adapter(path)}
         backbone_lib.check_headers(backbone, patching.trees.unflatten(own))
     target = {}
     if target_method is not None and target_method != method:
@@ -151,7 +152,7 @@ def plan(
     params = patching.flatten(variables["params"])
     axes = _axes(variables)
     sizes = {path: leaf.size for path, leaf in params.items()}
-    in_adapters = {path: size for path, size in sizes.items() if _is_adapter(path)}
+    in_adapters = {path: size for path, size in sizes.items() if patching.is_adapter(path)}
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
 
     num_trainable = sum(sizes[path] for path in trainable)
@@ -174,10 +175,6 @@ def plan(
         leaves=_leaves({path: params[path] for path in in_adapters}, axes),
         **target,
     )
-
-
-def _is_adapter(path: str) -> bool:
-    return patching.ADAPTER in path.split("/")
 
 
 def _axes(variables: Any) -> dict[str, tuple[str | None, ...]]:

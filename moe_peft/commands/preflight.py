@@ -17,11 +17,10 @@ import rich.console
 import rich.table
 
 from moe_peft import errors, methods, patching
-from moe_peft.analysis import program
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.partitioning import targets
+from moe_peft.partitioning import program, targets
 from moe_peft.training import optimizers, preparation
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
@@ -145,11 +144,10 @@ class Experiment:
         transform = self.optimizer.build(trainable, self.method.learning_rate_group)
         state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), trainable)
         places = layout.like(state, layout.shardings(trainable, axes), trainable)
-        is_float = lambda name: name == "sentence_embeddings"
         batch = {
             name: jax.ShapeDtypeStruct(
                 shape,
-                jnp.float32 if is_float(name) else jnp.int32,
+                jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32,
                 sharding=mesh_lib.batch_sharding(mesh),
             )
             for name, shape in shapes.items()
@@ -167,16 +165,14 @@ class Experiment:
     def _batch(self) -> dict[str, tuple[int, ...]]:
         inputs, targets_ = self.feature_lengths["inputs"], self.feature_lengths["targets"]
         rows = self.batch_size
-        shapes = {
+        return {
             "encoder_input_tokens": (rows, inputs),
             "decoder_input_tokens": (rows, targets_),
             "decoder_target_tokens": (rows, targets_),
+            # A step that does not look at these does not get them either.
+            "task_ids": (rows,),
+            "sentence_embeddings": (rows, self.embedding_dim),
         }
-        if self.method.num_tasks is not None:
-            shapes["task_ids"] = (rows,)
-        if "SentenceRouter" in json.dumps(self.method.describe(), default=str):
-            shapes["sentence_embeddings"] = (rows, self.embedding_dim)
-        return shapes
 
     def _flight(self, target, setting, compiled, refused, operations, started) -> Flight:
         memory, collectives, accessed = None, {}, 0.0

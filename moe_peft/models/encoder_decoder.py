@@ -21,7 +21,7 @@ summarize = losses.summarize
 _REQUIRED = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 _PACKING = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
 _SEEN_WHILE_DECODING = ("encoder_input_tokens", "task_ids", "sentence_embeddings")
-_FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
+FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class EncoderDecoder:
         batch = {
             name: jnp.ones(
                 getattr(value, "shape", value),
-                jnp.float32 if name in _FLOAT_FEATURES else jnp.int32,
+                jnp.float32 if name in FLOAT_FEATURES else jnp.int32,
             )
             for name, value in batch_shapes.items()
         }

@@ -17,7 +17,6 @@ from moe_peft import errors
 
 VARIABLE = "MOE_PEFT_DISTRIBUTED"
 TIMEOUT = 300  # seconds
-_USER_ERROR = 2  # as the command line exits
 _LATER = 60  # seconds until jax would give up, after we did
 
 _FORM = re.compile(r"(?P<coordinator>[^,]+:\d+),(?P<num>\d+),(?P<index>\d+)")
@@ -115,7 +114,7 @@ def join(cluster: Cluster, timeout: int = TIMEOUT) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(_USER_ERROR)
+        os._exit(errors.EXIT_CODE)
 
     watch = threading.Timer(timeout, give_up)
     watch.daemon = True

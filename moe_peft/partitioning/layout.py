@@ -87,8 +87,8 @@ class Layout:
     def like(self, tree: PyTree, shardings: PyTree, parameters: PyTree) -> PyTree:
         """Returns the shardings of a tree of parameters and of what an optimiser keeps of them.
 
-        A leaf whose path ends in a parameter's path and that has its shape lies where that does;
-        any other has a whole copy on every device.
+        A leaf whose dictionary keys are a parameter's path and that has its shape lies where that
+        does; any other has a whole copy on every device.
 
         Args:
           tree: arrays or shapes.
@@ -116,7 +116,7 @@ class Layout:
         return inside
 
     def _sharding(self, path: str, shape: tuple[int, ...], axes: Axes):
-        is_adapter = f"/{patching.ADAPTER}/" in f"/{path}"
+        is_adapter = patching.is_adapter(path)
         if path not in axes or (is_adapter and self.adapters == "replicated"):
             return self.everywhere
         spec = partitioning.logical_to_mesh_axes(axes[path], self.rules)

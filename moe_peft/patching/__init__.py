@@ -1,10 +1,9 @@
 """How adapters meet a model: rules over layers, an interceptor, and the proxy around the model."""
 
 from moe_peft.patching.granularity import Granularity
-from moe_peft.patching.interceptor import ADAPTER
 from moe_peft.patching.proxy import Patched, matches
 from moe_peft.patching.rules import Matches, Rule, Sibling
-from moe_peft.patching.trees import flatten, merge, split
+from moe_peft.patching.trees import ADAPTER, flatten, is_adapter, merge, split
 
 __all__ = [
     "ADAPTER",
@@ -14,6 +13,7 @@ __all__ = [
     "Rule",
     "Sibling",
     "flatten",
+    "is_adapter",
     "matches",
     "merge",
     "split",

@@ -9,8 +9,7 @@ import jax
 
 from moe_peft import errors, routing
 from moe_peft.patching import rules as rules_lib
-
-ADAPTER = "adapter"
+from moe_peft.patching import trees
 
 # Layers of the decoder that read the encoder's tokens.
 _ENCODER_TOKENS = re.compile(r"encoder/.*|(.*/)?encoder_decoder_attention/(key|value)")
@@ -140,7 +139,7 @@ class Interceptor:
             shared_weights=self._shared_weights(rule, path),
             routes_on_inputs=rule.router_input == "inputs" and rule.side == "outputs",
         )
-        return rule.adapter_factory(name=ADAPTER)(call.inputs, call.outputs, site)
+        return rule.adapter_factory(name=trees.ADAPTER)(call.inputs, call.outputs, site)
 
     def _shared_weights(self, rule, path):
         """The weights of the router that the layer at `path` shares with others, if it does."""
@@ -149,8 +148,8 @@ class Interceptor:
         group = rule.granularity.group(path)
         if group not in self.shared_weights:
             raise errors.UserError(
-                f"The layer {path} shares the router '{ADAPTER}/router/{group}', which is not "
-                f"among the parameters; there are {', '.join(self.shared_weights) or 'none'}."
+                f"The layer {path} shares the router '{trees.ADAPTER}/router/{group}', which is "
+                f"not among the parameters; there are {', '.join(self.shared_weights) or 'none'}."
             )
         return self.shared_weights[group]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_peft import routing as routing_lib
-from moe_peft.patching import granularity, interceptor
+from moe_peft.patching import granularity, interceptor, trees
 from moe_peft.patching import rules as rules_lib
 
 Shapes = Mapping[str, Any] | Sequence[Any]
@@ -81,7 +81,7 @@ class Patched:
         found.check()
         rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
         routers = granularity.shared_routers(self.rules, found.paths)
-        return granularity.init(rng, routers, interceptor.ADAPTER)
+        return granularity.init(rng, routers, trees.ADAPTER)
 
     def apply(
         self, variables, *args, routing=None, method=None, rngs=None, mutable=False, **kwargs
@@ -122,9 +122,7 @@ def _interceptor(rules, context, rngs, mutable, variables, num_rows):
         context,
         has_rng=rng is not None,
         wants_losses=flax.core.scope.in_filter(mutable, routing_lib.losses.COLLECTION),
-        shared_weights=granularity.weights(
-            params, rules, interceptor.ADAPTER, context, rng, num_rows
-        ),
+        shared_weights=granularity.weights(params, rules, trees.ADAPTER, context, rng, num_rows),
     )
 
 

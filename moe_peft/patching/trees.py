@@ -8,6 +8,8 @@ import flax.traverse_util
 
 Params = Mapping[str, Any]
 
+ADAPTER = "adapter"  # name of the submodule that an adapter is
+
 # Leaves of scanned layers hold all layers of one stack, on this axis.
 LAYER_AXIS = 1
 _STACK = re.compile(r"(encoder/encoder|decoder/decoder)/.*")
@@ -27,6 +29,15 @@ def flatten(params: Params) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the nested dict of `flatten`."""
     return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter belongs to an adapter or its router.
+
+    >>> is_adapter("encoder/layers_0/mlp/wo/adapter/lora_a"), is_adapter("decoder_norm/scale")
+    (True, False)
+    """
+    return ADAPTER in path.split("/")
 
 
 def split(params: Params, is_trainable: Callable[[str], bool]) -> tuple[dict, dict]:

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.partitioning import program
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
@@ -174,14 +175,14 @@ class Fleet:
         ]
         return self.put(stack(states))
 
-    def compile(self, states, tables, rows) -> Any:
-        """Compiles `advance` for arrays of these shapes; returns its memory analysis."""
+    def compile(self, states, tables, rows) -> program.Memory:
+        """Compiles `advance` for arrays of these shapes; returns what a device then needs."""
         active = self.abstract((), jnp.bool_)
         with jax.set_mesh(self._mesh):
             zero = np.int32(0)
             lowered = self._advance.lower(states, active, self.frozen, tables, rows, zero, zero)
             self._compiled = lowered.compile()
-        return self._compiled.memory_analysis()
+        return program.memory(self._compiled)
 
     def advance(self, states, active: Bool[np.ndarray, "R"], tables, rows, start: int, count: int):
         """(states, active on the host, `Advanced`) after `count` steps at most.
@@ -251,16 +252,6 @@ def device_memory() -> int:
 def num_shards(mesh: jax.sharding.Mesh) -> int:
     """Devices over which the runs of a group are split."""
     return int(np.prod([mesh.shape[axis] for axis in mesh_lib.BATCH_AXES]))
-
-
-def needed_memory(analysis: Any) -> int:
-    """Bytes on one device while a compiled program runs."""
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
 
 
 def largest_group(num_runs: int, needed: int, shared: int, available: int) -> int:

@@ -152,7 +152,7 @@ class Groups:
         while True:
             fleet = self._fleet(members[0], size)
             started = time.monotonic()
-            needed = fleet_lib.needed_memory(fleet.compile(*self._abstract(fleet, members)))
+            needed = fleet.compile(*self._abstract(fleet, members)).peak
             self.progress.say(
                 f"compiled {size} runs at once in {time.monotonic() - started:.1f} s: they need "
                 f"{needed / 1e9:.2f} GB of {available / 1e9:.1f}"

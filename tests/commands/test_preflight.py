@@ -11,10 +11,9 @@ import jax
 import pytest
 
 from moe_peft import cli, errors, methods
-from moe_peft.analysis import program
 from moe_peft.commands import preflight
 from moe_peft.models import t5
-from moe_peft.partitioning import targets
+from moe_peft.partitioning import program, targets
 from moe_peft.training import optimizers
 
 NEEDS_LIBTPU = pytest.mark.skipif(

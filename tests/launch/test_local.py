@@ -1,6 +1,7 @@
 """launch/local/run.sh: what each process is told, and how a failure ends all of them."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,18 @@ def test_a_failure_ends_the_others_and_is_the_exit_code(monkeypatch):
     started = time.monotonic()
     done = run("--processes", "2", sys.executable, "-c", FIRST_FAILS)
     assert done.returncode == 7
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all(number):
+    wait = "import time; print('here', flush=True); time.sleep(60)"
+    command = ["bash", str(SCRIPT), "--processes", "2", sys.executable, "-c", wait]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert {process.stdout.readline() for _ in range(2)} == {"[0] here\n", "[1] here\n"}
+        started = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=50) == 128 + signal.SIGTERM
     assert time.monotonic() - started < 30
 
 

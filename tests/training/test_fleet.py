@@ -383,8 +383,8 @@ def test_what_a_fleet_needs_grows_with_its_width(toy):
         optimizer = optimizer_of(toy, trees(toy, 0)[1])
         states = fleet.create([trees(toy, 0)[1]], optimizer, [0])
         runs = runs_of(toy, [0])
-        analysis = fleet.compile(states, fleet.put(runs.tables), fleet.put(runs.schedule(range(4))))
-        needed.append(fleet_lib.needed_memory(analysis))
+        memory = fleet.compile(states, fleet.put(runs.tables), fleet.put(runs.schedule(range(4))))
+        needed.append(memory.peak)
     assert 2 < needed[1] / needed[0] < 5
 
 

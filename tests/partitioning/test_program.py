@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_peft.analysis import program
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.partitioning import program
 
 X, W = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
 ONE = 2 * 4 * 8 * 8
