@@ -20,7 +20,7 @@ python="${PYTHON:-python3}"
 echo "== lint"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-"$venv/bin/shellcheck" launch/*.sh launch/*/*.sh .ci/run
+"$venv/bin/shellcheck" launch/*.sh launch/*/*.sh launch/*/*.sbatch tests/launch/*/*.sh .ci/run
 
 echo "== tests"
 exec "$venv/bin/python" -m pytest -n "${MOE_PEFT_TEST_WORKERS:-2}" --dist loadfile "$@"
