@@ -135,11 +135,13 @@ def _preflight(experiment, args: argparse.Namespace) -> int:
     return preflight.run(
         experiment,
         targets.find(args.target),
+        program=args.program,
         mesh=args.mesh,
         microbatches=args.microbatches,
         remat=args.remat,
         price=args.price,
         is_search=args.search,
+        is_quick=args.quick,
         as_json=args.json,
     )
 

@@ -82,6 +82,12 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="sizes of data, fsdp and model (default: all devices along data)",
     )
+    sub.add_argument(
+        "--program",
+        default="train",
+        help="train (default), eval (scores choices, or exact match) or decode (answers in text, "
+        "greedily unless --gin.preflight.decoding=@decoding.BeamSearch())",
+    )
     sub.add_argument("--microbatches", type=int, default=1, help="parts of a batch (default: 1)")
     sub.add_argument(
         "--remat",
@@ -93,6 +99,12 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         "--search",
         action="store_true",
         help="try meshes, micro-batches and remat policies, and rank what fits",
+    )
+    sub.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with a TPU compiler's least effort: a fifth of the time, the same "
+        "communication, memory within some per cent",
     )
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -52,22 +52,25 @@ COMMANDS = {
     ),
     "preflight": Command(
         entry_point="preflight",
-        help="compile the train step for TPUs or GPUs that are not here; say whether it fits",
+        help="compile training or evaluation for TPUs or GPUs that are not here; say if it fits",
         example=(
             "  moe-peft preflight --gin_file experiments/mov/3b/mov_10.gin --target v5e:4x4 "
             "--mesh model=4\n"
             "  moe-peft preflight --gin_file experiments/mov/11b/mov_30.gin --target v5e-256 "
             "--search"
         ),
-        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.commands.preflight"),
+        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.commands.preflight_programs"),
         defaults=(
             "FROZEN_DTYPE = 'bfloat16'",
+            "EVAL_BATCH_SIZE = 64",
+            "preflight.eval_batch_size = %EVAL_BATCH_SIZE",
             "preflight.model = %MODEL",
             "preflight.method = %METHOD",
             "preflight.optimizer = %OPTIMIZER",
             "preflight.feature_lengths = %FEATURE_LENGTHS",
             "preflight.batch_size = %BATCH_SIZE",
             "preflight.frozen_dtype = %FROZEN_DTYPE",
+            "preflight.loss = @LossConfig()",
         ),
     ),
     "adapt": Command(

@@ -57,6 +57,38 @@ class ChoiceScore:
     num_tokens: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What is compiled for a model on a mesh; each takes parameters and a batch first.
+
+    Attributes:
+      exact_match: as `EncoderDecoder.exact_match`.
+      choose: takes the number of choices and whether likelihoods are per token, both static; best
+        choices, log-likelihoods and numbers of tokens.
+      predict: as `EncoderDecoder.predict`.
+    """
+
+    exact_match: Callable[..., Any]
+    choose: Callable[..., Any]
+    predict: Callable[..., Any]
+
+
+def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> Programs:
+    """Returns the jitted functions of an `Answerer`; nothing is compiled yet."""
+    split = layout_lib.Layout(mesh).applied
+
+    def choose(params, batch, num_choices, is_length_normalized):
+        scores = model.score_choices(params, batch, num_choices)
+        best = scores.best(is_length_normalized=is_length_normalized)
+        return best, scores.log_likelihood, scores.num_tokens
+
+    return Programs(
+        jax.jit(split(model.exact_match)),
+        jax.jit(split(choose), static_argnums=(2, 3)),
+        jax.jit(split(model.predict), static_argnums=2),
+    )
+
+
 class Answerer:
     """A model with its compiled functions; parameters come with every call.
 
@@ -89,16 +121,7 @@ class Answerer:
             )
         self._batch_size, self._lengths = batch_size, dict(feature_lengths)
         self._sharding = mesh_lib.batch_sharding(mesh)
-        split = layout_lib.Layout(mesh).applied
-        self._exact_match = jax.jit(split(model.exact_match))
-        self._predict = jax.jit(split(model.predict), static_argnums=2)
-
-        def choose(params, batch, num_choices, is_length_normalized):
-            scores = model.score_choices(params, batch, num_choices)
-            best = scores.best(is_length_normalized=is_length_normalized)
-            return best, scores.log_likelihood, scores.num_tokens
-
-        self._choose = jax.jit(split(choose), static_argnums=(2, 3))
+        self._programs = programs(model, mesh)
 
     def exact_match(
         self, params: PyTree, questions: Sequence[Question], progress: tracking.Progress
@@ -113,7 +136,7 @@ class Answerer:
                 "decoder_target_tokens": self._pad(targets, length),
             }
 
-        ask = functools.partial(self._exact_match, params)
+        ask = functools.partial(self._programs.exact_match, params)
         return self._ask(questions, decoder, lambda batch, number: ask(batch), progress)
 
     def generate(
@@ -132,7 +155,7 @@ class Answerer:
 
         def ask(batch, number):
             rng = jax.random.fold_in(jax.random.key(seed), number) if strategy.is_random else None
-            return self._predict(params, batch, strategy, rng)
+            return self._programs.predict(params, batch, strategy, rng)
 
         answers = self._ask(questions, lambda members: {}, ask, progress)
         return [_until_end(ids, strategy.eos_id) for ids in answers]
@@ -157,7 +180,7 @@ class Answerer:
 
         def ask(batch, number):
             del number
-            return self._choose(params, batch, most, is_length_normalized)
+            return self._programs.choose(params, batch, most, is_length_normalized)
 
         def readable(question, row):
             best, log_likelihoods, num_tokens = row

@@ -68,20 +68,19 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, peak)
 
 
-def operations(function, *args: Any) -> float:
+def operations(traced: jax.stages.Traced, loops: int = 1) -> float:
     """Floating-point operations of a function's matrix products, those in loops as often as run.
 
-    Two for each multiply-add; what rematerialisation computes again counts again. A loop whose
-    length is not known counts once.
+    Two for each multiply-add; what rematerialisation computes again counts again.
 
     Args:
-      function: to be traced.
-      *args: arrays or their shapes.
+      traced: what `jax.jit(function).trace(...)` returns.
+      loops: how often a loop runs whose length is not known.
     """
-    return _operations(jax.make_jaxpr(function)(*args).jaxpr)
+    return _operations(traced.jaxpr.jaxpr, loops)
 
 
-def _operations(jaxpr: core.Jaxpr) -> float:
+def _operations(jaxpr: core.Jaxpr, loops: int) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -91,11 +90,11 @@ def _operations(jaxpr: core.Jaxpr) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
-            total += max(_operations(branch.jaxpr) for branch in params["branches"])
+            total += max(_operations(branch.jaxpr, loops) for branch in params["branches"])
         else:
-            times = params["length"] if name == "scan" else 1
+            times = {"scan": params.get("length"), "while": loops}.get(name, 1)
             inner = [_as_jaxpr(value) for value in params.values()]
-            total += times * sum(_operations(found) for found in inner if found is not None)
+            total += times * sum(_operations(found, loops) for found in inner if found is not None)
     return total
 
 

@@ -2,7 +2,7 @@
 
 TPU topologies come from libtpu (`pip install libtpu`), H100s from jax's CUDA plugins without CUDA
 (`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, of jax's own version). Neither needs a
-device. Figures of chips are their makers' data sheets.
+device. Other figures of chips are their makers' data sheets.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ class Chip:
 
     Attributes:
       name: as people write it.
-      memory: bytes.
+      memory: bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one;
+        data sheets say more.
       flops: bfloat16 operations per second.
       bandwidth: of the memory, bytes per second.
       link: bytes per second that a chip can send to others.
@@ -37,16 +38,18 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 300e9, 4),
-    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9, 4),
-    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9, 4),
-    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9, 4),
+    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228e9, 300e9, 4),
+    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819e9, 200e9, 4),
+    "v5p": Chip("v5p", 95.74 * 2**30, 459e12, 2765e9, 600e9, 4),
+    "v6e": Chip("v6e", 31.25 * 2**30, 918e12, 1640e9, 448e9, 4),
     "h100": Chip("h100", 84_942_979_072, 989e12, 3352e9, 450e9, 8),
 }
 # Topologies by the number of chips, as clouds sell them.
 _FLAT = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
 _CUBES = ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"]
 _SHAPES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _CUBES, "v5p": _CUBES}
+# A chip of v4 has two cores. Programs use them as one device, unless it is told otherwise.
+_ONE_DEVICE_A_CHIP = {"v4": {"chip_config_name": "megacore"}}
 # XLA's description of an H100 SXM of 80 GB, in protobuf's text form.
 _H100 = """\
 gpu_device_info {
@@ -90,7 +93,9 @@ class Target:
         try:
             if self.shape:
                 name = f"{self.chip.name}:{self.shape}"
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+                found = topologies.get_topology_desc(
+                    platform="tpu", topology_name=name, **_ONE_DEVICE_A_CHIP.get(self.chip.name, {})
+                )
             else:
                 name = f"1x1x{self.count}"
                 found = topologies.get_topology_desc(

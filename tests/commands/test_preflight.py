@@ -11,8 +11,9 @@ import jax
 import pytest
 
 from moe_peft import cli, errors, methods
-from moe_peft.commands import preflight
-from moe_peft.models import t5
+from moe_peft.commands import preflight_programs, preflight_search, preflight_view
+from moe_peft.models import strategies, t5
+from moe_peft.partitioning import flight as flight_lib
 from moe_peft.partitioning import program, targets
 from moe_peft.training import optimizers
 
@@ -34,7 +35,7 @@ HERE = dataclasses.replace(targets.find("v5e-8"), name="eight of this machine")
 
 
 def experiment(method=None, batch_size=8):
-    return preflight.Experiment(
+    return preflight_programs.Experiment(
         t5.Transformer(CONFIG),
         method or methods.mhr(num_tasks=3, num_splits=2),
         optimizers.adafactor(1e-3),
@@ -44,7 +45,7 @@ def experiment(method=None, batch_size=8):
 
 
 def test_a_step_for_a_mesh_of_this_machine():
-    setting = preflight.Setting(2, 2, 2, 2, "full")
+    setting = flight_lib.Setting(2, 2, 2, 2, "full")
     flight = experiment().compile(HERE, jax.devices(), setting)
     assert flight.fits
     assert flight.collectives["all-reduce"].count > 0
@@ -53,25 +54,47 @@ def test_a_step_for_a_mesh_of_this_machine():
     assert json.loads(json.dumps(flight.to_json()))["fits"] is True
     small = dataclasses.replace(flight, capacity=10.0)
     assert not small.fits
-    assert "does not fit" in preflight.summary(small)
-    assert "--microbatches 4" in preflight.advice(small)
+    assert "does not fit" in preflight_view.summary(small)
+    assert "--microbatches 4" in preflight_view.advice(small)
+
+
+def test_evaluation_is_compiled_as_it_runs():
+    setting = flight_lib.Setting(2, 2, 2, 1, "none")
+    beams = strategies.BeamSearch(num_beams=3)
+    given = dataclasses.replace(
+        experiment(methods.lora()), eval_batch_size=16, rank_choices=True, decoding=beams
+    )
+    choices, answers = (
+        given.compile(HERE, jax.devices(), setting, program) for program in ("eval", "decode")
+    )
+    assert choices.fits
+    assert choices.collectives["all-reduce"].num_bytes > 0
+    assert answers.operations > 1.5 * choices.operations
+    read = answers.bounds["memory"] * HERE.chip.bandwidth
+    assert read > 4 * answers.memory.arguments  # the decoder's weights, for each of eight tokens
+
+
+def test_evaluation_has_no_micro_batches():
+    setting = flight_lib.Setting(4, 1, 2, 2, "none")
+    with pytest.raises(errors.UserError, match="belong to training"):
+        experiment().compile(HERE, jax.devices(), setting, "eval")
 
 
 def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
     asked = []
 
-    def compiled(self, target, devices, setting):
+    def compiled(self, target, devices, setting, what, is_quick):
         asked.append(setting)
         if setting.model == 2:
             raise errors.UserError("no such mesh")
         needed = 20e9 / setting.num_microbatches / setting.fsdp
         memory = program.Memory(0, int(needed), int(needed))
         bounds = {"arithmetic": setting.num_microbatches / setting.data}
-        return preflight.Flight(setting, "t", 16e9, memory, "", 1.0, 1.0, {}, bounds, 0.0)
+        return flight_lib.Flight(setting, "t", 16e9, memory, needed, "", 1.0, 1.0, {}, bounds, 0.0)
 
-    monkeypatch.setattr(preflight.Experiment, "compile", compiled)
+    monkeypatch.setattr(preflight_programs.Experiment, "compile", compiled)
     monkeypatch.setattr(targets.Target, "devices", lambda self: ())
-    found = preflight.search(experiment(), targets.find("v5e-4"))
+    found = preflight_search.search(experiment(), targets.find("v5e-4"))
     first = [s for s in asked if (s.data, s.fsdp, s.model) == (4, 1, 1)]
     assert [(s.num_microbatches, s.remat_policy) for s in first] == [
         (1, "minimal"),
@@ -87,7 +110,7 @@ def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
     ("text", "wanted"), [("", (8, 1, 1)), ("model=4", (2, 1, 4)), ("data=1, fsdp=8", (1, 8, 1))]
 )
 def test_meshes_in_words(text, wanted):
-    assert preflight.parse_mesh(text, 8) == wanted
+    assert preflight_search.parse_mesh(text, 8) == wanted
 
 
 @pytest.mark.parametrize(
@@ -96,12 +119,14 @@ def test_meshes_in_words(text, wanted):
 )
 def test_meshes_that_are_none(text, message):
     with pytest.raises(errors.UserError, match=message):
-        preflight.parse_mesh(text, 8)
+        preflight_search.parse_mesh(text, 8)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(errors.UserError, match="A batch of 6"):
-        experiment(batch_size=6).compile(HERE, jax.devices(), preflight.Setting(8, 1, 1, 1, "full"))
+        experiment(batch_size=6).compile(
+            HERE, jax.devices(), flight_lib.Setting(8, 1, 1, 1, "full")
+        )
 
 
 def test_mistakes_come_before_compiling(capsys):

@@ -1,0 +1,180 @@
+"""Compiles the papers' configurations for TPUs and GPUs that are not there, and keeps the figures.
+
+T5 1.1 of 770M, 3B and 11B weights, with the settings of experiments/mov: P3 in packed batches of 32
+rows of 1024 and 256 tokens, 256 rows for full fine-tuning, unpacked for MHR-64; on v5e-16, v5e-256,
+v4-256, one and eight H100s. `preflight_search.by_rule` chooses meshes and micro-batches, and all
+layers are rematerialised. TPU compilers are asked for their least effort. A row that is in the file
+with the same settings and the same compiler is kept.
+
+    python benchmarks/preflight_table.py [--output docs/results/preflight.json] [--methods mov_10]
+        [--sizes 3b] [--targets v5e-16] [--again] [--markdown]
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from moe_peft.partitioning import surroundings
+
+surroundings.without_devices(os.environ)
+
+import jax
+
+from moe_peft import cli, errors
+from moe_peft.commands import preflight_programs, preflight_search, preflight_view
+from moe_peft.evaluation import predictions
+from moe_peft.partitioning import flight as flight_lib
+from moe_peft.partitioning import targets
+
+SIZES = ("770m", "3b", "11b")
+TARGETS = ("v5e-16", "h100:1", "h100:8", "v5e-256", "v4-256")
+# File of the method, and what the experiment's own files add to it.
+METHODS = {
+    "ia3": ("ia3", ()),
+    "lora": ("lora", ()),
+    "mov_10": ("mov", ("mov.num_experts=10",)),
+    "mov_30": ("mov", ("mov.num_experts=30",)),
+    "mov_60": ("mov", ("mov.num_experts=60",)),
+    "molora_10": ("molora", ("molora.num_experts=10",)),
+    "molora_15": ("molora", ("molora.num_experts=15",)),
+    "mhr_64": ("mhr", ("mhr.num_splits=64", "train.pack=False")),
+    "full": ("full", ("BATCH_SIZE=256",)),
+}
+DEFAULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.json"
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    size: str
+    method: str
+    target: str
+
+    def experiment(self) -> preflight_programs.Experiment:
+        """Reads its settings."""
+        file, bindings = METHODS[self.method]
+        files = (f"experiments/mov/{self.size}/common.gin", f"methods/{file}.gin")
+        return cli.configure("preflight", files, bindings)()
+
+    def planned(self) -> tuple[preflight_programs.Experiment, flight_lib.Setting, str]:
+        """The experiment, its setting by the rule, and a digest of all that decides the outcome."""
+        experiment = self.experiment()
+        target = targets.find(self.target)
+        setting = preflight_search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
+        decides = [experiment.describe(), dataclasses.asdict(setting), dataclasses.asdict(target)]
+        text = json.dumps(decides, sort_keys=True, default=str)
+        return experiment, setting, hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def compile(self) -> Row:
+        """Compiles it; the row of the table."""
+        experiment, setting, digest = self.planned()
+        target = targets.find(self.target)
+        found = experiment.compile(target, target.devices(), setting, is_quick=True)
+        print(f"{self.size} {self.method} {self.target}, {setting}:", preflight_view.summary(found))
+        sys.stdout.flush()
+        row = dataclasses.asdict(self) | found.to_json()
+        return row | {"settings": digest, "compiler": compiler(self.target)}
+
+
+def compiler(target: str) -> str:
+    """Versions that figures depend on."""
+    package = "jax-cuda12-pjrt" if target.startswith("h100") else "libtpu"
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = "missing"
+    return f"jax {jax.__version__}, {package} {version}"
+
+
+def cases(
+    sizes: Sequence[str] = SIZES,
+    methods: Sequence[str] = tuple(METHODS),
+    places: Sequence[str] = TARGETS,
+) -> list[Case]:
+    """Rows, target by target."""
+    found = itertools.product(places, sizes, methods)
+    return [Case(size, method, target) for target, size, method in found]
+
+
+def read(path: pathlib.Path) -> dict[Case, Row]:
+    """The rows of a file by their case; none where there is no file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return {Case(row["size"], row["method"], row["target"]): row for row in rows}
+
+
+def add(path: pathlib.Path, case: Case, row: Row) -> None:
+    """Writes one row into the file, in place of an earlier one."""
+    rows = read(path) | {case: row}
+    order = {each: number for number, each in enumerate(cases())}
+    kept = [rows[each] for each in sorted(rows, key=order.__getitem__)]
+    predictions.write_json(path, {"rows": kept})
+
+
+def fill(path: pathlib.Path, wanted: Sequence[Case], is_again: bool = False) -> None:
+    """Compiles the wanted rows that the file lacks, or has with other settings."""
+    for case in wanted:
+        known = read(path).get(case)
+        if known and not is_again:
+            current = (case.planned()[2], compiler(case.target))
+            if (known["settings"], known["compiler"]) == current:
+                continue
+        add(path, case, case.compile())
+        jax.clear_caches()
+
+
+def markdown(rows: Mapping[Case, Row]) -> str:
+    """The table of docs/scaling.md: peak GB of a chip, and milliseconds that a step needs at least.
+
+    What does not fit says by how much instead.
+    """
+    lines = [
+        "| | " + " | ".join(TARGETS) + " |",
+        "|---|" + "---|" * len(TARGETS),
+    ]
+    for size, method in itertools.product(SIZES, METHODS):
+        found = [rows.get(Case(size, method, target)) for target in TARGETS]
+        if any(found):
+            lines.append(f"| {size} {method} | " + " | ".join(map(_cell, found)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if not row["fits"]:
+        return f"{(row['needed'] - row['capacity']) / 1e9:.1f} GB too many"
+    return f"{row['needed'] / 1e9:.1f}, {row['seconds_at_least'] * 1e3:.0f} ms"
+
+
+def main() -> None:
+    """Fills the table, or prints it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--again", action="store_true", help="compile rows that are there too")
+    parser.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown(read(options.output)))
+        return
+    try:
+        wanted = cases(options.sizes, options.methods, options.targets)
+        fill(options.output, wanted, options.again)
+    except errors.UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
