@@ -198,6 +198,10 @@ def test_folder_under_a_file(base, tmp_path, capsys):
     check(train(capsys, base, tmp_path / "file" / "run"), "Cannot write to the folder of the run")
 
 
+def test_folder_in_a_bucket(base, capsys):
+    check(train(capsys, base, "gs://bucket/run"), "MODEL_DIR is gs://bucket/run. Mount the bucket")
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_folder_that_refuses(code, base, tmp_path, capsys, monkeypatch):
     # Root may write anywhere, so the refusal is simulated.

@@ -112,7 +112,8 @@ spec:
   failurePolicy:
     maxRestarts: $max_restarts
     rules:
-      - action: FailJobSet # Restarting does not mend it.
+      - name: mistake # Restarting does not mend it.
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: $role

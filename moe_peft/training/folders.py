@@ -22,8 +22,14 @@ def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
     Of several processes of one run the first keeps the others' place.
 
     Raises:
-      UserError: it cannot be made or written, or another process trains in it.
+      UserError: it is no path of a file system, cannot be made or written, or another process
+        trains in it.
     """
+    if "://" in str(model_dir):
+        raise errors.UserError(
+            f"The folder of a run is written as plain files, and MODEL_DIR is {model_dir}. Mount "
+            "the bucket (gcsfuse), and name the folder it is mounted at."
+        )
     folder = pathlib.Path(model_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,13 @@ def test_what_is_restarted_and_what_is_not():
     }
     assert manifest["spec"]["failurePolicy"] == {
         "maxRestarts": 20,
-        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+        "rules": [
+            {
+                "name": "mistake",
+                "action": "FailJobSet",
+                "onJobFailureReasons": ["PodFailurePolicy"],
+            }
+        ],
     }
 
 
