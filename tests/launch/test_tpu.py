@@ -6,8 +6,11 @@ import pathlib
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tarfile
+import time
 
 import pytest
 
@@ -253,3 +256,59 @@ def test_gcloud_knows_every_flag(tmp_path):
         done = subprocess.run(lint, capture_output=True, text=True, timeout=60, env=environ)
         (found,) = json.loads(done.stdout)
         assert found["success"] == ("--bogus" not in line), found["error_message"]
+
+
+# Two folders are the hosts; what they are told to do they do, but for the installation.
+HOSTS = r"""
+case "$3 $4" in
+  *\ describe) cat "$here/state" ;;
+  *\ create) mkdir "$here/w0" "$here/w1"; echo READY >"$here/state" ;;
+  *\ delete) rm -r "$here/w0" "$here/w1"; echo MISSING >"$here/state" ;;
+  *\ scp)
+    for i in 0 1; do
+      cp -r "$5" "$here/w$i"
+      on_cpu="s/=auto JAX_PLATFORMS=tpu,cpu/=localhost:$PORT,2,$i JAX_PLATFORMS=cpu/"
+      sed -i "$on_cpu" "$here/w$i/moe_peft_launch/host.sh"
+    done ;;
+  *\ ssh)
+    for word in "$@"; do case "$word" in --command=*) command="${word#*=}" ;; esac; done
+    case "$command" in *" install "*) exit ;; esac
+    for i in 0 1; do (cd "$here/w$i" && eval "$command") & done
+    code=0
+    for job in $(jobs -p); do wait "$job" || code=$?; done
+    exit "$code" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_to_the_end(stand_ins, tmp_path):
+    stand_ins.add("gcloud", HOSTS)
+    (stand_ins.folder / "state").write_text("MISSING\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    beside = pathlib.Path(sys.executable).parent
+    environ = stand_ins.environ(PORT=str(port), MOE_PEFT_POLL="0.1", XLA_FLAGS="")
+    environ["PATH"] = f"{environ['PATH']}{os.pathsep}{beside}"
+    metrics = tmp_path / "mov" / "metrics.jsonl"
+    steps = lambda: [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+
+    arguments = [*SLICE, "--package", "x", "--mount", f"h:/e:{tmp_path}", "moe-peft", "train"]
+    arguments += ["--gin_file", "experiments/cldr/mov.gin", f"--gin.MODEL_DIR={tmp_path}/mov"]
+    arguments += ["--gin.train.evaluator=None", "--gin.train.log_period=1", "--gin.BATCH_SIZE=4"]
+    arguments += ["--gin.TRAIN_STEPS=40", "--gin.train.checkpoint_period=5"]
+    command = ["bash", str(FOLDER / "run.sh"), *arguments]
+    with (tmp_path / "log").open("w") as log:
+        with subprocess.Popen(command, env=environ, stdout=log, stderr=log) as process:
+            end = time.monotonic() + 240
+            while not (metrics.exists() and steps() and steps()[-1] > 6):
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            (stand_ins.folder / "state").write_text("PREEMPTED\n")
+            for path in stand_ins.folder.glob("w?/moe_peft_launch/pid"):
+                os.killpg(int(path.read_text()), signal.SIGKILL)
+            assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert verbs(stand_ins) == ["create", *READY, "delete", "create", *READY]
+    assert "and t is PREEMPTED: restart 1 of at most 20" in (tmp_path / "log").read_text()
+    assert steps() == list(range(1, 41))
