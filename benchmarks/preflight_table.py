@@ -71,7 +71,9 @@ class Case:
         experiment = self.experiment()
         target = targets.find(self.target)
         setting = preflight_search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
-        decides = [experiment.describe(), dataclasses.asdict(setting), dataclasses.asdict(target)]
+        place = {"name": target.name, "chip": dataclasses.asdict(target.chip)}
+        place |= {"count": target.count, "shape": target.shape}
+        decides = [experiment.describe(), dataclasses.asdict(setting), place]
         text = json.dumps(decides, sort_keys=True, default=str)
         return experiment, setting, hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -134,7 +134,7 @@ def _preflight(experiment, args: argparse.Namespace) -> int:
 
     return preflight.run(
         experiment,
-        targets.find(args.target),
+        targets.find(args.target, args.slices),
         program=args.program,
         mesh=args.mesh,
         microbatches=args.microbatches,

@@ -77,6 +77,9 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         "--target", required=True, help="a TPU topology (v5e:4x4), slice (v4-256) or h100:COUNT"
     )
     sub.add_argument(
+        "--slices", type=int, default=1, help="so many of the TPU slices together (default: 1)"
+    )
+    sub.add_argument(
         "--mesh",
         default="",
         metavar="AXIS=N,...",

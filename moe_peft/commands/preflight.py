@@ -26,6 +26,7 @@ def run(
     if is_search:
         flights = preflight_search.search(experiment, target, program, is_quick=is_quick)
     else:
+        remat = remat if program == "train" else "none"
         shape = preflight_search.parse_mesh(mesh, target.count)
         setting = flight_lib.Setting(*shape, microbatches, remat)
         flights = [

@@ -37,8 +37,7 @@ def show(flight: flight_lib.Flight, price: float | None, target: targets.Target)
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=120)
-    title = f"{target.count} x {target.chip.name}, {flight.setting}"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     table.add_column("a chip and step")
     table.add_column("", justify="right")
     if flight.memory is not None:
@@ -56,6 +55,7 @@ def show(flight: flight_lib.Flight, price: float | None, target: targets.Target)
         cost = price * target.count * flight.seconds / 3600 * 1000
         table.add_row(f"1,000 steps at {price:g} a chip and hour", f"at least {cost:.2f}")
     table.add_row("compiled in", f"{flight.compile_seconds:.0f} s")
+    print(f"{target.count} x {target.chip.name}, {flight.setting}")
     console.print(table)
     print(summary(flight))
     if not flight.fits:

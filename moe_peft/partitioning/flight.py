@@ -74,7 +74,8 @@ class Flight:
       operations: of matrix products.
       bytes_accessed: of the chip's memory; loops counted once, as the compiler reports it.
       collectives: by kind.
-      bounds: seconds that arithmetic, memory (each argument read) and links need at least.
+      bounds: seconds that arithmetic, memory (each argument read) and links need at least; the
+        network between slices is not among them.
       compile_seconds: tracing included.
     """
 
@@ -138,8 +139,7 @@ def compiled(
         accessed = float(costs.get("bytes accessed", 0.0))
         read = memory.arguments + (what.loops - 1) * what.read_again
         bounds["memory"] = max(read, accessed) / target.chip.bandwidth
-        sent = sum(each.num_bytes for each in collectives.values())
-        bounds["links"] = sent / target.chip.link
+        bounds["links"] = sent_by_links(collectives) / target.chip.link
     return Flight(
         setting,
         target.name,
@@ -153,6 +153,12 @@ def compiled(
         bounds,
         time.monotonic() - started,
     )
+
+
+def sent_by_links(collectives: Mapping[str, program.Collective]) -> int:
+    """Bytes that a chip sends over its own links; not those between slices."""
+    inside = (each for kind, each in collectives.items() if kind != program.BETWEEN_SLICES)
+    return sum(each.num_bytes for each in inside)
 
 
 def needed_memory(refusal: str) -> float:

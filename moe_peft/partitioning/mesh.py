@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import gin
 import jax
+from jax.experimental import mesh_utils
 import numpy as np
 
 from moe_peft import errors
@@ -18,6 +19,7 @@ def make_mesh(
     fsdp: int = 1,
     model: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    slices: int | None = None,
 ) -> jax.sharding.Mesh:
     """Returns a mesh over `devices` (default: all) with the axes data, fsdp and model.
 
@@ -26,9 +28,13 @@ def make_mesh(
       fsdp: devices along which batches and weights are split.
       model: devices along which the inside of layers is split; see `layout`.
       devices: the devices to use, in order.
+      slices: groups of devices with a fast network inside and a slow one between them. The data
+        axis goes over them, `fsdp` and `model` stay inside. None asks TPUs, which know their slice;
+        of devices that do not, each slice takes as many, in order.
 
     Raises:
-      UserError: the product of the three sizes is not the number of devices.
+      UserError: the product of the three sizes is not the number of devices, or slices cannot have
+        equal shares of the data axis.
     """
     devices = jax.devices() if devices is None else list(devices)
     if min(fsdp, model) < 1 or (data is not None and data < 1):
@@ -42,12 +48,54 @@ def make_mesh(
             f"A mesh of data={data} x fsdp={fsdp} x model={model} needs {data * fsdp * model} "
             f"devices, but there are {len(devices)}."
         )
-    return jax.make_mesh(
-        (data, fsdp, model),
-        AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    shape, parts = (data, fsdp, model), split_by_slice(devices, slices)
+    if len(parts) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    return jax.sharding.Mesh(over_slices(shape, parts), AXES, axis_types=axis_types)
+
+
+def split_by_slice(
+    devices: Sequence[jax.Device], slices: int | None = None
+) -> list[list[jax.Device]]:
+    """Returns the devices of every slice; see `make_mesh`.
+
+    Raises:
+      UserError: there are not so many slices, or they are not equally large.
+    """
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        index = getattr(device, "slice_index", None) if device.platform == "tpu" else None
+        by_slice.setdefault(index or 0, []).append(device)
+    parts = [by_slice[index] for index in sorted(by_slice)]
+    if slices is not None and len(parts) == 1 and slices > 0 and len(devices) % slices == 0:
+        size = len(devices) // slices
+        parts = [list(devices[first : first + size]) for first in range(0, len(devices), size)]
+    if slices not in (None, len(parts)) or len({len(part) for part in parts}) > 1:
+        sizes = ", ".join(str(len(part)) for part in parts)
+        raise errors.UserError(
+            f"A mesh over {slices or len(parts)} slices needs as many equal ones, but the "
+            f"{len(devices)} devices lie in slices of {sizes}."
+        )
+    return parts
+
+
+def over_slices(shape: tuple[int, int, int], parts: Sequence[Sequence[jax.Device]]) -> np.ndarray:
+    """Arranges the devices of several slices: each takes its share of the data axis.
+
+    Raises:
+      UserError: the data axis does not divide among the slices.
+    """
+    data, fsdp, model = shape
+    if data % len(parts):
+        raise errors.UserError(
+            f"A mesh of data={data} x fsdp={fsdp} x model={model} does not divide over "
+            f"{len(parts)} slices: data has to be a multiple of {len(parts)}, since fsdp and model "
+            "stay inside a slice."
+        )
+    inside = (data // len(parts), fsdp, model)
+    blocks = [mesh_utils.create_device_mesh(inside, part) for part in parts]
+    return np.concatenate(blocks, axis=0)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

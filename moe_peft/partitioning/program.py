@@ -18,6 +18,8 @@ _COLLECTIVES = (
     "collective-permute",
     "reduce-scatter",
 )
+BETWEEN_SLICES = "between slices"
+_BETWEEN_SLICES = re.compile(r" = (.*?) send\(.*_xla_megascale_transfer_type=")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -107,7 +109,8 @@ def _as_jaxpr(value: Any) -> core.Jaxpr | None:
 def collectives(text: str) -> dict[str, Collective]:
     """Communication of one device by kind, in a program's optimised HLO text.
 
-    What stands in a loop of known length counts as often as the loop runs.
+    What stands in a loop of known length counts as often as the loop runs. What leaves a slice of
+    TPUs is of the kind `BETWEEN_SLICES`.
     """
     bodies: dict[str, list[str]] = collections.defaultdict(list)
     entry = current = None
@@ -128,6 +131,10 @@ def _count(name: str, times: int, bodies: Mapping[str, list[str]], found) -> Non
             kind = found[collective[2]]
             kind[0] += times
             kind[1] += times * _result_bytes(collective[1], "-start(" in line)
+        elif leaving := _BETWEEN_SLICES.search(line):
+            kind = found[BETWEEN_SLICES]
+            kind[0] += times
+            kind[1] += times * _result_bytes(leaving[1], is_asynchronous=True)
         inside = times * _trips(line, bodies)
         for called in _CALLED.findall(line):
             _count(called, inside, bodies, found)

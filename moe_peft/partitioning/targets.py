@@ -74,13 +74,15 @@ class Target:
     Attributes:
       name: such as "v5e:4x4" or "h100:8".
       chip: of which there are `count`.
-      shape: of the topology; empty for GPUs.
+      shape: of the topology of a slice; empty for GPUs.
+      slices: of so many chips together, joined by the data centre's network.
     """
 
     name: str
     chip: Chip
     count: int
     shape: str
+    slices: int = 1
 
     def devices(self) -> Sequence[jax.Device]:
         """Descriptions of the devices, for a mesh.
@@ -93,9 +95,10 @@ class Target:
         try:
             if self.shape:
                 name = f"{self.chip.name}:{self.shape}"
-                found = topologies.get_topology_desc(
-                    platform="tpu", topology_name=name, **_ONE_DEVICE_A_CHIP.get(self.chip.name, {})
-                )
+                options = dict(_ONE_DEVICE_A_CHIP.get(self.chip.name, {}))
+                if self.slices > 1:
+                    options["num_slices"] = self.slices
+                found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
             else:
                 name = f"1x1x{self.count}"
                 found = topologies.get_topology_desc(
@@ -112,8 +115,12 @@ class Target:
         return found.devices
 
 
-def find(name: str) -> Target:
+def find(name: str, slices: int = 1) -> Target:
     """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8".
+
+    Args:
+      name: of the chip and its topology or number.
+      slices: how many of them, for TPUs.
 
     Raises:
       UserError: there is no such chip or number.
@@ -127,6 +134,10 @@ def find(name: str) -> Target:
     kind, shape = form.groups()
     errors.check_one_of("The chip of --target", kind, CHIPS)
     chip = CHIPS[kind]
+    if slices < 1 or (slices > 1 and kind == "h100"):
+        raise errors.UserError(
+            f"--slices is {slices} for {name}; expected a number of slices of TPUs, at least 1."
+        )
     if kind == "h100":
         if "x" in shape:
             raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
@@ -139,7 +150,7 @@ def find(name: str) -> Target:
                 f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
             )
         shape = sizes[int(shape)]
-    return Target(name, chip, _size(shape), shape)
+    return Target(name, chip, _size(shape) * slices, shape, slices)
 
 
 def _size(shape: str) -> int:

@@ -1,3 +1,6 @@
+import dataclasses
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +23,52 @@ def test_axes_multiply_to_the_devices():
         mesh_lib.make_mesh(fsdp=3, devices=jax.devices()[:1])
     with pytest.raises(errors.UserError, match="at least 1, got data=None, fsdp=0"):
         mesh_lib.make_mesh(fsdp=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTPU:
+    id: int
+    slice_index: int | None
+    coords: tuple[int, ...] = (0, 0, 0)
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "of a test"
+    process_index: int = 0
+
+
+def test_the_data_axis_goes_over_slices():
+    places = itertools.product(*[range(2)] * 3, range(2))  # neighbours are of different slices
+    devices = [FakeTPU(id_, place[3], place[:3]) for id_, place in enumerate(places)]
+    parts = mesh_lib.split_by_slice(devices)
+    grid = mesh_lib.over_slices((4, 2, 2), parts)
+    assert grid.shape == (4, 2, 2)
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    np.testing.assert_array_equal(slices[:, 0, 0], [0, 0, 1, 1])
+    assert (slices == slices[:, :1, :1]).all()  # fsdp and model stay inside
+    assert len({device.id for device in grid.flat}) == 16
+    assert len(mesh_lib.split_by_slice([FakeTPU(i, None) for i in range(4)])) == 1
+
+
+def test_slices_that_do_not_suit():
+    devices = [FakeTPU(number, number // 4) for number in range(8)]
+    with pytest.raises(errors.UserError, match="data has to be a multiple of 2"):
+        mesh_lib.over_slices((1, 2, 4), mesh_lib.split_by_slice(devices))
+    with pytest.raises(errors.UserError, match="over 4 slices .* lie in slices of 4, 4"):
+        mesh_lib.split_by_slice(devices, 4)
+    with pytest.raises(errors.UserError, match="lie in slices of 4, 3"):
+        mesh_lib.split_by_slice(devices[:-1])
+    with pytest.raises(errors.UserError, match="over 3 slices"):
+        mesh_lib.make_mesh(slices=3)
+
+
+def test_devices_that_know_no_slice_are_cut_in_order():
+    mesh = mesh_lib.make_mesh(model=2, slices=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "model": 2}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    first = {device.id for device in mesh.devices[:2].flat}
+    assert first == {device.id for device in jax.devices()[:4]}
+    with pytest.raises(errors.UserError, match="since fsdp and model stay inside"):
+        mesh_lib.make_mesh(model=8, slices=2)
 
 
 def test_batches_are_split_over_data_and_fsdp():

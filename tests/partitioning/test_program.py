@@ -91,3 +91,15 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         "all-reduce": program.Collective(24, 24 * 8 * 128 * 2),
         "reduce-scatter": program.Collective(1, 16),
     }
+
+
+def test_what_leaves_a_slice_is_told_apart():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %sent = (bf16[64,8]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %token), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%sent), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %local = (bf16[64,8]{1,0}, u32[], token[]) send(%x, %token), is_host_transfer=true
+}
+"""
+    assert program.collectives(text) == {program.BETWEEN_SLICES: program.Collective(1, 64 * 8 * 2)}

@@ -21,6 +21,14 @@ def test_names(name, chip, count, shape):
     assert (found.chip.name, found.count, found.shape) == (chip, count, shape)
 
 
+def test_several_slices():
+    found = targets.find("v5e:4x4", slices=2)
+    assert (found.count, found.slices) == (32, 2)
+    for name, slices in (("h100:8", 2), ("v5e:4x4", 0)):
+        with pytest.raises(errors.UserError, match="expected a number of slices of TPUs"):
+            targets.find(name, slices)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
