@@ -7,7 +7,7 @@ layers are rematerialised. TPU compilers are asked for their least effort. A row
 with the same settings and the same compiler is kept.
 
     python benchmarks/preflight_table.py [--output docs/results/preflight.json] [--methods mov_10]
-        [--sizes 3b] [--targets v5e-16] [--again] [--markdown]
+        [--sizes 3b] [--targets v5e-16] [--again] [--compare] [--markdown]
 """
 
 import argparse
@@ -49,6 +49,7 @@ METHODS = {
     "full": ("full", ("BATCH_SIZE=256",)),
 }
 DEFAULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.json"
+TOLERANCE = 0.02
 Row = dict[str, Any]
 
 
@@ -134,6 +135,31 @@ def fill(path: pathlib.Path, wanted: Sequence[Case], is_again: bool = False) -> 
         jax.clear_caches()
 
 
+def differences(old: Row, new: Row) -> list[str]:
+    """What differs between two compilations of one case; nothing if it is within `TOLERANCE`."""
+    found = [] if old["settings"] == new["settings"] else ["the settings changed"]
+    sent = lambda row: {kind: each["num_bytes"] for kind, each in row["collectives"].items()}
+    figures = lambda row: {name: row[name] for name in ("needed", "operations")} | sent(row)
+    was, now = figures(old), figures(new)
+    for name in sorted(was.keys() | now.keys()):
+        before, after = was.get(name, 0), now.get(name, 0)
+        if abs(after - before) > TOLERANCE * max(before, after):
+            found.append(f"{name}: {before:.4g} before, {after:.4g} now")
+    return found
+
+
+def compare(path: pathlib.Path, wanted: Sequence[Case]) -> bool:
+    """Compiles the wanted rows that the file has again; whether all came out the same."""
+    rows, is_same = read(path), True
+    for case in wanted:
+        if case in rows:
+            found = differences(rows[case], case.compile())
+            is_same = is_same and not found
+            print("  as in the file" if not found else "  " + "; ".join(found), flush=True)
+            jax.clear_caches()
+    return is_same
+
+
 def markdown(rows: Mapping[Case, Row]) -> str:
     """The table of docs/scaling.md: peak GB of a chip, and milliseconds that a step needs at least.
 
@@ -166,6 +192,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--again", action="store_true", help="compile rows that are there too")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="compile rows that are there, write nothing, exit with 1 if memory, communication or "
+        "operations differ by more than 2 per cent",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
     options = parser.parse_args()
     if options.markdown:
@@ -173,6 +205,8 @@ def main() -> None:
         return
     try:
         wanted = cases(options.sizes, options.methods, options.targets)
+        if options.compare:
+            sys.exit(not compare(options.output, wanted))
         fill(options.output, wanted, options.again)
     except errors.UserError as error:
         sys.exit(str(error))
