@@ -112,13 +112,14 @@ def test_how_a_job_ends(code, state, restarts, calls, stand_ins):
 
 
 def test_the_time_limit_reaches_the_tasks_and_the_job_is_queued_again(stand_ins):
-    train = 'trap "exit 143" TERM; echo $$ >"$here/task"; echo up; while sleep 0.2; do :; done'
+    save = "sleep 0.2; echo saved >>$here/calls; exit 143"
+    train = f'trap "{save}" TERM; echo $$ >"$here/task"; echo up; while sleep 0.2; do :; done'
     job = start_job(stand_ins, train)
     assert "moe-peft train on n" in job.stdout.readline()
     assert job.stdout.readline() == "up\n"
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
-    assert names(stand_ins) == ["srun", "scancel", "squeue", "scontrol"]
+    assert names(stand_ins) == ["srun", "scancel", "saved", "squeue", "scontrol"]
     assert stand_ins.calls[1] == "scancel --signal=TERM 5"
 
 

@@ -20,24 +20,26 @@ WHERE = [*SLICE, "--package", "moe-peft-jax", "--mount", "gs://b:/mnt/r"]
 MOUNT = ["--mount", "gs://b:/mnt/r"]
 TRAIN = ["moe-peft", "train", "--gin.MODEL_DIR=/mnt/r/a b"]
 
-# `states` holds what `describe` answers next, one a line, the last one for ever;
-# `runs` what happens next when the hosts run the command.
+# `tpu-vm` and `queued-resources` hold what `describe` answers next, one a line, the last one for
+# ever; `runs` what happens next when the hosts run the command.
 GCLOUD = r"""
 next() {
   head -n 1 "$here/$1"
   [ "$(wc -l <"$here/$1")" -lt 2 ] || sed -i 1d "$here/$1"
 }
 fail() { echo "ERROR: $*" >&2; exit 1; }
-become() { printf '%s\n' "$@" >"$here/states"; }
+become() { printf '%s\n' "$@" >"$here/tpu-vm"; }
+queue() { printf '%s\n' "$@" >"$here/queued-resources"; }
 case "$3 $4" in
   *\ describe)
-    state="$(next states)"
+    state="$(next "$3")"
     [ "$state" != MISSING ] || fail "NOT_FOUND: Resource 't' was not found"
     echo "$state" ;;
   *\ create)
     [ ! -f "$here/refuse" ] || fail "no capacity"
-    become CREATING READY ;;
-  *\ delete) become MISSING ;;
+    become CREATING READY
+    [ "$3" = tpu-vm ] || { become MISSING MISSING READY; queue WAITING_FOR_RESOURCES ACTIVE; } ;;
+  *\ delete) become MISSING; queue MISSING ;;
   *\ scp) cp -r "$5" "$here/copied" ;;
   *\ ssh) case "$*" in *"host.sh run"*) eval "$(next runs)" ;; esac ;;
 esac
@@ -47,7 +49,8 @@ esac
 @pytest.fixture
 def gcloud(stand_ins):
     stand_ins.add("gcloud", GCLOUD)
-    (stand_ins.folder / "states").write_text("MISSING\n")
+    (stand_ins.folder / "tpu-vm").write_text("MISSING\n")
+    (stand_ins.folder / "queued-resources").write_text("MISSING\n")
     (stand_ins.folder / "runs").write_text("exit 0\n")
     return stand_ins
 
@@ -105,7 +108,7 @@ def test_creates_installs_and_runs(gcloud):
 
 
 def test_reuses_a_slice_and_a_wheel_and_deletes_when_asked(gcloud, tmp_path):
-    (gcloud.folder / "states").write_text("READY\n")
+    (gcloud.folder / "tpu-vm").write_text("READY\n")
     wheel = tmp_path / "moe_peft_jax-1-py3-none-any.whl"
     wheel.write_bytes(b"x")
     done = run(gcloud, *SLICE, "--package", str(wheel), "--delete_after", *MOUNT, *TRAIN)
@@ -125,8 +128,7 @@ def test_a_preempted_run_goes_on_with_the_same_command(gcloud):
 
 
 def test_a_queued_resource_is_waited_for_and_asked_for_again(gcloud):
-    (gcloud.folder / "states").write_text("MISSING\nMISSING\n")
-    (gcloud.folder / "runs").write_text("become MISSING SUSPENDED; exit 1\nexit 0\n")
+    (gcloud.folder / "runs").write_text("become MISSING; queue SUSPENDED; exit 1\nexit 0\n")
     done = run(gcloud, *WHERE, "--queued", *TRAIN)
     assert done.returncode == 0, done.err
     assert verbs(gcloud) == ["create", *READY, "delete", "create", *READY]

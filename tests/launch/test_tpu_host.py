@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "tpu" / "host.sh"
 TRAIN = (
-    'trap "echo saved; exit 143" TERM; echo up; until [ -f "$0/end" ]; do sleep 0.05; done; exit 7'
+    'trap "echo saved; exit 5" TERM; echo up; until [ -f "$0/end" ]; do sleep 0.05; done; exit 7'
 )
 
 
@@ -68,7 +68,7 @@ def test_stop_lets_the_command_save(host):
     with follow(host) as process:
         assert host("stop").returncode == 0
         assert process.communicate(timeout=30)[0].endswith("] saved\n")
-    assert process.returncode == 143
+    assert process.returncode == 5
 
 
 def test_a_new_attempt_starts_anew(host):
@@ -76,6 +76,13 @@ def test_a_new_attempt_starts_anew(host):
     for attempt in ("1", "2"):
         with follow(host, attempt) as process:
             assert process.wait(timeout=30) == 7
+
+
+def test_a_host_that_was_restarted_knows_no_code(host):
+    assert host("run", "1", "false").returncode == 1
+    with follow(host, "2") as process:
+        os.killpg(int((host.folder / "pid").read_text()), signal.SIGKILL)
+        assert process.wait(timeout=30) == 143
 
 
 def test_install(host, stand_ins, monkeypatch):
