@@ -16,7 +16,7 @@ _NEEDED = (
     re.compile(r"total memory required[^()]*\(([\d.]+)([KMGT])\)"),
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Of TPU compilers: a fifth of the time, the same communication, memory within some per cent.
+# Of TPU compilers: a third of the time or less, memory and communication some per cent higher.
 _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 

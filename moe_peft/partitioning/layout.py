@@ -87,8 +87,9 @@ class Layout:
     def like(self, tree: PyTree, shardings: PyTree, parameters: PyTree) -> PyTree:
         """Returns the shardings of a tree of parameters and of what an optimiser keeps of them.
 
-        A leaf whose dictionary keys are a parameter's path and that has its shape lies where that
-        does; any other has a whole copy on every device.
+        A leaf whose dictionary keys end in a parameter's path and that has its shape (or the shape
+        with the axis of scanned layers first) lies where that does; any other has a whole copy on
+        every device.
 
         Args:
           tree: arrays or shapes.
@@ -99,9 +100,17 @@ class Layout:
 
         def place(path, leaf):
             keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-            name = "/".join(keys)
-            fits = name in shapes and shapes[name].shape == leaf.shape
-            return places[name] if fits else self.everywhere
+            ends = ("/".join(keys[first:]) for first in range(len(keys)))
+            name = next((end for end in ends if end in shapes), None)
+            if name is None:
+                return self.everywhere
+            shape, spec = shapes[name].shape, places[name].spec
+            if shape == leaf.shape:
+                return places[name]
+            if _layers_first(shape) == leaf.shape:
+                spec = _layers_first((*spec, *[None] * (len(shape) - len(spec))))
+                return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
+            return self.everywhere
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -130,6 +139,12 @@ class Layout:
                     + (", or Layout.adapters='replicated'." if is_adapter else ".")
                 )
         return jax.sharding.NamedSharding(self.mesh, spec)
+
+
+def _layers_first(axes: tuple) -> tuple:
+    """The axes as optimisers that go over layers one by one keep them."""
+    layer = patching.trees.LAYER_AXIS
+    return (*axes[layer : layer + 1], *axes[:layer], *axes[layer + 1 :])
 
 
 def logical_axes(variables: PyTree) -> dict[str, tuple[str | None, ...]]:

@@ -37,7 +37,7 @@ HERE = dataclasses.replace(targets.find("v5e-8"), name="eight of this machine")
 def experiment(method=None, batch_size=8):
     return preflight_programs.Experiment(
         t5.Transformer(CONFIG),
-        method or methods.mhr(num_tasks=3, num_splits=2),
+        method or methods.lora(),
         optimizers.adafactor(1e-3),
         {"inputs": 16, "targets": 8},
         batch_size,

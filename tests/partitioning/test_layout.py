@@ -199,6 +199,21 @@ def test_moments_lie_beside_their_parameters():
     assert tuple(places.step.spec) == ()
 
 
+def test_moments_taken_layer_by_layer_lie_beside_their_parameters():
+    method = methods.full()
+    params, axes = shapes_and_axes(method)
+    layout = layout_lib.Layout(mesh_of(1, 2, 4))
+    transform = optimizers.adafactor(1e-2).build(params, method.learning_rate_group)
+    state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
+    places = layout.like(state, layout.shardings(params, axes), params)
+    moments = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(sharding.spec)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(places.opt_state)
+    }
+    kernels = {spec for path, spec in moments.items() if "/v/" in path and "mlp/wo" in path}
+    assert kernels == {(None, "model", "fsdp")}  # of [mlp, layers, embed]
+
+
 @pytest.mark.parametrize(
     ("shape", "settings", "message"),
     [
