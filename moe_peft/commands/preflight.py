@@ -37,5 +37,5 @@ def run(
     elif is_search:
         preflight_view.show_ranked(flights)
     else:
-        preflight_view.show(flights[0], price, target)
+        preflight_view.show(flights[0], program, price, target)
     return int(not any(flight.fits for flight in flights))

@@ -21,24 +21,29 @@ def summary(flight: flight_lib.Flight) -> str:
     return f"does not fit: {peak:.2f} GB a chip, {peak - capacity:.2f} more than there are"
 
 
-def advice(flight: flight_lib.Flight) -> str:
-    """What would help a step that does not fit."""
+def advice(flight: flight_lib.Flight, program: str = "train") -> str:
+    """What would help a program that does not fit."""
     setting, tried = flight.setting, []
-    if setting.remat_policy != "full":
-        tried.append("--remat full")
-    tried.append(f"--microbatches {2 * setting.num_microbatches}")
+    if program != "train":
+        tried.append("--gin.EVAL_BATCH_SIZE with fewer rows")
+    else:
+        if setting.remat_policy != "full":
+            tried.append("--remat full")
+        tried.append(f"--microbatches {2 * setting.num_microbatches}")
     if flight.memory is not None and flight.memory.arguments > 0.5 * flight.capacity:
         tried.insert(0, "a mesh with more fsdp or model, which splits the weights")
     return f"Try {', or '.join(tried)}; --search tries them all."
 
 
-def show(flight: flight_lib.Flight, price: float | None, target: targets.Target) -> None:
-    """Prints a flight as tables."""
+def show(
+    flight: flight_lib.Flight, program: str, price: float | None, target: targets.Target
+) -> None:
+    """Prints a flight as a table."""
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=120)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("a chip and step")
+    table.add_column("a chip and step" if program == "train" else "a chip and batch")
     table.add_column("", justify="right")
     if flight.memory is not None:
         for name in ("arguments", "temporaries", "peak"):
@@ -55,11 +60,11 @@ def show(flight: flight_lib.Flight, price: float | None, target: targets.Target)
         cost = price * target.count * flight.seconds / 3600 * 1000
         table.add_row(f"1,000 steps at {price:g} a chip and hour", f"at least {cost:.2f}")
     table.add_row("compiled in", f"{flight.compile_seconds:.0f} s")
-    print(f"{target.count} x {target.chip.name}, {flight.setting}")
+    print(f"{program} on {target.count} x {target.chip.name}, {flight.setting}")
     console.print(table)
     print(summary(flight))
     if not flight.fits:
-        print(advice(flight))
+        print(advice(flight, program))
 
 
 def show_ranked(flights: Sequence[flight_lib.Flight]) -> None:

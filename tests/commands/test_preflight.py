@@ -44,7 +44,7 @@ def experiment(method=None, batch_size=8):
     )
 
 
-def test_a_step_for_a_mesh_of_this_machine():
+def test_a_step_for_a_mesh_of_this_machine(capsys):
     setting = flight_lib.Setting(2, 2, 2, 2, "full")
     flight = experiment().compile(HERE, jax.devices(), setting)
     assert flight.fits
@@ -56,6 +56,11 @@ def test_a_step_for_a_mesh_of_this_machine():
     assert not small.fits
     assert "does not fit" in preflight_view.summary(small)
     assert "--microbatches 4" in preflight_view.advice(small)
+    assert "--microbatches" not in preflight_view.advice(small, "decode")
+    preflight_view.show(small, "train", 2.0, HERE)
+    shown = capsys.readouterr().out
+    assert shown.startswith("train on 8 x v5e, data 2 x fsdp 2 x model 2, 2 micro-batches")
+    assert "1,000 steps at 2 a chip and hour" in shown
 
 
 def test_evaluation_is_compiled_as_it_runs():
@@ -133,6 +138,23 @@ def test_mistakes_come_before_compiling(capsys):
     files = ["preflight", "--gin_file", "experiments/mov/3b/mov_10.gin"]
     assert cli.main([*files, "--target", "v5x:4x4"]) == cli.USER_ERROR
     assert "Did you mean" in capsys.readouterr().err
+
+
+def test_what_a_refusal_asked_for():
+    usual = (
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm by 4.75G"
+    )
+    early = "the total memory required for HLO temporaries (298.02G) exceeds available HBM (15.75G)"
+    assert flight_lib.needed_memory(usual) == 20.5 * 2**30
+    assert flight_lib.needed_memory(early) == pytest.approx(298.02 * 2**30)
+    assert flight_lib.needed_memory("exceeds something") == 0
+    flight = flight_lib.Flight(
+        flight_lib.Setting(1, 1, 1, 1, "full"), "t", 16e9, None, 20e9, usual, 1.0, 0.0, {}, {}, 0.0
+    )
+    assert "4.00 more than there are" in preflight_view.summary(flight)
+    unsaid = dataclasses.replace(flight, needed=0.0)
+    assert not unsaid.fits
+    assert "refused by the compiler: Ran out" in preflight_view.summary(unsaid)
 
 
 @NEEDS_LIBTPU
