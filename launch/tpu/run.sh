@@ -129,7 +129,7 @@ look() {
 
 # Returns once the slice can be used.
 make_ready() {
-  local last=""
+  local last="" created=""
   if [ -n "$dry_run" ]; then
     quoted "${vm[@]}" describe "$name" "${at[@]}" "--format=value(state)"
     echo "# unless it is READY:"
@@ -146,7 +146,10 @@ make_ready() {
     last="$state"
     case "$state" in
       READY) return ;;
-      MISSING) create || return ;;
+      MISSING)
+        [ -z "$created" ] || return 143 # Gone already.
+        create || return
+        created=1 ;;
       PREEMPTED | TERMINATED | SUSPENDED) remove || return ;;
       FAILED | STOPPED | HIDDEN | UNKNOWN) say "a slice that is $state has to be seen to by hand, or deleted with --delete" && return 2 ;;
       *) await sleep "$poll" || return ;;

@@ -38,10 +38,15 @@ case "$3 $4" in
   *\ create)
     [ ! -f "$here/refuse" ] || fail "no capacity"
     become CREATING READY
+    [ ! -f "$here/gone" ] || become MISSING
     [ "$3" = tpu-vm ] || { become MISSING MISSING READY; queue WAITING_FOR_RESOURCES ACTIVE; } ;;
   *\ delete) become MISSING; queue MISSING ;;
   *\ scp) cp -r "$5" "$here/copied" ;;
-  *\ ssh) case "$*" in *"host.sh run"*) eval "$(next runs)" ;; esac ;;
+  *\ ssh)
+    case "$*" in
+      *"host.sh run"*) eval "$(next runs)" ;;
+      *"host.sh install"*) [ ! -f "$here/slow" ] || { echo up; exec sleep 60; } ;;
+    esac ;;
 esac
 """
 
@@ -171,6 +176,18 @@ def test_what_cannot_be_created_is_not_tried_again(gcloud):
     assert "no capacity" in done.err
 
 
+def test_a_slice_that_is_gone_at_once_is_not_created_for_ever(gcloud):
+    (gcloud.folder / "gone").touch()
+    (gcloud.folder / "runs").write_text("become PREEMPTED; touch $here/gone; exit 255\n")
+    done = run(gcloud, *WHERE, "--max_restarts", "2", *TRAIN)
+    assert done.returncode == 143
+    assert verbs(gcloud) == ["create"]
+    (gcloud.folder / "gone").unlink()
+    done = run(gcloud, *WHERE, "--max_restarts", "2", *TRAIN)
+    assert done.returncode == 143
+    assert verbs(gcloud)[1:] == ["create", *READY, "delete", "create", "create"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_has_the_hosts_save(number, code, gcloud):
     told = """tail -n 1 "$here/calls" | grep -q 'sh stop'"""
@@ -182,6 +199,16 @@ def test_a_signal_has_the_hosts_save(number, code, gcloud):
     assert process.returncode == code
     assert verbs(gcloud) == ["create", *READY, "ssh stop"]
     assert "the run saves first" in err
+
+
+def test_a_signal_ends_the_installation(gcloud):
+    (gcloud.folder / "slow").touch()
+    with start(gcloud, *WHERE, "--delete_after", *TRAIN) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert verbs(gcloud) == ["create", *READY[:-1], "delete"]
 
 
 def test_delete_only_deletes(gcloud):
