@@ -22,6 +22,7 @@ def run(
     as_json: bool,
 ) -> int:
     """The command; 1 if the program, or every one that was tried, does not fit."""
+    errors.check_one_of("--program", program, preflight_programs.PROGRAMS)
     errors.check_one_of("--remat", remat, t5.REMAT_POLICIES)
     if is_search:
         flights = preflight_search.search(experiment, target, program, is_quick=is_quick)

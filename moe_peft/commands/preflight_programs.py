@@ -66,7 +66,6 @@ class Experiment:
         Raises:
           UserError: the setting does not suit the experiment.
         """
-        errors.check_one_of("--program", program, PROGRAMS)
         if program != "train" and setting.num_microbatches > 1:
             raise errors.UserError(f"--microbatches belong to training, not to {program}.")
         mesh = mesh_lib.make_mesh(setting.data, setting.fsdp, setting.model, devices=devices)

@@ -138,6 +138,13 @@ def test_mistakes_come_before_compiling(capsys):
     files = ["preflight", "--gin_file", "experiments/mov/3b/mov_10.gin"]
     assert cli.main([*files, "--target", "v5x:4x4"]) == cli.USER_ERROR
     assert "Did you mean" in capsys.readouterr().err
+    for wrong, message in (
+        (["--program", "evil"], "Did you mean 'eval'"),
+        (["--program", "eval", "--slices", "0"], "expected a number of slices"),
+        (["--remat", "ful"], "Did you mean 'full'"),
+    ):
+        assert cli.main([*files, "--target", "v5e:4x4", *wrong]) == cli.USER_ERROR
+        assert message in capsys.readouterr().err
 
 
 def test_what_a_refusal_asked_for():
