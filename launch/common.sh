@@ -7,9 +7,9 @@ fail() {
   exit 2
 }
 
-# Prints the comment at the top of the script, from its second line to line $1.
+# Prints the comment at the top of the script.
 usage() {
-  sed -n "2,${1}s/^# \{0,1\}//p" "$0" >&2
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 

@@ -28,16 +28,16 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --name | --image | --namespace | --gpu | --gpus_per_node | --tpu | --slices | --chips_per_node | --claim | --service_account | --grace | --max_restarts)
       printf -v "${1#--}" %s "${2:-}"
-      shift 2 || usage 19 ;;
-    --node_selector) selectors+=("${2:-}"); shift 2 || usage 19 ;;
+      shift 2 || usage ;;
+    --node_selector) selectors+=("${2:-}"); shift 2 || usage ;;
     --spot) spot=1; shift ;;
     --dry_run) dry_run=1; shift ;;
-    --help | -h) usage 19 ;;
+    --help | -h) usage ;;
     --*) fail "unknown flag $1; --help lists them, and the command comes after all of them" ;;
     *) break ;;
   esac
 done
-[ $# -gt 0 ] || usage 19
+[ $# -gt 0 ] || usage
 
 for flag in name image claim; do
   [ -n "${!flag}" ] || fail "--$flag is missing; --help says what it is"

@@ -19,20 +19,20 @@ source "$here/../common.sh"
 nodes=1 gpus=8 name=moe_peft logs=. grace=120 max_restarts=100 dry_run="" more=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --nodes) nodes="${2:-}"; shift 2 || usage 12 ;;
-    --gpus) gpus="${2:-}"; shift 2 || usage 12 ;;
-    --name) name="${2:-}"; shift 2 || usage 12 ;;
-    --logs) logs="${2:-}"; shift 2 || usage 12 ;;
-    --grace) grace="${2:-}"; shift 2 || usage 12 ;;
-    --max_restarts) max_restarts="${2:-}"; shift 2 || usage 12 ;;
+    --nodes) nodes="${2:-}"; shift 2 || usage ;;
+    --gpus) gpus="${2:-}"; shift 2 || usage ;;
+    --name) name="${2:-}"; shift 2 || usage ;;
+    --logs) logs="${2:-}"; shift 2 || usage ;;
+    --grace) grace="${2:-}"; shift 2 || usage ;;
+    --max_restarts) max_restarts="${2:-}"; shift 2 || usage ;;
     --dry_run) dry_run=1; shift ;;
-    --help | -h) usage 12 ;;
+    --help | -h) usage ;;
     --*=*) more+=("$1"); shift ;;
     --*) fail "unknown flag $1; expected --nodes, --gpus, --name, --logs, --grace, --max_restarts or --dry_run, or sbatch's own as --name=value" ;;
     *) break ;;
   esac
 done
-[ $# -gt 0 ] || usage 12
+[ $# -gt 0 ] || usage
 for flag in nodes gpus grace max_restarts; do
   is_count "${!flag}" || fail "--$flag is '${!flag}'; expected a whole number"
 done

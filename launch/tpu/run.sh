@@ -27,20 +27,20 @@ name="" zone="" project="" type="" version="" spot="" queued="" mounts=() packag
 delete="" delete_after="" dry_run=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --name) name="${2:-}"; shift 2 || usage 19 ;;
-    --zone) zone="${2:-}"; shift 2 || usage 19 ;;
-    --project) project="${2:-}"; shift 2 || usage 19 ;;
-    --type) type="${2:-}"; shift 2 || usage 19 ;;
-    --version) version="${2:-}"; shift 2 || usage 19 ;;
-    --mount) mounts+=("${2:-}"); shift 2 || usage 19 ;;
-    --package) package="${2:-}"; shift 2 || usage 19 ;;
-    --max_restarts) max_restarts="${2:-}"; shift 2 || usage 19 ;;
+    --name) name="${2:-}"; shift 2 || usage ;;
+    --zone) zone="${2:-}"; shift 2 || usage ;;
+    --project) project="${2:-}"; shift 2 || usage ;;
+    --type) type="${2:-}"; shift 2 || usage ;;
+    --version) version="${2:-}"; shift 2 || usage ;;
+    --mount) mounts+=("${2:-}"); shift 2 || usage ;;
+    --package) package="${2:-}"; shift 2 || usage ;;
+    --max_restarts) max_restarts="${2:-}"; shift 2 || usage ;;
     --spot) spot=1; shift ;;
     --queued) queued=1; shift ;;
     --delete_after) delete_after=1; shift ;;
     --delete) delete=1; shift ;;
     --dry_run) dry_run=1; shift ;;
-    --help | -h) usage 19 ;;
+    --help | -h) usage ;;
     --*) fail "unknown flag $1; --help lists them, and the command comes after all of them" ;;
     *) break ;;
   esac
@@ -186,7 +186,7 @@ if [ -n "$delete" ]; then
   exit
 fi
 
-[ $# -gt 0 ] || usage 19
+[ $# -gt 0 ] || usage
 for flag in type version; do
   [ -n "${!flag}" ] || fail "--$flag is missing; expected gcloud's, as in --type v5litepod-16 --version v2-alpha-tpuv5-lite"
 done

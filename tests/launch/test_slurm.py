@@ -167,14 +167,14 @@ def test_a_real_cluster(tmp_path_factory):
         assert done.stdout == "Submitted batch job 1\n", done.stderr
         log = folder / "moe_peft-1.log"
         text = lambda: log.read_text() if log.exists() else "no log"
-        wait_until(lambda: steps(run), 240, text)
+        wait_until(lambda: steps(run), 600, text)
         # What --signal=B:TERM@120 does before the time limit.
         subprocess.run(["scancel", "--batch", "--signal=TERM", "1"], env=environ, check=True)
-        wait_until(lambda: "queued again" in text(), 120, text)
+        wait_until(lambda: "queued again" in text(), 300, text)
         saved = steps(run)[-1]
         assert f"SIGTERM: saved step {saved};" in text()
         assert saved < 120
-        wait_until(lambda: "restart 1 of at most 100: ended with code 0" in text(), 300, text)
+        wait_until(lambda: "restart 1 of at most 100: ended with code 0" in text(), 600, text)
     finally:
         subprocess.run(["bash", str(CLUSTER), "stop", str(folder)], check=True, timeout=60)
     assert steps(run) == list(range(1, 121))
