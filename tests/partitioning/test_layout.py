@@ -36,6 +36,12 @@ METHODS = {
     "full": methods.full,
 }
 
+OPTIMIZERS = {
+    # Routers of equal experts have no gradient but rounding: a small epsilon would enlarge it.
+    "adamw": optimizers.adamw(1e-2, clip_norm=1.0, epsilon=1e-3),
+    "adafactor": optimizers.adafactor(1e-3),
+}
+
 
 def batches(start, index=0, count=1):
     """The batch of a step is a function of its number; part `index` of `count` of its rows."""
@@ -57,7 +63,9 @@ def mesh_of(data, fsdp, model):
     return mesh_lib.make_mesh(data, fsdp, model, devices=jax.devices()[: data * fsdp * model])
 
 
-def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microbatches=1):
+def train(
+    folder, method, shape, num_steps=STEPS, scan_layers=False, num_microbatches=1, optimizer="adamw"
+):
     """(losses of every step, the run's result)."""
     method = METHODS[method]()
     config = t5.T5Config(**CONFIG, scan_layers=scan_layers)
@@ -70,8 +78,7 @@ def train(folder, method, shape, num_steps=STEPS, scan_layers=False, num_microba
         start=lambda shapes: preparation.Start(network, base, method, shapes),
         backbone="random:1",
         open_batches=lambda start: batches(start, index, count),
-        # Routers of equal experts have no gradient but rounding: a small epsilon would enlarge it.
-        optimizer=optimizers.adamw(1e-2, clip_norm=1.0, epsilon=1e-3),
+        optimizer=OPTIMIZERS[optimizer],
         model_dir=folder,
         described={"model": "t5", "data": "random"},
         settings=run_lib.Settings(
@@ -138,6 +145,13 @@ def test_a_run_goes_on_on_another_mesh(alone, tmp_path):
 def test_microbatches_on_a_mesh(alone, tmp_path):
     found = train(tmp_path, "mhr", (2, 2, 2), scan_layers=True, num_microbatches=2)
     check_equal(found, alone("mhr", scan_layers=True, num_microbatches=2))
+
+
+@pytest.mark.slow
+def test_moments_taken_layer_by_layer_equal_one_device(alone, tmp_path):
+    settings = {"scan_layers": True, "optimizer": "adafactor"}
+    found = train(tmp_path, "full", (1, 2, 4), **settings)
+    check_equal(found, alone("full", **settings))
 
 
 def shapes_and_axes(method, scan_layers=True):
