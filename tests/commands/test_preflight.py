@@ -164,16 +164,34 @@ def test_what_a_refusal_asked_for():
     assert "refused by the compiler: Ran out" in preflight_view.summary(unsaid)
 
 
-@NEEDS_LIBTPU
-@pytest.mark.slow
-def test_a_published_experiment_for_sixteen_tpus():
-    command = [sys.executable, "-m", "moe_peft.cli", "preflight", "--json"]
-    command += ["--gin_file", "experiments/mov/770m/mov_10.gin"]
-    command += ["--target", "v5e:4x4", "--mesh", "model=4"]
+def run(*arguments):
+    """The command in a process of its own, which libtpu needs; the flight that it prints."""
+    command = [sys.executable, "-m", "moe_peft.cli", "preflight", "--json", *arguments]
     environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr
     (flight,) = json.loads(done.stdout)
+    return flight
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+def test_a_published_experiment_for_sixteen_tpus():
+    experiment_ = ["--gin_file", "experiments/mov/770m/mov_10.gin"]
+    flight = run(*experiment_, "--target", "v5e:4x4", "--mesh", "model=4", "--quick")
     assert flight["fits"]
     assert 0.3e9 < flight["memory"]["arguments"] < 1e9
     assert flight["collectives"]["all-reduce"]["count"] > 24 * 4
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v4:2x2x1"])
+def test_gradients_cross_slices_and_activations_do_not(chip):
+    files = ("models/tiny.gin", "methods/lora.gin", "optimizers/adafactor.gin")
+    small = [part for file in files for part in ("--gin_file", file)]
+    small += ["--gin.BATCH_SIZE=8", "--gin.FEATURE_LENGTHS={'inputs': 32, 'targets': 16}"]
+    flight = run(*small, "--target", chip, "--slices", "2", "--mesh", "model=2", "--quick")
+    assert flight["setting"]["data"] == 4  # a chip of v4 is one device
+    sent = flight["collectives"]
+    assert 0 < sent["between slices"]["num_bytes"] < sent["all-reduce"]["num_bytes"]
