@@ -180,7 +180,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if not row["fits"]:
-        return f"{(row['needed'] - row['capacity']) / 1e9:.1f} GB too many"
+        return f"{(row['needed'] - row['capacity']) / 1e9:.2f} GB too many"
     return f"{row['needed'] / 1e9:.1f}, {row['seconds_at_least'] * 1e3:.0f} ms"
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -131,7 +130,7 @@ class Experiment:
             shapes = {name: size for name, size in shapes.items() if "decoder" not in name}
             strategy = dataclasses.replace(self.decoding, max_decode_length=length)
             step = jax.jit(lambda params, batch: jitted.predict(params, batch, strategy))
-            again = _bytes_of_device(params["decoder"])
+            again = flight.bytes_of_device(params["decoder"])
             return flight.Program(step, (params, _batch_at(shapes, mesh)), mesh, length, again)
         is_ranking = self.rank_choices
         if is_ranking is None:
@@ -201,8 +200,3 @@ def _batch_at(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) ->
 def _at(tree, shardings):
     give = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     return jax.tree.map(give, tree, shardings)
-
-
-def _bytes_of_device(tree) -> int:
-    part = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(map(part, jax.tree.leaves(tree)))

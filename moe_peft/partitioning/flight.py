@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import re
 import time
 from typing import Any
@@ -11,10 +12,8 @@ import jax
 from moe_peft.partitioning import program, targets
 
 _DOES_NOT_FIT = "exceed"  # in what the TPU compiler says of a program that is too large
-_NEEDED = (
-    re.compile(r"Used ([\d.]+)([KMGT]) of"),
-    re.compile(r"total memory required[^()]*\(([\d.]+)([KMGT])\)"),
-)
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+_TEMPORARIES = re.compile(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of TPU compilers: a third of the time or less, memory and communication some per cent higher.
 _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -129,7 +128,7 @@ def compiled(
                 raise
             executable, refused = None, " ".join(str(error).split())[:400]
     memory, collectives, accessed = None, {}, 0.0
-    needed = needed_memory(refused)
+    needed = needed_memory(refused, bytes_of_device(what.arguments))
     bounds = {"arithmetic": operations / target.chip.flops}
     if executable is not None:
         memory = program.memory(executable)
@@ -161,13 +160,23 @@ def sent_by_links(collectives: Mapping[str, program.Collective]) -> int:
     return sum(each.num_bytes for each in inside)
 
 
-def needed_memory(refusal: str) -> float:
+def needed_memory(refusal: str, arguments: int) -> float:
     """Bytes that a compiler asked for when it refused a program; 0 where it did not say.
 
-    >>> needed_memory("Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.") / 2**30
+    Args:
+      refusal: what it said.
+      arguments: bytes that come on top where it speaks of temporaries alone.
+
+    >>> needed_memory("Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 0) / 2**30
     20.5
     """
-    for pattern in _NEEDED:
+    for pattern, more in ((_USED, 0), (_TEMPORARIES, arguments)):
         if found := pattern.search(refusal):
-            return float(found[1]) * _UNITS[found[2]]
+            return float(found[1]) * _UNITS[found[2]] + more
     return 0.0
+
+
+def bytes_of_device(tree: Any) -> int:
+    """Bytes that a device holds of arrays or shapes with their shardings."""
+    part = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(part, jax.tree.leaves(tree)))

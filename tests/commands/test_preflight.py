@@ -152,9 +152,9 @@ def test_what_a_refusal_asked_for():
         "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm by 4.75G"
     )
     early = "the total memory required for HLO temporaries (298.02G) exceeds available HBM (15.75G)"
-    assert flight_lib.needed_memory(usual) == 20.5 * 2**30
-    assert flight_lib.needed_memory(early) == pytest.approx(298.02 * 2**30)
-    assert flight_lib.needed_memory("exceeds something") == 0
+    assert flight_lib.needed_memory(usual, 7) == 20.5 * 2**30
+    assert flight_lib.needed_memory(early, 10**9) == pytest.approx(298.02 * 2**30 + 1e9)
+    assert flight_lib.needed_memory("exceeds something", 7) == 0
     flight = flight_lib.Flight(
         flight_lib.Setting(1, 1, 1, 1, "full"), "t", 16e9, None, 20e9, usual, 1.0, 0.0, {}, {}, 0.0
     )

@@ -110,7 +110,7 @@ def test_markdown():
     lines = table.markdown(rows).splitlines()
     assert lines[0].startswith("| | v5e-16 |")
     assert lines[2].startswith("| 3b ia3 | 8.0, 100 ms |")
-    assert lines[3].startswith("| 3b full | 4.5 GB too many |")
+    assert lines[3].startswith("| 3b full | 4.50 GB too many |")
     assert len(lines) == 4
 
 
