@@ -11,12 +11,13 @@ with the same settings and the same compiler is kept.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -50,6 +51,7 @@ METHODS = {
 }
 DEFAULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.json"
 TOLERANCE = 0.02
+CRASHED = "the compiler crashes"
 Row = dict[str, Any]
 
 
@@ -124,15 +126,53 @@ def add(path: pathlib.Path, case: Case, row: Row) -> None:
 
 
 def fill(path: pathlib.Path, wanted: Sequence[Case], is_again: bool = False) -> None:
-    """Compiles the wanted rows that the file lacks, or has with other settings."""
+    """Compiles the wanted rows that the file lacks, or has with other settings.
+
+    Each in a process of its own: some programs end the compiler by a failed assertion.
+    """
     for case in wanted:
-        known = read(path).get(case)
-        if known and not is_again:
-            current = (case.planned()[2], compiler(case.target))
-            if (known["settings"], known["compiler"]) == current:
-                continue
-        add(path, case, case.compile())
-        jax.clear_caches()
+        code = in_child(_fill_one, path, case, is_again)
+        if code < 0:
+            in_child(_add_crash, path, case, -code)
+
+
+def in_child(function: Callable[..., None], *args: Any) -> int:
+    """Runs it in a process of its own; the exit code, or minus the signal that ended it."""
+    # Forked, which is quick: nothing has started jax's threads in this process.
+    child = multiprocessing.get_context("fork").Process(target=function, args=args)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def _fill_one(path: pathlib.Path, case: Case, is_again: bool) -> None:
+    known = read(path).get(case)
+    if known and not is_again:
+        current = (case.planned()[2], compiler(case.target))
+        if (known["settings"], known["compiler"]) == current:
+            return
+    add(path, case, case.compile())
+
+
+def _add_crash(path: pathlib.Path, case: Case, signal: int) -> None:
+    _, setting, digest = case.planned()
+    target = targets.find(case.target)
+    found = flight_lib.Flight(
+        setting,
+        target.name,
+        target.chip.memory,
+        memory=None,
+        needed=0.0,
+        refused=f"{CRASHED} (signal {signal})",
+        operations=0.0,
+        bytes_accessed=0.0,
+        collectives={},
+        bounds={},
+        compile_seconds=0.0,
+    )
+    print(f"{case.size} {case.method} {case.target}: {found.refused}", flush=True)
+    row = dataclasses.asdict(case) | found.to_json()
+    add(path, case, row | {"settings": digest, "compiler": compiler(case.target)})
 
 
 def differences(old: Row, new: Row) -> list[str]:
@@ -179,6 +219,8 @@ def markdown(rows: Mapping[Case, Row]) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
+    if row["refused"].startswith(CRASHED):
+        return CRASHED
     if not row["fits"]:
         return f"{(row['needed'] - row['capacity']) / 1e9:.2f} GB too many"
     return f"{row['needed'] / 1e9:.1f}, {row['seconds_at_least'] * 1e3:.0f} ms"

@@ -83,7 +83,8 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         "--mesh",
         default="",
         metavar="AXIS=N,...",
-        help="sizes of data, fsdp and model (default: all devices along data)",
+        help="sizes of data, fsdp and model (default: all devices along data), or auto: a rule "
+        "chooses them, and micro-batches",
     )
     sub.add_argument(
         "--program",

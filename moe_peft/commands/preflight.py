@@ -1,5 +1,6 @@
 """`preflight`: compiles programs for hardware one does not have, and says whether they fit."""
 
+import dataclasses
 import json
 
 from moe_peft import errors
@@ -27,9 +28,7 @@ def run(
     if is_search:
         flights = preflight_search.search(experiment, target, program, is_quick=is_quick)
     else:
-        remat = remat if program == "train" else "none"
-        shape = preflight_search.parse_mesh(mesh, target.count)
-        setting = flight_lib.Setting(*shape, microbatches, remat)
+        setting = _setting(experiment, target, program, mesh, microbatches, remat)
         flights = [
             experiment.compile(target, target.devices(), setting, program, is_quick=is_quick)
         ]
@@ -40,3 +39,16 @@ def run(
     else:
         preflight_view.show(flights[0], program, price, target)
     return int(not any(flight.fits for flight in flights))
+
+
+def _setting(experiment, target, program, mesh, microbatches, remat) -> flight_lib.Setting:
+    """As the flags say; evaluation computes nothing again."""
+    if mesh == "auto":
+        rows, weights = experiment.rows(program), experiment.weight_bytes()
+        setting = preflight_search.by_rule(rows, weights, target)
+        microbatches = setting.num_microbatches if program == "train" else 1
+    else:
+        shape = preflight_search.parse_mesh(mesh, target.count)
+        setting = flight_lib.Setting(*shape, microbatches, remat)
+    remat = remat if program == "train" else "none"
+    return dataclasses.replace(setting, num_microbatches=microbatches, remat_policy=remat)

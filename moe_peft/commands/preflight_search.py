@@ -49,9 +49,9 @@ def by_rule(
     """A mesh and micro-batches to begin with, without compiling anything.
 
     As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
-    are along `data`, or along `fsdp` where a copy of the weights, and of the gradients of what
-    trains, would fill more than half of a chip. At a time a chip takes one row, rounded down to a
-    power of two, for every two gigabytes that it has.
+    are along `data`, or inside a slice along `fsdp` where a copy of the weights, and of the
+    gradients of what trains, would fill more than half of a chip. At a time a chip takes one row
+    for every two gigabytes that it has, rounded down to a power of two.
 
     Args:
       batch_size: rows.
@@ -64,7 +64,8 @@ def by_rule(
     is_split = (frozen + 2 * trainable) / model > target.chip.memory / 2
     at_a_time = 2 ** int(math.log2(target.chip.memory / 2e9))
     parts = max(batch_size // shards // at_a_time, 1)
-    data, fsdp = (1, shards) if is_split else (shards, 1)
+    fsdp = shards // target.slices if is_split else 1
+    data = shards // fsdp
     return flight_lib.Setting(data, fsdp, model, parts, "full")
 
 

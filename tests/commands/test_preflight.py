@@ -11,10 +11,11 @@ import jax
 import pytest
 
 from moe_peft import cli, errors, methods
-from moe_peft.commands import preflight_programs, preflight_search, preflight_view
+from moe_peft.commands import preflight, preflight_programs, preflight_search, preflight_view
 from moe_peft.models import strategies, t5
 from moe_peft.partitioning import flight as flight_lib
-from moe_peft.partitioning import program, targets
+from moe_peft.partitioning import program as program_lib
+from moe_peft.partitioning import targets
 from moe_peft.training import optimizers
 
 NEEDS_LIBTPU = pytest.mark.skipif(
@@ -93,7 +94,7 @@ def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
         if setting.model == 2:
             raise errors.UserError("no such mesh")
         needed = 20e9 / setting.num_microbatches / setting.fsdp
-        memory = program.Memory(0, int(needed), int(needed))
+        memory = program_lib.Memory(0, int(needed), int(needed))
         bounds = {"arithmetic": setting.num_microbatches / setting.data}
         return flight_lib.Flight(setting, "t", 16e9, memory, needed, "", 1.0, 1.0, {}, bounds, 0.0)
 
@@ -125,6 +126,27 @@ def test_meshes_in_words(text, wanted):
 def test_meshes_that_are_none(text, message):
     with pytest.raises(errors.UserError, match=message):
         preflight_search.parse_mesh(text, 8)
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"), [("train", (8, 1, 1, 2, "minimal")), ("eval", (8, 1, 1, 1, "none"))]
+)
+def test_a_mesh_by_rule(monkeypatch, program, wanted):
+    asked = []
+
+    def compiled(self, target, devices, setting, what, is_quick):
+        asked.append((setting, what))
+        memory = program_lib.Memory(0, 1, 1)
+        return flight_lib.Flight(setting, "t", 2.0, memory, 1.0, "", 1.0, 1.0, {}, {}, 0.0)
+
+    monkeypatch.setattr(preflight_programs.Experiment, "compile", compiled)
+    monkeypatch.setattr(targets.Target, "devices", lambda self: ())
+    given = dataclasses.replace(experiment(batch_size=128), eval_batch_size=128)
+    settings = {"microbatches": 1, "remat": "minimal", "price": None}
+    flags = {"is_search": False, "is_quick": False, "as_json": True}
+    target = targets.find("v5e-8")
+    assert preflight.run(given, target, program, "auto", **settings, **flags) == 0
+    assert asked == [(flight_lib.Setting(*wanted), program)]
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -52,6 +52,12 @@ def test_the_rule_for_meshes(rows, weights, target, wanted):
     assert setting == flight_lib.Setting(*wanted, "full")
 
 
+def test_the_rule_for_several_slices():
+    target = targets.find("v5e-16", slices=2)
+    found = preflight_search.by_rule(32, (22.2e9, 95e6), target)
+    assert found == flight_lib.Setting(2, 16, 1, 1, "full")
+
+
 def row(case, **changes):
     return {
         "size": case.size,
@@ -60,6 +66,7 @@ def row(case, **changes):
         "needed": 8.0e9,
         "capacity": 16.0e9,
         "fits": True,
+        "refused": "",
         "operations": 1e12,
         "seconds_at_least": 0.1,
         "collectives": {"all-reduce": {"count": 3, "num_bytes": 1000}},
@@ -77,6 +84,7 @@ def test_rows_that_are_there_are_kept(tmp_path, monkeypatch):
         compiled.append(case)
         return row(case)
 
+    monkeypatch.setattr(table, "in_child", lambda function, *args: function(*args) or 0)
     monkeypatch.setattr(table.Case, "compile", compile_)
     monkeypatch.setattr(table.Case, "planned", lambda case: (None, None, "abc"))
     path = tmp_path / "table.json"
@@ -92,6 +100,21 @@ def test_rows_that_are_there_are_kept(tmp_path, monkeypatch):
     table.fill(path, wanted[:1])
     table.fill(path, wanted[1:], is_again=True)
     assert len(compiled) == 5
+
+
+def test_a_compiler_that_crashes_is_a_row(tmp_path, monkeypatch):
+    (case,) = table.cases(("3b",), ("mhr_64",), ("h100:1",))
+    setting = flight_lib.Setting(1, 1, 1, 1, "full")
+    fills = lambda function: function is table._fill_one
+    in_child = lambda function, *args: -6 if fills(function) else function(*args)
+    monkeypatch.setattr(table, "in_child", in_child)
+    monkeypatch.setattr(table.Case, "planned", lambda case: (None, setting, "abc"))
+    path = tmp_path / "table.json"
+    table.fill(path, [case])
+    found = table.read(path)
+    assert found[case]["refused"] == "the compiler crashes (signal 6)"
+    assert not found[case]["fits"]
+    assert "| the compiler crashes |" in table.markdown(found)
 
 
 def test_what_counts_as_a_difference():
