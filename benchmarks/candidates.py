@@ -25,11 +25,13 @@ class Call:
       run: makes one step; returns its outputs, not yet waited for.
       num_trainable: parameters.
       compiled: the step's program.
+      num_bytes: what lives from step to step: weights and optimiser.
     """
 
     run: Callable[[], object]
     num_trainable: int
     compiled: jax.stages.Compiled
+    num_bytes: int
 
 
 def make_batch(batch: int, inputs: int, targets: int, num_tasks: int) -> dict[str, np.ndarray]:
@@ -61,7 +63,7 @@ def frozen_call(module: nn.Module, params, batch) -> Call:
 
     offset = jnp.zeros((1, 1, module.config.emb_dim))
     step = jax.jit(jax.value_and_grad(loss)).lower(offset, params, batch).compile()
-    return Call(lambda: step(offset, params, batch), 0, step)
+    return Call(lambda: step(offset, params, batch), 0, step, state_lib.num_bytes(params))
 
 
 def method_call(
@@ -89,4 +91,5 @@ def method_call(
         holder["state"], metrics = compiled(holder["state"], frozen, batch)
         return holder["state"], metrics
 
-    return Call(run, sum(leaf.size for leaf in jax.tree.leaves(trainable)), compiled)
+    num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    return Call(run, num_trainable, compiled, state_lib.num_bytes((holder["state"], frozen)))

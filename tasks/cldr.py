@@ -20,6 +20,7 @@ import seqio
 
 from moe_peft.data import rows
 from moe_peft.data.cldr import corpus, store, suite, templates
+from moe_peft.tasks import scores
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=13)  # 272 ids, a multiple of 16
 SPLITS = ("train", "validation")
@@ -133,7 +134,7 @@ def register() -> None:
             ),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
-            metric_fns=[],
+            metric_fns=scores.METRIC_FNS,
         )
     for mixture, group in MIXTURES.items():
         seqio.MixtureRegistry.add(

@@ -22,6 +22,7 @@ import seqio
 from moe_peft import errors
 from moe_peft.data import bad_rows, places, registration, rows, vocabularies
 from moe_peft.data.crossfit import files
+from moe_peft.tasks import scores
 
 PREFIX = "crossfit"
 PARTS = {"train": "train", "validation": "dev"}
@@ -131,7 +132,8 @@ def _register_task(name: str, metric: str | None) -> str:
     """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
     registered = registration.task_name(PREFIX, name)
     reporting = registration.Reporting(metric and files.METRICS[metric], name)
-    registration.add_task(registered, functools.partial(_rows, name), _splits, reporting)
+    rows_of = functools.partial(_rows, name)
+    registration.add_task(registered, rows_of, _splits, reporting, scores.METRIC_FNS)
     return registered
 
 

@@ -26,6 +26,7 @@ import seqio
 from moe_peft import errors
 from moe_peft.data import places, registration, row_store, rows
 from moe_peft.data.p3 import held_out, ids, names, sources
+from moe_peft.tasks import scores
 
 PREFIX = "p3"
 T_FEW_SPLIT = "t_few"
@@ -251,7 +252,8 @@ def _register_training(table: names.Table, mixture: str) -> list[str]:
     for task in (task for dataset in table.mixture(mixture) for task in dataset.tasks):
         found.append(f"{PREFIX}_{task}")
         rows_of = functools.partial(_training_rows, task)
-        registration.add_task(found[-1], rows_of, functools.partial(_training_splits, task))
+        splits_of = functools.partial(_training_splits, task)
+        registration.add_task(found[-1], rows_of, splits_of, metric_fns=scores.METRIC_FNS)
     return found
 
 
@@ -261,7 +263,8 @@ def _register_held_out(table: names.Table) -> list[str]:
     for name in (held_out_set.name for held_out_set in table.held_out):
         found.append(f"{PREFIX}_{name}")
         rows_of = functools.partial(_held_out_rows, name)
-        registration.add_task(found[-1], rows_of, functools.partial(_held_out_splits, name))
+        splits_of = functools.partial(_held_out_splits, name)
+        registration.add_task(found[-1], rows_of, splits_of, metric_fns=scores.METRIC_FNS)
     return found
 
 

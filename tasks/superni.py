@@ -23,6 +23,7 @@ from moe_peft import errors
 from moe_peft.data import bad_rows, places, registration, row_store, rows, vocabularies
 from moe_peft.data.cldr import store
 from moe_peft.data.superni import files, prompts, sampling
+from moe_peft.tasks import scores
 
 PREFIX = "superni"
 # Categories that the official scorer reports by exact match; all others by Rouge-L.
@@ -175,6 +176,7 @@ def _register_task(name: str) -> str:
         functools.partial(_rows, name),
         functools.partial(_splits, name),
         _reporting(files.table().get(name)),
+        scores.METRIC_FNS,
     )
     return registered
 

@@ -64,6 +64,17 @@ def read(
 
 def open_folder(path: epath.PathLike) -> opened.Opened:
     """Reads the index and the headers of the arrays; raises UserError as `read` does."""
+    folder, tensors = _open(path)
+    shapes = {path: leaf.shape for path, leaf in tensors.items()}
+    return opened.Opened(str(path), sizes.recognise(shapes, str(folder)), tensors)
+
+
+def dtypes(path: epath.PathLike) -> dict[str, np.dtype]:
+    """How a checkpoint stores each leaf of a model, whatever network that is."""
+    return {path: np.dtype(leaf.dtype) for path, leaf in _open(path)[1].items()}
+
+
+def _open(path: epath.PathLike) -> tuple[epath.Path, leaves.Leaves]:
     folder = _checkpoint(folders.existing(path))
     state = folder / STATE if (folder / STATE).exists() else folder
     specs = _orbax(state) if (state / METADATA).exists() else _legacy(state)
@@ -74,9 +85,7 @@ def open_folder(path: epath.PathLike) -> opened.Opened:
     }
     if not found:
         raise errors.UserError(f"{folder} has no leaves under 'target', where T5X keeps a model.")
-    tensors = arrays.open_all(found, state)
-    shapes = {path: leaf.shape for path, leaf in tensors.items()}
-    return opened.Opened(str(path), sizes.recognise(shapes, str(folder)), tensors)
+    return folder, arrays.open_all(found, state)
 
 
 def is_checkpoint(folder: epath.Path) -> bool:

@@ -137,15 +137,16 @@ def add_task(
     read_rows: Callable[[str], rows.Rows],
     list_splits: Callable[[], Sequence[str]],
     reporting: Reporting = Reporting(),
+    metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
 ) -> None:
-    """Registers a task unless it is there."""
+    """Registers a task unless it is there; `metric_fns` are for SeqIO's evaluator."""
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
             source=LazySource(read_rows, list_splits, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
-            metric_fns=[],
+            metric_fns=metric_fns,
         )
 
 

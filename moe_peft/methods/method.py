@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from moe_peft import errors, patching
+from moe_peft import errors, patching, routing
 
 ADAPTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/.*"
 ROUTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/router/.*"
@@ -69,6 +69,13 @@ class Method:
         if re.fullmatch(ROUTER_LEAVES, path):
             return "routers"
         return "adapters" if re.fullmatch(ADAPTER_LEAVES, path) else "base"
+
+    def router_loss_weights(self) -> dict[str, float]:
+        """Returns what each router loss counts in the objective, by name."""
+        return {
+            routing.losses.LOAD_BALANCING: self.load_balancing_weight,
+            routing.losses.Z: self.z_weight,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Returns what defines the method, as JSON types: stored in checkpoints and compared."""

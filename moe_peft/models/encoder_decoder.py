@@ -226,28 +226,20 @@ class EncoderDecoder:
         return losses.token_log_probs(logits, batch["decoder_target_tokens"])[0]
 
     def _router_weights(self) -> dict[str, float]:
-        if self.method is None:
-            return {}
-        return {
-            routing.losses.LOAD_BALANCING: self.method.load_balancing_weight,
-            routing.losses.Z: self.method.z_weight,
-        }
+        return {} if self.method is None else self.method.router_loss_weights()
 
     def _forward(
         self, params: PyTree, batch: Batch, dropout_rng: Array | None
     ) -> tuple[Float[Array, "b t v"], dict[str, Float[Array, ""]]]:
         """Teacher-forced logits and the mean of each kind of router loss."""
         tokens, packing = _features(batch)
-        rngs = None
-        if dropout_rng is not None:
-            rngs = dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
         call = functools.partial(
             self.module.apply,
             {"params": params},
             *tokens,
             **packing,
             enable_dropout=dropout_rng is not None,
-            rngs=rngs,
+            rngs=None if dropout_rng is None else rngs(dropout_rng),
             **self._routing(batch),
         )
         # Router losses that count for nothing are not computed either: on a CPU they cost more than
@@ -263,19 +255,36 @@ class EncoderDecoder:
         """The keyword argument that tells a patched module what its routers may look at."""
         if not isinstance(self.module, patching.Patched):
             return {}
-        if "encoder_segment_ids" in batch and self.method and self.method.num_tasks is not None:
-            raise errors.UserError(
-                f"{self.method.name!r} combines its modules for each example's task; this batch "
-                "packs several examples into a row (it has encoder_segment_ids)."
-            )
-        targets = batch.get("decoder_target_tokens")  # Not there while decoding.
-        context = routing.RoutingContext(
-            task_ids=batch.get("task_ids"),
-            sentence_embeddings=batch.get("sentence_embeddings"),
-            encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
-            decoder_mask=None if targets is None else jnp.greater(targets, 0),
+        return {"routing": context(batch, self.method)}
+
+
+def context(batch: Batch, method: methods_lib.Method | None) -> routing.RoutingContext:
+    """What adapters may know of a batch.
+
+    Args:
+      batch: encoder_input_tokens, and what else there is of targets, task ids and embeddings.
+      method: of the adapters.
+
+    Raises:
+      UserError: the method combines modules for each example's task, and rows hold several.
+    """
+    if "encoder_segment_ids" in batch and method and method.num_tasks is not None:
+        raise errors.UserError(
+            f"{method.name!r} combines its modules for each example's task; this batch "
+            "packs several examples into a row (it has encoder_segment_ids)."
         )
-        return {"routing": context}
+    targets = batch.get("decoder_target_tokens")  # Not there while decoding.
+    return routing.RoutingContext(
+        task_ids=batch.get("task_ids"),
+        sentence_embeddings=batch.get("sentence_embeddings"),
+        encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
+        decoder_mask=None if targets is None else jnp.greater(targets, 0),
+    )
+
+
+def rngs(dropout_rng: Array) -> dict[str, Array]:
+    """The keys of dropout and of stochastic routing, from one."""
+    return dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
 
 
 def _features(batch: Batch) -> tuple[list[losses.AnyArray], dict[str, losses.AnyArray]]:

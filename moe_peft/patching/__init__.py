@@ -1,7 +1,7 @@
 """How adapters meet a model: rules over layers, an interceptor, and the proxy around the model."""
 
 from moe_peft.patching.granularity import Granularity
-from moe_peft.patching.proxy import Patched, matches
+from moe_peft.patching.proxy import Patched, matches, num_rows
 from moe_peft.patching.rules import Matches, Rule, Sibling
 from moe_peft.patching.trees import ADAPTER, flatten, is_adapter, merge, split
 
@@ -16,5 +16,6 @@ __all__ = [
     "is_adapter",
     "matches",
     "merge",
+    "num_rows",
     "split",
 ]

@@ -36,12 +36,14 @@ def is_dense(module: nn.Module) -> bool:
 def feature_axes(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the logical axes of a dense layer's input and output features.
 
-    Taken from the layer's own `kernel_axes`. Where those name one joined axis for two features, the
+    Taken from the layer's own names of its kernel's axes. Where those name one joined axis for two features, the
     two are heads and their width.
     """
     num_out = len(_as_tuple(module.features))
     num_in = getattr(module, "num_input_axes", None) or len(_as_tuple(getattr(module, "axis", -1)))
-    names = tuple(getattr(module, "kernel_axes", ()))
+    # T5X's networks call them kernel_axes, Flaxformer kernel_axis_names.
+    names = getattr(module, "kernel_axes", None) or getattr(module, "kernel_axis_names", None)
+    names = tuple(names or ())
     if len(names) == num_in + num_out:
         return names[:num_in], names[num_in:]
     first, last = (names[0], names[-1]) if names else ("unmodeled", "unmodeled")

@@ -16,7 +16,7 @@ from moe_peft.patching import rules as rules_lib
 Shapes = Mapping[str, Any] | Sequence[Any]
 
 # Entry points of a linen module that would run or copy it without its adapters.
-_BYPASSES = ("bind", "clone", "copy", "lazy_init", "tabulate", "module_paths")
+_BYPASSES = ("bind", "copy", "lazy_init", "tabulate", "module_paths")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Patched:
         """Returns (outputs, variables); see `init`."""
         shared, shared_axes = self._init_shared(rngs, args, method, kwargs)
         variables = {"params": shared}
-        num_rows = _num_rows(args, kwargs)
+        rows = num_rows(args, kwargs)
         routing = routing or routing_lib.RoutingContext()
-        if routing.task_ids is None and num_rows is not None:  # Shapes do not depend on them.
-            routing = routing.replace(task_ids=jnp.zeros(num_rows, jnp.int32))
-        intercept = _interceptor(self.rules, routing, rngs, False, variables, num_rows)
+        if routing.task_ids is None and rows is not None:  # Shapes do not depend on them.
+            routing = routing.replace(task_ids=jnp.zeros(rows, jnp.int32))
+        intercept = _interceptor(self.rules, routing, rngs, False, variables, rows)
         with nn.intercept_methods(intercept):
             result = self.module.init_with_output(rngs, *args, method=method, **kwargs)
         rules_lib.match(self.rules, intercept.calls).check()
@@ -97,12 +97,16 @@ class Patched:
             mutable: name "router_losses" to collect `routing.losses`.
             **kwargs: of the method.
         """
-        num_rows = _num_rows(args, kwargs)
-        intercept = _interceptor(self.rules, routing, rngs, mutable, variables, num_rows)
+        rows = num_rows(args, kwargs)
+        intercept = _interceptor(self.rules, routing, rngs, mutable, variables, rows)
         with nn.intercept_methods(intercept):
             return self.module.apply(
                 variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
+
+    def clone(self, **fields) -> "Patched":
+        """Returns the patched clone of the module; see `nn.Module.clone`."""
+        return dataclasses.replace(self, module=self.module.clone(**fields))
 
     def __getattr__(self, name: str) -> Any:
         if name in _BYPASSES:
@@ -112,7 +116,7 @@ class Patched:
         return getattr(self.module, name)
 
 
-def _interceptor(rules, context, rngs, mutable, variables, num_rows):
+def _interceptor(rules, context, rngs, mutable, variables, rows):
     """Returns the interceptor of one call."""
     context = context or routing_lib.RoutingContext()
     rng = rngs.get(routing_lib.RNG) if isinstance(rngs, Mapping) else None
@@ -122,11 +126,11 @@ def _interceptor(rules, context, rngs, mutable, variables, num_rows):
         context,
         has_rng=rng is not None,
         wants_losses=flax.core.scope.in_filter(mutable, routing_lib.losses.COLLECTION),
-        shared_weights=granularity.weights(params, rules, trees.ADAPTER, context, rng, num_rows),
+        shared_weights=granularity.weights(params, rules, trees.ADAPTER, context, rng, rows),
     )
 
 
-def _num_rows(args, kwargs) -> int | None:
+def num_rows(args, kwargs) -> int | None:
     """Examples of a call: the leading axis of its first array."""
     arrays = (value for value in (*args, *kwargs.values()) if getattr(value, "ndim", 0))
     return next((array.shape[0] for array in arrays), None)

@@ -175,7 +175,9 @@ def test_other_methods_run_with_adapters_and_bypasses_are_refused():
         doubled = patched.apply({"params": params}, X, method=method)
         np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-6)
     assert patched.num_layers == 2
-    for name in ("bind", "clone", "tabulate"):
+    again = patched.clone(name="again").apply({"params": params}, X, method=Stack.first)
+    np.testing.assert_allclose(again, 2 * plain, rtol=1e-6)
+    for name in ("bind", "copy", "tabulate"):
         with pytest.raises(AttributeError, match="would leave out its adapters"):
             getattr(patched, name)
 

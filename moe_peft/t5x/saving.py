@@ -1,0 +1,89 @@
+"""Adapters in files of their own, beside the checkpoints that T5X writes."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+from t5x import state_utils
+
+from moe_peft import errors, methods, patching
+from moe_peft.convert import t5x as t5x_files
+from moe_peft.partitioning import hosts
+from moe_peft.training import checkpoints, digest, exported
+
+FOLDER = "adapters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Writes `MODEL_DIR/adapters/step_N.safetensors` whenever T5X saves a checkpoint.
+
+    For `utils.SaveCheckpointConfig.state_transformation_fns`. `moe-peft eval`, `merge`, `convert`
+    and `adapted.model` read these files; they know the method, and by a fingerprint the backbone.
+    T5X's own checkpoint stays as it is, backbone and optimiser included: T5X resumes from it.
+
+    Attributes:
+      method: says what trains.
+      model_dir: of the run.
+      backbone: checkpoint that the run started from.
+    """
+
+    method: methods.Method
+    model_dir: str
+    backbone: str
+
+    def __call__(
+        self, state: Mapping[str, Any], infos: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Called by T5X in every process with what it is about to save; changes nothing."""
+        params = state_utils.flatten_state_dict(state["target"])
+        step = int(hosts.get(state["state"]["step"]))
+        if not any(map(patching.is_adapter, params)):
+            return state, infos  # The method trains the whole model, which T5X saves.
+        trained = {
+            path: hosts.get(leaf) for path, leaf in params.items() if self.method.is_trainable(path)
+        }
+        description = self._description(params)
+        if hosts.is_first():
+            saved = checkpoints.Saved(
+                step, patching.trees.unflatten(trained), {}, {"description": description}
+            )
+            folder = pathlib.Path(self.model_dir) / FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            path = exported.save(saved, folder / f"step_{step}.safetensors")
+            logging.info("Saved %d leaves of adapters to %s.", len(trained), path)
+        return state, infos
+
+    def _description(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        frozen = {p: leaf for p, leaf in params.items() if not patching.is_adapter(p)}
+        return {
+            "method": self.method.describe(),
+            "backbone": {"fingerprint": self._fingerprint(frozen), "frozen_dtype": "float32"},
+            "backbone_spec": f"t5x:{self.backbone}",
+            "trainer": "t5x",
+        }
+
+    def _fingerprint(self, base: Mapping[str, jax.Array]) -> str:
+        """Of the backbone; frozen, it is the same every time.
+
+        T5X holds in float32 what may be stored in bfloat16; a fingerprint is of what is stored.
+        """
+        if "fingerprint" not in self._known:
+            try:
+                stored = t5x_files.dtypes(self.backbone)
+            except errors.UserError as error:  # TensorFlow's checkpoints are float32.
+                logging.warning("%s The fingerprint is of float32 weights.", error)
+                stored = {}
+            self._known["fingerprint"] = digest.of_leaves(
+                digest.of_leaf(path, hosts.get(leaf).astype(stored.get(path, leaf.dtype)))
+                for path, leaf in base.items()
+            )
+        return self._known["fingerprint"]
+
+    @functools.cached_property
+    def _known(self) -> dict[str, str]:
+        return {}
