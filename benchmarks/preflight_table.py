@@ -51,7 +51,7 @@ METHODS = {
 }
 DEFAULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.json"
 TOLERANCE = 0.02
-CRASHED = "the compiler crashes"
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 Row = dict[str, Any]
 
 
@@ -80,15 +80,20 @@ class Case:
         text = json.dumps(decides, sort_keys=True, default=str)
         return experiment, setting, hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def compile(self) -> Row:
-        """Compiles it; the row of the table."""
+    def compile(self, xla_flags: str = "") -> Row:
+        """Compiles it, once in a process; the row of the table."""
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
         experiment, setting, digest = self.planned()
         target = targets.find(self.target)
         found = experiment.compile(target, target.devices(), setting, is_quick=True)
         print(f"{self.size} {self.method} {self.target}, {setting}:", preflight_view.summary(found))
         sys.stdout.flush()
         row = dataclasses.asdict(self) | found.to_json()
-        return row | {"settings": digest, "compiler": compiler(self.target)}
+        return row | {
+            "settings": digest,
+            "compiler": compiler(self.target),
+            "xla_flags": xla_flags,
+        }
 
 
 def compiler(target: str) -> str:
@@ -128,12 +133,13 @@ def add(path: pathlib.Path, case: Case, row: Row) -> None:
 def fill(path: pathlib.Path, wanted: Sequence[Case], is_again: bool = False) -> None:
     """Compiles the wanted rows that the file lacks, or has with other settings.
 
-    Each in a process of its own: some programs end the compiler by a failed assertion.
+    Each in a process of its own: some programs end the GPU's compiler by a failed assertion. Those
+    are compiled without Triton's matrix products.
     """
     for case in wanted:
-        code = in_child(_fill_one, path, case, is_again)
-        if code < 0:
-            in_child(_add_crash, path, case, -code)
+        if in_child(_fill_one, path, case, is_again) < 0:
+            print(f"{case}: the compiler crashed", flush=True)
+            in_child(_fill_one, path, case, is_again, NO_TRITON)
 
 
 def in_child(function: Callable[..., None], *args: Any) -> int:
@@ -145,34 +151,13 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
     return child.exitcode
 
 
-def _fill_one(path: pathlib.Path, case: Case, is_again: bool) -> None:
+def _fill_one(path: pathlib.Path, case: Case, is_again: bool, xla_flags: str = "") -> None:
     known = read(path).get(case)
     if known and not is_again:
         current = (case.planned()[2], compiler(case.target))
         if (known["settings"], known["compiler"]) == current:
             return
-    add(path, case, case.compile())
-
-
-def _add_crash(path: pathlib.Path, case: Case, signal: int) -> None:
-    _, setting, digest = case.planned()
-    target = targets.find(case.target)
-    found = flight_lib.Flight(
-        setting,
-        target.name,
-        target.chip.memory,
-        memory=None,
-        needed=0.0,
-        refused=f"{CRASHED} (signal {signal})",
-        operations=0.0,
-        bytes_accessed=0.0,
-        collectives={},
-        bounds={},
-        compile_seconds=0.0,
-    )
-    print(f"{case.size} {case.method} {case.target}: {found.refused}", flush=True)
-    row = dataclasses.asdict(case) | found.to_json()
-    add(path, case, row | {"settings": digest, "compiler": compiler(case.target)})
+    add(path, case, case.compile(xla_flags))
 
 
 def differences(old: Row, new: Row) -> list[str]:
@@ -190,20 +175,21 @@ def differences(old: Row, new: Row) -> list[str]:
 
 def compare(path: pathlib.Path, wanted: Sequence[Case]) -> bool:
     """Compiles the wanted rows that the file has again; whether all came out the same."""
-    rows, is_same = read(path), True
-    for case in wanted:
-        if case in rows:
-            found = differences(rows[case], case.compile())
-            is_same = is_same and not found
-            print("  as in the file" if not found else "  " + "; ".join(found), flush=True)
-            jax.clear_caches()
-    return is_same
+    rows = read(path)
+    codes = [in_child(_compare_one, rows[case], case) for case in wanted if case in rows]
+    return not any(codes)
+
+
+def _compare_one(row: Row, case: Case) -> None:
+    found = differences(row, case.compile(row["xla_flags"]))
+    print("  as in the file" if not found else "  " + "; ".join(found), flush=True)
+    sys.exit(bool(found))
 
 
 def markdown(rows: Mapping[Case, Row]) -> str:
     """The table of docs/scaling.md: peak GB of a chip, and milliseconds that a step needs at least.
 
-    What does not fit says by how much instead.
+    What does not fit says by how much instead; * marks what was compiled without Triton.
     """
     lines = [
         "| | " + " | ".join(TARGETS) + " |",
@@ -219,11 +205,10 @@ def markdown(rows: Mapping[Case, Row]) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    if row["refused"].startswith(CRASHED):
-        return CRASHED
     if not row["fits"]:
         return f"{(row['needed'] - row['capacity']) / 1e9:.2f} GB too many"
-    return f"{row['needed'] / 1e9:.1f}, {row['seconds_at_least'] * 1e3:.0f} ms"
+    mark = "*" if row["xla_flags"] else ""
+    return f"{row['needed'] / 1e9:.1f}{mark}, {row['seconds_at_least'] * 1e3:.0f} ms"
 
 
 def main() -> None:

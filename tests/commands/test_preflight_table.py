@@ -66,7 +66,7 @@ def row(case, **changes):
         "needed": 8.0e9,
         "capacity": 16.0e9,
         "fits": True,
-        "refused": "",
+        "xla_flags": "",
         "operations": 1e12,
         "seconds_at_least": 0.1,
         "collectives": {"all-reduce": {"count": 3, "num_bytes": 1000}},
@@ -80,7 +80,7 @@ def test_rows_that_are_there_are_kept(tmp_path, monkeypatch):
     wanted = table.cases(sizes=("3b",), methods=("lora", "ia3"), places=("v5e-16",))
     compiled = []
 
-    def compile_(case):
+    def compile_(case, xla_flags):
         compiled.append(case)
         return row(case)
 
@@ -102,19 +102,22 @@ def test_rows_that_are_there_are_kept(tmp_path, monkeypatch):
     assert len(compiled) == 5
 
 
-def test_a_compiler_that_crashes_is_a_row(tmp_path, monkeypatch):
+def test_what_crashes_a_compiler_is_compiled_without_triton(tmp_path, monkeypatch):
     (case,) = table.cases(("3b",), ("mhr_64",), ("h100:1",))
-    setting = flight_lib.Setting(1, 1, 1, 1, "full")
-    fills = lambda function: function is table._fill_one
-    in_child = lambda function, *args: -6 if fills(function) else function(*args)
+    codes = iter([-6, 0])
+
+    def in_child(function, *args):
+        code = next(codes)
+        if not code:
+            function(*args)
+        return code
+
     monkeypatch.setattr(table, "in_child", in_child)
-    monkeypatch.setattr(table.Case, "planned", lambda case: (None, setting, "abc"))
+    monkeypatch.setattr(table.Case, "compile", lambda case, flags: row(case, xla_flags=flags))
     path = tmp_path / "table.json"
     table.fill(path, [case])
-    found = table.read(path)
-    assert found[case]["refused"] == "the compiler crashes (signal 6)"
-    assert not found[case]["fits"]
-    assert "| the compiler crashes |" in table.markdown(found)
+    assert table.read(path)[case]["xla_flags"] == table.NO_TRITON
+    assert "| 8.0*, 100 ms |" in table.markdown(table.read(path))
 
 
 def test_what_counts_as_a_difference():
