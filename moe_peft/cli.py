@@ -69,7 +69,8 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
 
     if args.command == "files":
         folder = gin_utils.packaged_folder()
-        print("\n".join(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.gin"))))
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
+        print(folder if args.folder else "\n".join(found))
         return 0
 
     if args.command == "compare":

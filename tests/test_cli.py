@@ -1,6 +1,7 @@
 """The command line: help at once, settings from gin, results on standard output."""
 
 import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -93,6 +94,9 @@ def test_files_lists_what_can_be_named(capsys):
     assert cli.main(["files"]) == 0
     listed = capsys.readouterr().out.split()
     assert {"models/tiny.gin", "methods/mov.gin", "runs/train.gin"} <= set(listed)
+    assert cli.main(["files", "--folder"]) == 0
+    (folder,) = capsys.readouterr().out.split()
+    assert (pathlib.Path(folder) / "methods" / "mov.gin").is_file()
 
 
 def test_interrupt_is_one_line(monkeypatch, capsys):

@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     _add_aggregate(commands)
     _add_data(commands)
     _add_experiments(commands)
-    commands.add_parser("files", help="list the gin files that come with the package")
+    files = commands.add_parser("files", help="list the gin files that come with the package")
+    files.add_argument("--folder", action="store_true", help="print where they are instead")
     return top
 
 

@@ -36,8 +36,8 @@ def is_dense(module: nn.Module) -> bool:
 def feature_axes(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the logical axes of a dense layer's input and output features.
 
-    Taken from the layer's own names of its kernel's axes. Where those name one joined axis for two features, the
-    two are heads and their width.
+    Taken from the layer's own names of its kernel's axes. Where those name one joined axis for two
+    features, the two are heads and their width.
     """
     num_out = len(_as_tuple(module.features))
     num_in = getattr(module, "num_input_axes", None) or len(_as_tuple(getattr(module, "axis", -1)))

@@ -16,8 +16,8 @@ from t5x import models as t5x_models
 
 from moe_peft import errors, methods, patching, routing
 from moe_peft.models import encoder_decoder
-from moe_peft.t5x import features, trainable
-from moe_peft.training import exported, preparation
+from moe_peft.t5x import features, saving, trainable
+from moe_peft.training import preparation
 
 Batch = Mapping[str, Array]
 
@@ -56,7 +56,7 @@ def model(
 
 
 def _read(path: str, method: methods.Method) -> dict[str, Array]:
-    saved = exported.load(path)
+    saved = saving.read(path)
     preparation.check_same_run(
         saved.description, {"method": preparation.as_json(method.describe())}, path, ("method",)
     )

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from t5x import state_utils
 
@@ -16,6 +18,27 @@ from moe_peft.partitioning import hosts
 from moe_peft.training import checkpoints, digest, exported
 
 FOLDER = "adapters"
+
+
+def write(saved: checkpoints.Saved, path: epath.Path) -> epath.Path:
+    """Writes what `read` reads; the path may be in a bucket (gs://)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with tempfile.TemporaryDirectory() as folder:
+        local = exported.save(saved, pathlib.Path(folder) / path.name)
+        partial.write_bytes(local.read_bytes())
+    return partial.replace(path)
+
+
+def read(path: str) -> checkpoints.Saved:
+    """Adapters of a file, which may be in a bucket."""
+    given = epath.Path(path)
+    if not given.exists():
+        raise errors.UserError(f"There is no file of adapters {path}.")
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder) / given.name
+        local.write_bytes(given.read_bytes())
+        return exported.load(local)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +75,7 @@ class Adapters:
             saved = checkpoints.Saved(
                 step, patching.trees.unflatten(trained), {}, {"description": description}
             )
-            folder = pathlib.Path(self.model_dir) / FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            path = exported.save(saved, folder / f"step_{step}.safetensors")
+            path = write(saved, epath.Path(self.model_dir) / FOLDER / f"step_{step}.safetensors")
             logging.info("Saved %d leaves of adapters to %s.", len(trained), path)
         return state, infos
 

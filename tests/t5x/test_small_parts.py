@@ -131,5 +131,7 @@ def test_adapters_go_to_the_built_in_trainer_and_back(guest, t5x, network, tmp_p
     stray = t5x.adapted.model(guest.base_model(other), method, adapters=str(again))
     with pytest.raises(errors.UserError, match="do not fit the model.*Does only one of them"):
         guest.variables(stray)
+    with pytest.raises(errors.UserError, match="There is no file of adapters .*none"):
+        t5x.adapted.model(guest.base_model(network), method, adapters=str(tmp_path / "none"))
     with pytest.raises(errors.UserError, match="another method"):
         t5x.adapted.model(guest.base_model(network), methods.mov(), adapters=str(again))
