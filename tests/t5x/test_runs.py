@@ -118,7 +118,7 @@ def test_a_task_routed_method_trains_resumes_evaluates_and_infers(backbone, tmp_
 
     t5x(
         "infer",
-        ("t5x/configs/runs/infer.gin", "t5x/cldr.gin", mhr[0], "t5x/adapters.gin"),
+        ("t5x/configs/runs/infer.gin", "t5x/cldr.gin", mhr[0], "t5x/infer_adapters.gin"),
         CHECKPOINT_PATH=str(run / "checkpoint_4"),
         INFER_OUTPUT_DIR=str(tmp_path / "infer"),
         MIXTURE_OR_TASK_NAME=TASK,
@@ -127,7 +127,7 @@ def test_a_task_routed_method_trains_resumes_evaluates_and_infers(backbone, tmp_
             "t5x.utils.RestoreCheckpointConfig.dtype": "float32",
         },
     )
-    (found,) = (tmp_path / "infer").glob("*.jsonl*")
+    (found,) = (tmp_path / "infer").glob("*.jsonl-00000-of-00001")
     lines = pathlib.Path(found).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == own
 
