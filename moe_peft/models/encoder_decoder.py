@@ -51,13 +51,7 @@ class EncoderDecoder:
 
         `batch_shapes`: feature name to a shape tuple, or to anything with a `.shape`.
         """
-        batch = {
-            name: jnp.ones(
-                getattr(value, "shape", value),
-                jnp.float32 if name in FLOAT_FEATURES else jnp.int32,
-            )
-            for name, value in batch_shapes.items()
-        }
+        batch = ones(batch_shapes)
         tokens, packing = _features(batch)
         variables = self.module.init(
             rng, *tokens, **packing, enable_dropout=False, **self._routing(batch)
@@ -256,6 +250,16 @@ class EncoderDecoder:
         if not isinstance(self.module, patching.Patched):
             return {}
         return {"routing": context(batch, self.method)}
+
+
+def ones(batch_shapes: Mapping[str, Any]) -> Batch:
+    """A batch of ones to make parameters with; `batch_shapes` as in `init_variables`."""
+    return {
+        name: jnp.ones(
+            getattr(value, "shape", value), jnp.float32 if name in FLOAT_FEATURES else jnp.int32
+        )
+        for name, value in batch_shapes.items()
+    }
 
 
 def context(batch: Batch, method: methods_lib.Method | None) -> routing.RoutingContext:

@@ -85,15 +85,7 @@ class Adapted:
     ) -> flax.core.FrozenDict:
         """As T5X's, with the leaves of the adapters and their axes."""
         shapes = {name: tuple(shape) for name, shape in input_shapes.items()}
-        found = self._routed(
-            {
-                name: jnp.ones(
-                    shape,
-                    jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32,
-                )
-                for name, shape in shapes.items()
-            }
-        )
+        found = self._routed(encoder_decoder.ones(shapes))
         variables = super(Adapted, found).get_initial_variables(rng, input_shapes, input_types)
         known = {k: v for k, v in variables.items() if k in ("params", "params_axes")}
         if self.adapters is not None:

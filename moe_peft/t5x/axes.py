@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from t5x import partitioning
 
 from moe_peft import methods, patching
-from moe_peft.models import t5
+from moe_peft.models import encoder_decoder, t5
 from moe_peft.partitioning import layout
 
 Rules = Sequence[tuple[str, str | None]]
@@ -52,13 +51,10 @@ def own_axes(method: methods.Method) -> list[str]:
         num_decoder_layers=1,
         mlp_activations=("gelu", "linear"),
     )
-    tokens = jnp.ones((1, 1), jnp.int32)
-    variables = jax.eval_shape(
-        lambda rng: method.patch(t5.Transformer(config)).init(
-            rng, tokens, tokens, tokens, enable_dropout=False
-        ),
-        jax.random.key(0),
-    )
+    network = encoder_decoder.EncoderDecoder(method.patch(t5.Transformer(config)), method=method)
+    tokens = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    shapes = dict.fromkeys(tokens, (1, 1)) | {"task_ids": (1,), "sentence_embeddings": (1, 1)}
+    variables = jax.eval_shape(lambda rng: network.init_variables(rng, shapes), jax.random.key(0))
     axes = layout.logical_axes(variables)
     base = {name for path, names in axes.items() if not patching.is_adapter(path) for name in names}
     found = {name for path, names in axes.items() if patching.is_adapter(path) for name in names}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import pathlib
 import tempfile
 from typing import Any
@@ -41,7 +40,7 @@ def read(path: str) -> checkpoints.Saved:
         return exported.load(local)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Adapters:
     """Writes `MODEL_DIR/adapters/step_N.safetensors` whenever T5X saves a checkpoint.
 
@@ -58,6 +57,7 @@ class Adapters:
     method: methods.Method
     model_dir: str
     backbone: str
+    _fingerprint: str | None = dataclasses.field(default=None, init=False)
 
     def __call__(
         self, state: Mapping[str, Any], infos: Mapping[str, Any]
@@ -80,31 +80,25 @@ class Adapters:
         return state, infos
 
     def _description(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
-        frozen = {p: leaf for p, leaf in params.items() if not patching.is_adapter(p)}
+        if self._fingerprint is None:  # Frozen, the backbone stays the same.
+            base = {p: leaf for p, leaf in params.items() if not patching.is_adapter(p)}
+            self._fingerprint = fingerprint(base, self.backbone)
         return {
             "method": self.method.describe(),
-            "backbone": {"fingerprint": self._fingerprint(frozen), "frozen_dtype": "float32"},
+            "backbone": {"fingerprint": self._fingerprint, "frozen_dtype": "float32"},
             "backbone_spec": f"t5x:{self.backbone}",
             "trainer": "t5x",
         }
 
-    def _fingerprint(self, base: Mapping[str, jax.Array]) -> str:
-        """Of the backbone; frozen, it is the same every time.
 
-        T5X holds in float32 what may be stored in bfloat16; a fingerprint is of what is stored.
-        """
-        if "fingerprint" not in self._known:
-            try:
-                stored = t5x_files.dtypes(self.backbone)
-            except errors.UserError as error:  # TensorFlow's checkpoints are float32.
-                logging.warning("%s The fingerprint is of float32 weights.", error)
-                stored = {}
-            self._known["fingerprint"] = digest.of_leaves(
-                digest.of_leaf(path, hosts.get(leaf).astype(stored.get(path, leaf.dtype)))
-                for path, leaf in base.items()
-            )
-        return self._known["fingerprint"]
-
-    @functools.cached_property
-    def _known(self) -> dict[str, str]:
-        return {}
+def fingerprint(base: Mapping[str, jax.Array], checkpoint: str) -> str:
+    """Digest of the backbone as the checkpoint stores it: T5X holds bfloat16 in float32."""
+    try:
+        stored = t5x_files.dtypes(checkpoint)
+    except errors.UserError as error:  # TensorFlow's checkpoints are float32.
+        logging.warning("%s The fingerprint is of float32 weights.", error)
+        stored = {}
+    return digest.of_leaves(
+        digest.of_leaf(path, hosts.get(leaf).astype(stored.get(path, leaf.dtype)))
+        for path, leaf in base.items()
+    )

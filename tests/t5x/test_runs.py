@@ -19,7 +19,7 @@ TASK = "cldr_month_cs"
 
 
 def python(*arguments, code=0):
-    """Output of a Python command, which has to end with this exit code."""
+    """Output of a Python command, which has to end well (code 0) or with an error."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     run = subprocess.run(
         [sys.executable, "-m", *arguments],

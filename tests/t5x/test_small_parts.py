@@ -24,6 +24,7 @@ def test_rules_of_adapters_axes_follow_from_the_method(t5x):
     assert ("expert", None) in rules
     assert ("rank", None) in rules
     assert ("heads", "model") in rules
+    assert ("expert", None) in t5x.axes.rules(methods.mov(num_experts=3, routing="sentence"))
     assert {"skill", "split", "task"} <= {name for name, _ in t5x.axes.rules(MHR())}
     first = t5x.axes.rules(methods.molora(num_experts=3), first=[("expert", "model")])
     assert first[0] == ("expert", "model")
