@@ -13,6 +13,10 @@ import rich.box
 import rich.console
 import rich.table
 
+from moe_peft import host_memory
+
+host_memory.run_programs_inline()  # As the commands do.
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -33,6 +37,7 @@ def paired(
 
     A call returns its outputs; they are waited for inside the timed region.
     """
+    host_memory.keep()
     for call in calls.values():
         jax.block_until_ready(call())
     seconds = {name: [] for name in calls}

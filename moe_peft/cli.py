@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     command = settings.COMMANDS[args.command]
     if not args.gin_file and not gin_bindings:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
-    _join(args)
+    _set_up(args)
     entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
     if args.command == "plan":
         from moe_peft.analysis import plan
@@ -113,12 +113,14 @@ def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
     return 0
 
 
-def _join(args: argparse.Namespace) -> None:
-    """Joins the other processes of a run, if there are any."""
-    from moe_peft.partitioning import hosts
-
+def _set_up(args: argparse.Namespace) -> None:
+    """Readies the processor and joins the other processes of a run, if there are any."""
     if args.command in ("plan", "preflight", "export", "merge"):
         return
+    from moe_peft import host_memory
+    from moe_peft.partitioning import hosts
+
+    host_memory.run_programs_inline()
     cluster = hosts.find(getattr(args, "distributed", None), os.environ)
     if cluster is not None and args.command != "train":
         raise errors.UserError(

@@ -10,7 +10,7 @@ import gin
 import pytest
 
 import moe_peft
-from moe_peft import cli, gin_checks, gin_utils
+from moe_peft import cli, gin_checks, gin_utils, host_memory
 from moe_peft.commands import settings
 
 TINY_MOV = ("--gin_file", "models/tiny.gin", "--gin_file", "methods/mov.gin")
@@ -106,6 +106,15 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", interrupt)
     assert cli.main(["train"]) == cli.INTERRUPTED
     assert capsys.readouterr().err == "moe-peft train: interrupted.\n"
+
+
+def test_commands_that_compute_run_their_programs_inline(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(host_memory, "run_programs_inline", lambda: asked.append(True))
+    assert cli.main(["plan", "--gin_file", "missing.gin"]) == cli.USER_ERROR
+    assert not asked
+    assert cli.main(["train", "--gin_file", "missing.gin"]) == cli.USER_ERROR
+    assert asked
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, gin_utils, patching
+from moe_peft import errors, gin_utils, host_memory, patching
 from moe_peft.partitioning import hosts
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, metrics_writer
@@ -85,6 +85,7 @@ class Run:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
+        host_memory.keep()
         with contextlib.ExitStack() as stack:
             is_first = hosts.is_first()
             self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import errors, methods
+from moe_peft import errors, host_memory, methods
 from moe_peft.training import (
     backbone,
     checkpoints,
@@ -190,6 +190,13 @@ def test_nan_stops_with_step_and_leaf_and_keeps_the_last_checkpoint(toy, tmp_pat
 def test_nothing_to_train_is_refused(toy, tmp_path):
     with pytest.raises(errors.UserError, match="'frozen' trains nothing"):
         toy.fit(tmp_path, 1, method=methods.frozen())
+
+
+def test_memory_of_a_step_is_kept_for_the_next(toy, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(host_memory, "keep", lambda: asked.append(True))
+    toy.fit(tmp_path, 1)
+    assert asked
 
 
 def test_empty_data_is_refused(toy, tmp_path):
