@@ -51,9 +51,10 @@ T5X = load(
 
 
 def network(name: str):
-    """T5X's network "t5" or "scalable_t5"."""
+    """T5X's network "t5", or "scalable_t5": scanned, and part of a layer computed again."""
     module = importlib.import_module(f"t5x.examples.{name}.network")
-    return module.Transformer(module.T5Config(**SIZES, dtype=jnp.float32))
+    remat = {"remat_policy": "minimal"} if name == "scalable_t5" else {}
+    return module.Transformer(module.T5Config(**SIZES, dtype=jnp.float32, **remat))
 
 
 def flaxformer(scan_layers: bool = False):
