@@ -28,7 +28,7 @@ def keep() -> bool:
     """Stops glibc from returning memory, for good, if jax computes on a CPU; says whether.
 
     Called when the weights are loaded, so that what loading took still goes back. A process then
-    holds the most that it ever needed at a time. Elsewhere than on Linux with glibc nothing changes.
+    holds the most that it ever needed at a time. Only glibc, on Linux, can be told so.
     """
     if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False

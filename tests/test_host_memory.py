@@ -43,7 +43,7 @@ def test_later_calls_work_in_the_memory_of_the_first():
     assert _faults(inline=True, keep=True) * 20 < _faults(inline=False, keep=False)
 
 
-@pytest.mark.parametrize("backend, platform", [("gpu", "linux"), ("cpu", "darwin")])
+@pytest.mark.parametrize(("backend", "platform"), [("gpu", "linux"), ("cpu", "darwin")])
 def test_elsewhere_nothing_changes(monkeypatch, backend, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(sys, "platform", platform)
