@@ -13,6 +13,8 @@ import jax
 # Parameters of glibc's mallopt (man 3 mallopt).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
+_FIRST_STEPS = 8
+
 
 def run_programs_inline() -> None:
     """Lets the calling thread run programs on a CPU; has to come before jax looks for devices.
@@ -27,10 +29,30 @@ def run_programs_inline() -> None:
 def keep() -> bool:
     """Stops glibc from returning memory, for good, if jax computes on a CPU; says whether.
 
-    Called when the weights are loaded, so that what loading took still goes back. A process then
-    holds the most that it ever needed at a time. Only glibc, on Linux, can be told so.
+    Only glibc, on Linux, can be told so. Called when the weights are loaded, so that what loading
+    took still goes back.
     """
     if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none.
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+class Kept:
+    """Keeps the memory of a loop's steps, and returns what they do not use.
+
+    The first steps each find another block, until one fits for good: glibc asks for a little more
+    than it needs to align one, and what it cuts off goes to others. So memory is returned after
+    every one of these, and later after as many steps again: never two blocks for long.
+    """
+
+    def __init__(self):
+        self._is_on = keep()
+        self._num_steps = 0
+
+    def after_step(self) -> None:
+        """To be called when a step's program has ended."""
+        self._num_steps += 1
+        is_power_of_2 = self._num_steps & (self._num_steps - 1) == 0
+        if self._is_on and (self._num_steps <= _FIRST_STEPS or is_power_of_2):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 from jaxtyping import PyTree
 
-from moe_peft import host_memory, methods
+from moe_peft import methods
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import preparation, trained
@@ -74,9 +74,7 @@ def restore(
         "total_parameters": trainable + frozen,
     }
     shardings = layout_lib.Layout(mesh).shardings(params, start.logical_axes())
-    restored = Restored(model, jax.device_put(params, shardings), run)
-    host_memory.keep()
-    return restored
+    return Restored(model, jax.device_put(params, shardings), run)
 
 
 def _count(tree: PyTree) -> int:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, PyTree
 import numpy as np
 import optax
 
-from moe_peft import host_memory
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.partitioning import program
 from moe_peft.training import state as state_lib
@@ -128,7 +127,6 @@ class Fleet:
         self.width = -(-width // shards) * shards
         self._by_run = mesh_lib.batch_sharding(mesh)
         self.frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
-        host_memory.keep()
         if map_runs is None:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             map_runs = one_after_another if on_cpu else jax.vmap

@@ -85,7 +85,6 @@ class Run:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
-        host_memory.keep()
         with contextlib.ExitStack() as stack:
             is_first = hosts.is_first()
             self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
@@ -119,8 +118,10 @@ class Run:
 
     def _loop(self, state, first_step, batches) -> Result:
         settings, line, started = self._settings, {}, time.monotonic()
+        memory = host_memory.Kept()
         for step in range(first_step + 1, settings.num_steps + 1):
             state, metrics = self._train_step(state, self._frozen, next_batch(batches, step))
+            memory.after_step()
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
                 took = time.monotonic() - started

@@ -193,10 +193,10 @@ def test_nothing_to_train_is_refused(toy, tmp_path):
 
 
 def test_memory_of_a_step_is_kept_for_the_next(toy, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(host_memory, "keep", lambda: asked.append(True))
-    toy.fit(tmp_path, 1)
-    assert asked
+    steps = []
+    monkeypatch.setattr(host_memory.Kept, "after_step", lambda memory: steps.append(memory))
+    toy.fit(tmp_path, 3)
+    assert len(steps) == 3
 
 
 def test_empty_data_is_refused(toy, tmp_path):
