@@ -5,6 +5,7 @@ the gin configurable that is its entry point; everything that configurable takes
 """
 
 import argparse
+import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -39,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from moe_peft.partitioning import surroundings
 
         surroundings.without_devices(os.environ)
+    skipped_before = _skipped()
     try:
         code = _run(args, gin_bindings)
         if args.command != "data" or args.verb == "show":  # the other verbs tell it themselves
-            _say_skipped()
+            _say_skipped(skipped_before)
         return code
     except BrokenPipeError:  # whoever read the output has seen enough, as in `moe-peft plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,11 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _say_skipped() -> None:
-    """Prints how many bad rows were skipped, if any were."""
+def _skipped() -> collections.Counter[tuple[str, str]]:
+    """Bad rows that this process has skipped, by (file, reason)."""
     reader = sys.modules.get("moe_peft.data.bad_rows")
-    if reader is not None and reader.skipped():
-        print(f"{reader.summary(reader.skipped())}.", file=sys.stderr)
+    return collections.Counter(reader.skipped() if reader else {})
+
+
+def _say_skipped(before: collections.Counter[tuple[str, str]]) -> None:
+    """Prints how many bad rows were skipped since, if any were."""
+    found = _skipped() - before
+    if found:
+        print(f"{sys.modules['moe_peft.data.bad_rows'].summary(found)}.", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:

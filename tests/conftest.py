@@ -24,7 +24,15 @@ jaxtyping.install_import_hook(
 import jax
 import pytest
 
+from moe_peft import host_memory
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def memory_goes_back():
+    """A test process runs hundreds of programs: it would hold the most of each."""
+    host_memory.keep = lambda: False
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,7 @@ from moe_peft.data import bad_rows, pipeline, samples
 from moe_peft.data.crossfit import files as crossfit_files
 from moe_peft.data.p3 import held_out, ids, names, records, writing
 from moe_peft.data.superni import files as superni_files
-from moe_peft.tasks import crossfit, superni
+from moe_peft.tasks import crossfit, p3, superni  # noqa: F401 (registers)
 
 LENGTHS = {"inputs": 96, "targets": 32}
 

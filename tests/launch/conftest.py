@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -36,6 +37,12 @@ class StandIns:
         """Each call's words, oldest first."""
         path = self.folder / "calls"
         return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts():
+    """A shell cannot catch SIGINT where it was ignored before, as for what runs with `&`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

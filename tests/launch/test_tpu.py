@@ -1,5 +1,6 @@
 """launch/tpu: which calls of gcloud follow which state of the slice, and what its hosts do."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -60,14 +61,19 @@ def gcloud(stand_ins):
     return stand_ins
 
 
+@contextlib.contextmanager
 def start(gcloud, *arguments):
-    return subprocess.Popen(
+    with subprocess.Popen(
         ["bash", str(FOLDER / "run.sh"), *arguments],
         env=gcloud.environ(MOE_PEFT_POLL="0.01"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # It would be waited for.
 
 
 def run(gcloud, *arguments):
