@@ -3,7 +3,7 @@
 T5X (google-research/t5x, on PYTHONPATH) runs `examples/t5` unchanged, with the method's adapters
 patched in (moe_peft/t5x), through its own Trainer and partitioner. Adafactor, no dropout. T5X keeps
 frozen weights in float32; the built-in trainer in what --frozen_dtype says. Both work in memory
-that stays from step to step (`moe_peft.host_memory`), which T5X's own commands would not.
+that stays from step to step (`moe_peft.runtime.host_memory`), which T5X's own commands would not.
 
     PYTHONPATH=... python benchmarks/against_t5x.py [--methods mov lora] [--rounds 7] [--output F]
 """

@@ -25,9 +25,9 @@ import jax
 import measure
 import numpy as np
 
-from moe_peft import quiet
+from moe_peft.runtime import tensorflow_logs
 
-with quiet.importing():
+with tensorflow_logs.importing():
     from moe_peft.data import encoding, mixing, pipeline, row_store, rows
 
 POINTS = 20  # of the course of memory

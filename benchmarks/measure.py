@@ -13,7 +13,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from moe_peft import host_memory
+from moe_peft.runtime import host_memory
 
 host_memory.run_programs_inline()  # As the commands do.
 

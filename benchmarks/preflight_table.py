@@ -31,9 +31,9 @@ import jax
 
 from moe_peft import cli, errors
 from moe_peft.commands import preflight_programs, preflight_search, preflight_view
-from moe_peft.evaluation import predictions
 from moe_peft.partitioning import flight as flight_lib
 from moe_peft.partitioning import targets
+from moe_peft.runtime import json_files
 
 SIZES = ("770m", "3b", "11b")
 TARGETS = ("v5e-16", "h100:1", "h100:8", "v5e-256", "v4-256")
@@ -127,7 +127,7 @@ def add(path: pathlib.Path, case: Case, row: Row) -> None:
     rows = read(path) | {case: row}
     order = {each: number for number, each in enumerate(cases())}
     kept = [rows[each] for each in sorted(rows, key=order.__getitem__)]
-    predictions.write_json(path, {"rows": kept})
+    json_files.write_json(path, {"rows": kept})
 
 
 def fill(path: pathlib.Path, wanted: Sequence[Case], is_again: bool = False) -> None:

@@ -18,9 +18,9 @@ from moe_peft.partitioning import surroundings
 surroundings.without_devices(os.environ)
 
 from moe_peft import cli
-from moe_peft.evaluation import predictions
 from moe_peft.partitioning import flight as flight_lib
 from moe_peft.partitioning import targets
+from moe_peft.runtime import json_files
 
 LIMIT = 0.05
 
@@ -62,9 +62,7 @@ def main() -> None:
     print(f"grows by {found:.2%}, {LIMIT:.0%} are allowed")
     if options.output:
         settings = {name: value for name, value in vars(options).items() if name != "output"}
-        predictions.write_json(
-            options.output, {"settings": settings, "growth": found, "rows": rows}
-        )
+        json_files.write_json(options.output, {"settings": settings, "growth": found, "rows": rows})
     raise SystemExit(found >= LIMIT)
 
 

@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (errors.UserError, OSError) as error:
-        from moe_peft import gin_utils
+        from moe_peft.config import gin_files as config_gin_files
 
-        print(f"moe-peft {args.command}: {gin_utils.one_line(error)}", file=sys.stderr)
+        print(f"moe-peft {args.command}: {config_gin_files.one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"moe-peft {args.command}: interrupted.", file=sys.stderr)
@@ -73,10 +73,9 @@ def _say_skipped(before: collections.Counter[tuple[str, str]]) -> None:
 
 
 def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
-    from moe_peft import gin_utils
 
     if args.command == "files":
-        folder = gin_utils.packaged_folder()
+        folder = config_gin_files.packaged_folder()
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
         print(folder if args.folder else "\n".join(found))
         return 0
@@ -125,18 +124,17 @@ def _set_up(args: argparse.Namespace) -> None:
     """Readies the processor and joins the other processes of a run, if there are any."""
     if args.command in ("plan", "preflight", "export", "merge"):
         return
-    from moe_peft import host_memory
-    from moe_peft.partitioning import hosts
+    from moe_peft.runtime import host_memory, processes
 
     host_memory.run_programs_inline()
-    cluster = hosts.find(getattr(args, "distributed", None), os.environ)
+    cluster = processes.find(getattr(args, "distributed", None), os.environ)
     if cluster is not None and args.command != "train":
         raise errors.UserError(
             f"{args.command} works in one process, and {cluster.found_in} starts several. Start it "
-            f"once, or set {hosts.VARIABLE}=off."
+            f"once, or set {processes.VARIABLE}=off."
         )
     if cluster is not None:
-        hosts.join(cluster, args.distributed_timeout)
+        processes.join(cluster, args.distributed_timeout)
 
 
 def _preflight(experiment, args: argparse.Namespace) -> int:
@@ -212,7 +210,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
-    from moe_peft import quiet
+    from moe_peft.runtime import tensorflow_logs
 
     if args.verb == "prepare":
         prepare = configure("data prepare", args.gin_file, gin_bindings, args.gin_search_paths)
@@ -231,7 +229,7 @@ def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         printed = data_show.show_packed if args.packed else data_show.show
         printed(found, args.json, args.all_ids)
         return 0
-    with quiet.importing():
+    with tensorflow_logs.importing():
         from moe_peft.commands import data_check
     return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
 
@@ -293,27 +291,30 @@ def configure(
     """
     import gin
 
-    from moe_peft import gin_checks, gin_utils
+    from moe_peft.config import checks
+    from moe_peft.config import gin_files as config_gin_files
 
     every = {**settings.COMMANDS, **settings.DATA_COMMANDS}
     command = every[name]
-    gin_utils.import_modules(command.modules)
+    config_gin_files.import_modules(command.modules)
     search_paths = [path for path in gin_search_paths.split(",") if path]
-    load = lambda bindings: gin_utils.load(gin_files, bindings, search_paths, command.defaults)
+    load = lambda bindings: config_gin_files.load(
+        gin_files, bindings, search_paths, command.defaults
+    )
     config = load(gin_bindings)
     backbone = config.macro("BACKBONE")
     if name == "plan" and backbone is not None and isinstance(backbone.value, str):
         # Optional, unlike for the commands that load it: a plan needs no weights.
         config = load([*gin_bindings, "plan.backbone=%BACKBONE"])
     entry_points = [other.entry_point for other in every.values()]
-    gin_checks.check(
+    checks.check(
         config,
         command.entry_point,
         entry_points,
-        gin_utils.CALLED_BY_LIBRARY,
+        config_gin_files.CALLED_BY_LIBRARY,
         is_partial=name in settings.DATA_COMMANDS,
     )
-    for binding in gin_checks.obsolete(config, entry_points, gin_utils.CALLED_BY_LIBRARY):
+    for binding in checks.obsolete(config, entry_points, config_gin_files.CALLED_BY_LIBRARY):
         config.forget(binding)
     return gin.get_configurable(command.entry_point)
 

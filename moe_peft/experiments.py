@@ -12,7 +12,8 @@ import hashlib
 import pathlib
 import re
 
-from moe_peft import errors, gin_utils
+from moe_peft import errors
+from moe_peft.config import gin_files as gin_files_lib
 
 PAPERS = {
     "mhr": "Caccia et al. 2023, Multi-Head Adapter Routing for Cross-Task Generalization",
@@ -141,7 +142,7 @@ class Experiment:
 
 def names() -> list[str]:
     """Of all experiments, in the order of their papers."""
-    root = gin_utils.packaged_folder() / "experiments"
+    root = gin_files_lib.packaged_folder() / "experiments"
     return [
         path.relative_to(root).with_suffix("").as_posix()
         for paper in PAPERS
@@ -158,7 +159,9 @@ def load(name: str) -> Experiment:
       UserError: a part of the head is missing.
     """
     gin_file = f"experiments/{name}.gin"
-    text = gin_utils.find_file(gin_file, [gin_utils.packaged_folder()]).read_text(encoding="utf-8")
+    text = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()]).read_text(
+        encoding="utf-8"
+    )
     parts = _parts(text)
     missing = {"Number", "Command", "Expected", "Hardware", "In two minutes"} - set(parts)
     sample = re.search(r"samples/\w+\.gin", parts.get("In two minutes", ""))
@@ -204,7 +207,7 @@ def _one_line(text: str) -> str:
 
 def _settings(gin_file: str) -> Iterator[str]:
     """Lines of a file and of the files it includes, in order, without comments."""
-    path = gin_utils.find_file(gin_file, [gin_utils.packaged_folder()])
+    path = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()])
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.split("  #")[0].strip()
         included = re.fullmatch(r"include '(.+)'", line)
@@ -215,7 +218,7 @@ def _settings(gin_file: str) -> Iterator[str]:
 
 
 def _size(gin_file: str) -> str:
-    path = gin_utils.find_file(gin_file, [gin_utils.packaged_folder()])
+    path = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()])
     text = path.read_text(encoding="utf-8")
     model = re.search(r"include 'models/t5_1_\d_(\w+)\.gin'", text)
     if model:

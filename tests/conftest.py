@@ -24,7 +24,7 @@ jaxtyping.install_import_hook(
 import jax
 import pytest
 
-from moe_peft import host_memory
+from moe_peft.runtime import host_memory
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

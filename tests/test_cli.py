@@ -10,8 +10,10 @@ import gin
 import pytest
 
 import moe_peft
-from moe_peft import cli, gin_checks, gin_utils, host_memory
+from moe_peft import cli
 from moe_peft.commands import settings
+from moe_peft.config import checks, gin_files
+from moe_peft.runtime import host_memory
 
 TINY_MOV = ("--gin_file", "models/tiny.gin", "--gin_file", "methods/mov.gin")
 
@@ -81,7 +83,7 @@ def test_search_paths_and_own_files_come_before_packaged_ones(tmp_path, monkeypa
     (tmp_path / "extra").mkdir()
     (tmp_path / "extra" / "two.gin").write_text("include 'methods/mov.gin'\nmov.num_experts = 2")
     (tmp_path / "models").mkdir()
-    packaged = (gin_utils.packaged_folder() / "models" / "tiny.gin").read_text()
+    packaged = (gin_files.packaged_folder() / "models" / "tiny.gin").read_text()
     (tmp_path / "models" / "tiny.gin").write_text(packaged + "\nT5Config.num_heads = 8\n")
     monkeypatch.chdir(tmp_path)
     flags = ("--gin_file", "models/tiny.gin", "--gin_file", "two.gin", "--gin_search_paths=extra")
@@ -127,9 +129,9 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
 
 def test_documentation_lists_every_agreed_macro():
-    page = gin_utils.packaged_folder().parent / "docs" / "configuration.md"
+    page = gin_files.packaged_folder().parent / "docs" / "configuration.md"
     if not page.is_file():
         pytest.skip("not a checkout")
     text = page.read_text()
-    for name, meaning in gin_checks.MACROS.items():
+    for name, meaning in checks.MACROS.items():
         assert f"| `{name}` | {meaning} |" in text

@@ -166,12 +166,12 @@ def to_json(rows: Sequence[Row], title: str) -> dict[str, Any]:
 def write(rows: Sequence[Row], title: str, stem: pathlib.Path | str) -> list[pathlib.Path]:
     """Writes <stem>.md, .json and .png; returns their paths."""
     from moe_peft.analysis import pareto_picture  # Imports matplotlib.
-    from moe_peft.evaluation import predictions
+    from moe_peft.runtime import json_files
 
     stem = pathlib.Path(stem)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
-    predictions.write_text(paths[0], markdown(rows, title))
-    predictions.write_json(paths[1], to_json(rows, title))
+    json_files.write_text(paths[0], markdown(rows, title))
+    json_files.write_json(paths[1], to_json(rows, title))
     pareto_picture.draw(rows, title, paths[2])
     return paths
 

@@ -238,12 +238,12 @@ def to_json(runs: Sequence[Run]) -> dict[str, Any]:
 def write(runs: Sequence[Run], folder: pathlib.Path | str) -> list[pathlib.Path]:
     """Writes <mixture>.md, .json and .png into a folder; returns their paths."""
     from moe_peft.analysis import picture  # Imports matplotlib.
-    from moe_peft.evaluation import predictions
+    from moe_peft.runtime import json_files
 
     stem = pathlib.Path(folder) / runs[0].content["mixture"]
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
-    predictions.write_text(paths[0], markdown(runs))
-    predictions.write_json(paths[1], to_json(runs))
+    json_files.write_text(paths[0], markdown(runs))
+    json_files.write_json(paths[1], to_json(runs))
     picture.draw(runs, paths[2])
     return paths
 

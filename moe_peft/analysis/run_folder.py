@@ -90,12 +90,12 @@ def task_group(folder: pathlib.Path) -> str | None:
 
 def _config(folder: pathlib.Path):
     """The settings of a run, in force from here on; None if they cannot be read any more."""
-    from moe_peft import gin_utils
+    from moe_peft.config import gin_files
 
     try:
-        return gin_utils.load([str((folder / CONFIG).absolute())])
+        return gin_files.load([str((folder / CONFIG).absolute())])
     except (errors.UserError, ImportError) as error:
-        print(f"{folder}: its settings cannot be read ({gin_utils.one_line(error)})")
+        print(f"{folder}: its settings cannot be read ({gin_files.one_line(error)})")
         return None
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.analysis import pareto, report
-from moe_peft.evaluation import aggregation, answers, fewshot_report, metrics, predictions, suites
+from moe_peft.evaluation import aggregation, answers, fewshot_report, metrics, suites
 from moe_peft.evaluation import bootstrap as bootstrap_lib
+from moe_peft.runtime import json_files
 
 RESULTS, TABLE, PREDICTIONS = "results.json", "table.md", "predictions.jsonl"
 
@@ -97,8 +98,8 @@ def aggregate(folder: pathlib.Path, changes: Changes, out: pathlib.Path | None) 
     for place, content, table in tables:
         print(table)
         if out is not None:
-            predictions.write_json(out / place / RESULTS, content)
-            predictions.write_text(out / place / TABLE, table)
+            json_files.write_json(out / place / RESULTS, content)
+            json_files.write_text(out / place / TABLE, table)
             print(f"Written to {out / place}.", file=sys.stderr)
 
 
@@ -135,7 +136,7 @@ def _adaptation(folder: pathlib.Path, changes: Changes) -> _Table:
             "equally."
         )
     content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    rows = [changes.row(row) for row in predictions.read_jsonl(folder / PREDICTIONS)]
+    rows = [changes.row(row) for row in json_files.read_jsonl(folder / PREDICTIONS)]
     how = changes.bootstrap and dataclasses.asdict(changes.bootstrap)
     how = how or content.get("bootstrap")
     evaluation = content["settings"]["evaluation"]

@@ -12,7 +12,7 @@ import rich.table
 from moe_peft import errors
 from moe_peft.data import places, samples
 from moe_peft.data.checking import check, parts
-from moe_peft.evaluation import tracking
+from moe_peft.runtime import progress as progress_lib
 
 SUITE = "embedded:cldr"
 _SHOWN = 8  # findings of one rule in the table; JSON has all
@@ -56,7 +56,7 @@ def run(
 
 
 def _counted(what: str, listed: Sequence[parts.Part]):
-    with tracking.shown(what, len(listed)) as progress:
+    with progress_lib.shown(what, len(listed)) as progress:
         for part in listed:
             yield part
             progress.advance(1)

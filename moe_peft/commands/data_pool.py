@@ -12,7 +12,7 @@ import multiprocessing.queues
 import os
 import threading
 
-from moe_peft import quiet
+from moe_peft.runtime import tensorflow_logs
 
 # In a process of the pool: where it tells how many rows it has written.
 _counts: multiprocessing.queues.Queue | None = None
@@ -39,7 +39,7 @@ def _start(config: str, wanted: Sequence[str], counts: multiprocessing.queues.Qu
     global _counts
     _counts = counts
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with quiet.importing():
+    with tensorflow_logs.importing():
         import gin
 
         from moe_peft.commands import data_prepare

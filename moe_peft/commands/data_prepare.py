@@ -12,8 +12,9 @@ import time
 
 import gin
 
-from moe_peft import errors, gin_utils
+from moe_peft import errors
 from moe_peft.commands import data_pool, data_progress
+from moe_peft.config import gin_files
 from moe_peft.data import bad_rows, lookup, row_store
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
@@ -125,7 +126,7 @@ def _run_apart(
     splits: Sequence[str],
     tell: Callable[[int], None],
 ) -> Iterator[Done]:
-    pool, counts = data_pool.make(processes, gin_utils.resolved_text(), wanted)
+    pool, counts = data_pool.make(processes, gin_files.resolved_text(), wanted)
     with pool:
         left = {pool.submit(data_pool.prepare, name, splits) for name in tasks}
         try:

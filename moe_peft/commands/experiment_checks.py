@@ -15,8 +15,9 @@ import threading
 import time
 from typing import Any, TextIO
 
-from moe_peft import errors, experiments, gin_utils
+from moe_peft import errors, experiments
 from moe_peft.commands import experiment_record
+from moe_peft.config import gin_files
 
 
 def check(
@@ -77,7 +78,7 @@ def _checked(
             return _run(experiment, record, folder, workers)
         {"parse": parse, "plan": plan}[level](experiment)
     except errors.UserError as error:
-        return {level: gin_utils.one_line(error)}
+        return {level: gin_files.one_line(error)}
     return {level: experiment_record.OK}
 
 
@@ -110,7 +111,7 @@ def settings_on_samples(experiment: experiments.Experiment) -> str:
     digest = hashlib.sha256()
     for line in experiment.two_minutes(root):
         cli.configure(line.command, line.gin_files, line.bindings)
-        text = re.sub(r"NOMINAL_SIZE = \d+\n", "", gin_utils.resolved_text())
+        text = re.sub(r"NOMINAL_SIZE = \d+\n", "", gin_files.resolved_text())
         for number, name in enumerate(filter(None, (experiment.name, experiment.after))):
             text = text.replace(str(experiments.load(name).folder(root)), f"run {number}")
         digest.update(f"{line.command}\n{text}".encode())
@@ -227,7 +228,7 @@ def run_on_samples(name: str, folder: pathlib.Path) -> str | None:
                 import traceback
 
                 traceback.print_exc()
-                return f"{line.command}: {type(error).__name__}: {gin_utils.one_line(error)}"
+                return f"{line.command}: {type(error).__name__}: {gin_files.one_line(error)}"
             if code:
                 return f"{line.command}: {log.read_text().rstrip().splitlines()[-1]}"
     made = next(b for b in line.bindings if b.startswith("MODEL_DIR=")).partition("=")[2]

@@ -14,8 +14,9 @@ import pathlib
 from typing import Any
 
 import moe_peft
-from moe_peft import errors, experiments, gin_utils
+from moe_peft import errors, experiments
 from moe_peft.commands import experiment_results
+from moe_peft.config import gin_files
 
 LEVELS = ("parse", "plan", "run")
 REACHED = {"parse": "parses", "plan": "plans", "run": "ran on samples"}
@@ -24,7 +25,7 @@ OK = "ok"
 
 def default_record() -> pathlib.Path:
     """The record that comes with a checkout; elsewhere one below the working directory."""
-    shipped = gin_utils.packaged_folder().parent / "docs" / "results"
+    shipped = gin_files.packaged_folder().parent / "docs" / "results"
     return (shipped if shipped.is_dir() else pathlib.Path("results")) / "experiments.json"
 
 

@@ -8,7 +8,8 @@ import shutil
 
 from etils import epath
 
-from moe_peft import errors, quiet
+from moe_peft import errors
+from moe_peft.runtime import tensorflow_logs
 
 # Files that run code when they are opened, or that hold weights in yet another format.
 _PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
@@ -21,7 +22,7 @@ def existing(path: epath.PathLike) -> epath.Path:
     # A bucket's library is TensorFlow's, where that is installed.
     is_remote = "://" in os.fspath(path)
     try:
-        with quiet.importing() if is_remote else contextlib.nullcontext():
+        with tensorflow_logs.importing() if is_remote else contextlib.nullcontext():
             if found.exists():
                 return found
     except Exception as error:  # of the bucket's library, whichever that is

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_peft import errors, gin_utils, patching
+from moe_peft import errors, patching
+from moe_peft.config import gin_files
 from moe_peft.convert import layout
 from moe_peft.models import t5
 
@@ -137,7 +138,7 @@ def _sizes(values: Mapping[str, Any]) -> tuple[Any, ...]:
 @functools.cache
 def _names() -> dict[tuple[Any, ...], str]:
     found = {}
-    for path in sorted((gin_utils.packaged_folder() / "models").glob("*.gin")):
+    for path in sorted((gin_files.packaged_folder() / "models").glob("*.gin")):
         values = _bindings(path)
         if set(_SIZES) <= values.keys():
             found[_sizes(values)] = path.stem

@@ -14,10 +14,10 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.evaluation import tracking
 from moe_peft.models import encoder_decoder, scoring, strategies
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import progress as progress_lib
 
 Batch = dict[str, np.ndarray]
 
@@ -124,7 +124,7 @@ class Answerer:
         self._programs = programs(model, mesh)
 
     def exact_match(
-        self, params: PyTree, questions: Sequence[Question], progress: tracking.Progress
+        self, params: PyTree, questions: Sequence[Question], progress: progress_lib.Progress
     ) -> list[bool]:
         """Whether greedy decoding would give each target, by one forward pass instead."""
         length = self._lengths["targets"]
@@ -144,7 +144,7 @@ class Answerer:
         params: PyTree,
         questions: Sequence[Question],
         strategy: strategies.Strategy,
-        progress: tracking.Progress,
+        progress: progress_lib.Progress,
         seed: int = 0,
     ) -> list[np.ndarray]:
         """Ids of each answer, without end mark and padding.
@@ -164,7 +164,7 @@ class Answerer:
         self,
         params: PyTree,
         questions: Sequence[Question],
-        progress: tracking.Progress,
+        progress: progress_lib.Progress,
         *,
         is_length_normalized: bool = False,
     ) -> list[ChoiceScore]:
@@ -199,7 +199,7 @@ class Answerer:
         questions: Sequence[Question],
         decoder: Callable[[Sequence[Question]], Batch],
         ask: Callable[[Any, int], Any],
-        progress: tracking.Progress,
+        progress: progress_lib.Progress,
     ) -> list[Any]:
         """Asks batch by batch; returns row i's part of the answers at place i."""
         answers: list[Any] = [None] * len(questions)

@@ -15,7 +15,7 @@ from typing import Any
 
 import moe_peft
 from moe_peft import errors
-from moe_peft.evaluation import predictions
+from moe_peft.runtime import json_files
 
 RECORD = "evaluation.json"
 FOLDER = "predictions"
@@ -80,7 +80,7 @@ class Answers:
         path = _path(self.folder, task)
         if not path.is_file() or _digest(path) != record["answers"]:
             return None
-        return list(predictions.read_jsonl(path))
+        return list(json_files.read_jsonl(path))
 
     def write(
         self, rows: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]], seconds: float
@@ -88,10 +88,10 @@ class Answers:
         """Keeps some tasks: {name: (digest of the questions, rows)}, and what they took."""
         for task, (questions, found) in rows.items():
             path = _path(self.folder, task)
-            predictions.write_jsonl(path, found)
+            json_files.write_jsonl(path, found)
             self._record["tasks"][task] = {"questions": questions, "answers": _digest(path)}
         self._record["seconds"] = round(self.seconds + seconds, 1)
-        predictions.write_json(self.folder / RECORD, self._record)
+        json_files.write_json(self.folder / RECORD, self._record)
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -120,7 +120,7 @@ def read_all(folder: pathlib.Path, tasks: Sequence[str]) -> Iterator[dict[str, A
             raise errors.UserError(
                 f"{path} is missing or was changed after it was written; run `moe-peft eval` again."
             )
-        yield from predictions.read_jsonl(path)
+        yield from json_files.read_jsonl(path)
 
 
 def _identity(record: Mapping[str, Any]) -> str:

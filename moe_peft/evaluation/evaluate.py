@@ -12,10 +12,11 @@ import jax
 
 from moe_peft import methods
 from moe_peft.analysis import report
-from moe_peft.evaluation import answers, predictions, restore, suites, tracking
+from moe_peft.evaluation import answers, restore, suites
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import digest
+from moe_peft.runtime import digest, json_files
+from moe_peft.runtime import progress as progress_lib
 
 
 @gin.register(module="evaluation")
@@ -61,7 +62,7 @@ def evaluate(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     evaluator.check_devices(mesh)
     for mixture in evaluator.mixtures:  # Mistakes show before anything is loaded.
-        predictions.check_writable(_folder(model_dir, mixture))
+        json_files.check_writable(_folder(model_dir, mixture))
         lookup.check_vocabulary(mixture, model.config.vocab_size)
         evaluator.suite(mixture)
     shapes = evaluator.batch_shapes()
@@ -90,9 +91,9 @@ def evaluate(
             "seconds": seconds,
             "results": evaluator.results(rows).to_json(),
         }
-        predictions.write_json(folder / "results.json", found[mixture])
+        json_files.write_json(folder / "results.json", found[mixture])
         runs = [report.Run(method.name, found[mixture])]
-        predictions.write_text(folder / "table.md", report.markdown(runs))
+        json_files.write_text(folder / "table.md", report.markdown(runs))
         report.show(runs)
         if found[mixture]["num_cut_targets"]:
             print(
@@ -115,7 +116,7 @@ def _answer(
     suite, rows, num_known = evaluator.suite(mixture), [], 0
     num_tasks = len(suite.tasks())
     kept = answers.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
-    with tracking.shown(mixture, len(suite.rows)) as progress:
+    with progress_lib.shown(mixture, len(suite.rows)) as progress:
         for part in evaluator.parts(mixture):
             started = time.monotonic()
             digests = {task: suite.digest(places) for task, places in part.items()}

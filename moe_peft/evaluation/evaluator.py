@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, methods
-from moe_peft.evaluation import aggregation, answering, metrics, suites, tracking
+from moe_peft.evaluation import aggregation, answering, metrics, suites
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import progress as progress_lib
 
 # Batches of answers that an interruption loses at most, but for larger tasks.
 _BATCHES_OF_A_PART = 32
@@ -162,7 +163,7 @@ class Evaluator:
         model: encoder_decoder.EncoderDecoder,
         params: PyTree,
         mixture: str,
-        progress: tracking.Progress | None = None,
+        progress: progress_lib.Progress | None = None,
         places: Sequence[int] | None = None,
     ) -> list[suites.Row]:
         """Rows of `suite(mixture)` with "metric", "prediction" and "score", in order.
@@ -178,7 +179,7 @@ class Evaluator:
           progress: counts questions.
           places: of the questions to ask; None for all.
         """
-        suite, progress = self.suite(mixture), progress or tracking.Silent()
+        suite, progress = self.suite(mixture), progress or progress_lib.Silent()
         _check_task_ids(suite, model.method, mixture)
         answerer = self._answerer_of(model, params)
         places = range(len(suite.rows)) if places is None else places

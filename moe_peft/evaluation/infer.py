@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from moe_peft import errors, methods
-from moe_peft.evaluation import answering, predictions, restore, tracking
+from moe_peft.evaluation import answering, restore
 from moe_peft.models import strategies
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import json_files
+from moe_peft.runtime import progress as progress_lib
 
 
 @gin.register(module="evaluation")
@@ -108,7 +110,7 @@ def infer(
         model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
     )
     answerer = answering.Answerer(restored.model, batch_size, limits, mesh)
-    with tracking.shown("infer", len(rows)) as progress:
+    with progress_lib.shown("infer", len(rows)) as progress:
         free = [i for i, question in enumerate(questions) if not question.choices]
         answers = answerer.generate(
             restored.params, [questions[i] for i in free], decoding, progress, seed
@@ -126,7 +128,7 @@ def infer(
             rows[i]["prediction"] = rows[i]["choices"][score.best]
             rows[i]["log_likelihoods"] = score.log_likelihoods
             rows[i]["num_tokens"] = score.num_tokens
-    predictions.write_jsonl(outputs, rows)
+    json_files.write_jsonl(outputs, rows)
     print(f"Written to {outputs}.", file=sys.stderr)
     return rows
 
@@ -134,7 +136,7 @@ def infer(
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     """Objects with "inputs", from a .jsonl file or a plain text."""
     if path.suffix == ".jsonl":
-        rows = list(predictions.read_jsonl(path))
+        rows = list(json_files.read_jsonl(path))
     else:
         try:
             text = path.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moe_peft import errors, thin
+from moe_peft import errors, narrow_matmul
 from moe_peft.routing import context, losses
 
 RouterFactory = Callable[..., "Router"]
@@ -113,7 +113,7 @@ class SoftmaxRouter(Router):
             logits = site.project(kernel)
         else:
             x = self._jittered(x.astype(jnp.float32), site)
-            logits = thin.thin_product(x, kernel, PRECISION)
+            logits = narrow_matmul.thin_product(x, kernel, PRECISION)
         probs = jax.nn.softmax(logits)
         selected = self._selected(probs)
         if site.wants_losses and self.num_experts > 1 and not self.is_initializing():

@@ -13,8 +13,8 @@ from t5x import state_utils
 
 from moe_peft import errors, methods, patching
 from moe_peft.convert import t5x as t5x_files
-from moe_peft.partitioning import hosts
-from moe_peft.training import checkpoints, digest, exported
+from moe_peft.runtime import digest, processes
+from moe_peft.training import checkpoints, exported
 
 FOLDER = "adapters"
 
@@ -64,14 +64,16 @@ class Adapters:
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Called by T5X in every process with what it is about to save; changes nothing."""
         params = state_utils.flatten_state_dict(state["target"])
-        step = int(hosts.get(state["state"]["step"]))
+        step = int(processes.get(state["state"]["step"]))
         if not any(map(patching.is_adapter, params)):
             return state, infos  # The method trains the whole model, which T5X saves.
         trained = {
-            path: hosts.get(leaf) for path, leaf in params.items() if self.method.is_trainable(path)
+            path: processes.get(leaf)
+            for path, leaf in params.items()
+            if self.method.is_trainable(path)
         }
         description = self._description(params)
-        if hosts.is_first():
+        if processes.is_first():
             saved = checkpoints.Saved(
                 step, patching.trees.unflatten(trained), {}, {"description": description}
             )
@@ -99,6 +101,6 @@ def fingerprint(base: Mapping[str, jax.Array], checkpoint: str) -> str:
         logging.warning("%s The fingerprint is of float32 weights.", error)
         stored = {}
     return digest.of_leaves(
-        digest.of_leaf(path, hosts.get(leaf).astype(stored.get(path, leaf.dtype)))
+        digest.of_leaf(path, processes.get(leaf).astype(stored.get(path, leaf.dtype)))
         for path, leaf in base.items()
     )

@@ -12,11 +12,13 @@ import gin
 import jax
 
 import moe_peft
-from moe_peft import errors, gin_utils, methods
+from moe_peft import errors, methods
+from moe_peft.config import gin_files
 from moe_peft.evaluation import bootstrap as bootstrap_lib
-from moe_peft.evaluation import fewshot_report, metrics, predictions, suites
+from moe_peft.evaluation import fewshot_report, metrics, suites
 from moe_peft.models import encoder_decoder, few_shot, strategies
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import json_files, run_folder
 from moe_peft.training import (
     fleet_answers,
     fleet_data,
@@ -24,7 +26,6 @@ from moe_peft.training import (
     fleet_progress,
     fleet_run,
     fleet_start,
-    folders,
     optimizers,
     preparation,
 )
@@ -207,7 +208,7 @@ def adapt(
         }
     )
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(folders.opened(model_dir))
+        folder = stack.enter_context(run_folder.opened(model_dir))
         progress = fleet_progress.make(num_steps, len(data))
         stack.callback(progress.close)
         groups = fleet_groups.Groups(
@@ -229,7 +230,7 @@ def adapt(
             progress=progress,
         )
         finished = groups.run(data, description, group_size)
-        gin_utils.write_config(folder)
+        gin_files.write_config(folder)
     rows = [{**row, "group": report_under[row["task"]]} for f in finished for row in f.rows()]
     order = {one.job: place for place, one in enumerate(data)}
     rows.sort(key=lambda row: (order[fleet_data.Job(row["task"], row["seed"])], row["index"]))
@@ -245,10 +246,10 @@ def adapt(
             key=lambda run: order[fleet_data.Job(run["task"], run["seed"])],
         ),
     }
-    predictions.write_jsonl(folder / "predictions.jsonl", rows)
-    predictions.write_json(folder / "results.json", results)
+    json_files.write_jsonl(folder / "predictions.jsonl", rows)
+    json_files.write_json(folder / "results.json", results)
     table = fewshot_report.markdown(results)
-    predictions.write_text(folder / "table.md", table)
+    json_files.write_text(folder / "table.md", table)
     print(table)
     print(f"Written to {folder}.", file=sys.stderr)
     return results

@@ -20,7 +20,8 @@ import safetensors.numpy
 
 from moe_peft import errors, patching
 from moe_peft.convert import formats, layout, leaves, opened, sizes
-from moe_peft.training import checkpoints, digest
+from moe_peft.runtime import digest
+from moe_peft.training import checkpoints
 
 KINDS = (
     "random:SEED",

@@ -21,8 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_peft import errors, patching
-from moe_peft.partitioning import hosts
-from moe_peft.training import digest
+from moe_peft.runtime import digest, processes
 from moe_peft.training import state as state_lib
 
 FOLDER = "checkpoints"
@@ -239,7 +238,7 @@ def restore(saved: Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
         )
 
     def place(like, value):
-        return hosts.put(np.asarray(value), like.sharding)
+        return processes.put(np.asarray(value), like.sharding)
 
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
@@ -257,7 +256,7 @@ def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
         "trainable": state.trainable,
         "position": {"opt_state": _numbered(state.opt_state), "rng": state.rng},
     }
-    return jax.tree.map(hosts.get, trees)
+    return jax.tree.map(processes.get, trees)
 
 
 def _numbered(opt_state: PyTree) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import jax
 from jaxtyping import PyTree
 
 from moe_peft import patching
-from moe_peft.evaluation import answering, fewshot_scores, metrics, predictions, tracking
+from moe_peft.evaluation import answering, fewshot_scores, metrics
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import digest, fleet_data, fleet_run
+from moe_peft.runtime import digest, json_files, progress
 from moe_peft.training import fleet as fleet_lib
+from moe_peft.training import fleet_data, fleet_run
 
 _KEPT = "answers_{}.json"
 
@@ -57,7 +58,7 @@ def scorer(
         params = patching.merge(fleet.frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
         inputs = part.features["encoder_input_tokens"]
         questions = [answering.Question(row[row > 0]) for row in inputs]
-        answers = answerer.generate(params, questions, how.decoding, tracking.Silent(), seed)
+        answers = answerer.generate(params, questions, how.decoding, progress.Silent(), seed)
         return [how.vocabulary.decode(ids.tolist()) for ids in answers]
 
     def score(trainables, split):
@@ -88,5 +89,5 @@ def _kept(path: pathlib.Path, trainable: PyTree, answer: Callable[[], list[str]]
         if record["parameters"] == parameters:
             return record["answers"]
     found = answer()
-    predictions.write_json(path, {"parameters": parameters, "answers": found})
+    json_files.write_json(path, {"parameters": parameters, "answers": found})
     return found

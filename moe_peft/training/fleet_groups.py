@@ -13,8 +13,9 @@ import numpy as np
 import optax
 
 from moe_peft import errors, patching
-from moe_peft.evaluation import fewshot_scores, predictions
+from moe_peft.evaluation import fewshot_scores
 from moe_peft.models import encoder_decoder, few_shot
+from moe_peft.runtime import json_files
 from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import (
     fleet_answers,
@@ -51,7 +52,7 @@ class Finished:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every prediction of the group's runs."""
-        return predictions.read_jsonl(self.folder / _PREDICTIONS)
+        return json_files.read_jsonl(self.folder / _PREDICTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Groups:
         if plan is None:
             plan = self._plan(by_key, group_size, fleets)
             record = {"description": description, "groups": [_as_json(group) for group in plan]}
-            predictions.write_json(self.folder / FOLDER / _PLAN, record)
+            json_files.write_json(self.folder / FOLDER / _PLAN, record)
         found = []
         for number, jobs in enumerate(plan):
             folder = self.folder / FOLDER / f"{number:03}"
@@ -233,9 +234,9 @@ class Groups:
             )
         jobs = [one.job for one in members]
         fleet_run.write_adapters(folder / ADAPTERS, fleet.get(best, len(jobs)), jobs, {})
-        predictions.write_jsonl(folder / _PREDICTIONS, rows)
+        json_files.write_jsonl(folder / _PREDICTIONS, rows)
         seconds = round(group.seconds_before + time.monotonic() - started, 1)
-        predictions.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
+        json_files.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
         group.forget()
         fleet_answers.forget(folder)
 

@@ -15,17 +15,10 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.models import encoder_decoder
-from moe_peft.partitioning import hosts
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import (
-    checkpoints,
-    folders,
-    optimizers,
-    prefetch,
-    preparation,
-    signals,
-)
+from moe_peft.runtime import prefetch, processes, run_folder, signals
+from moe_peft.training import checkpoints, optimizers, preparation
 from moe_peft.training import monitors as monitors_lib
 from moe_peft.training import run as run_lib
 from moe_peft.training import state as state_lib
@@ -207,11 +200,11 @@ def fit(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(folders.opened(model_dir))
+        folder = stack.enter_context(run_folder.opened(model_dir))
         stop = stack.enter_context(signals.StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
 
-        saved = hosts.in_turn(lambda: checkpoints.load_newest(folder), "checkpoints")
+        saved = processes.in_turn(lambda: checkpoints.load_newest(folder), "checkpoints")
         put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         source = open_batches(saved.step if saved else 0)
         batches = stack.enter_context(prefetch.Prefetch(source, put))
@@ -227,7 +220,7 @@ def fit(
         layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
         num_old = len(checkpoints.steps(folder))
-        folders.check_space(
+        run_folder.check_space(
             folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
         )
 
@@ -244,9 +237,9 @@ def fit(
         description = preparation.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
-        frozen = hosts.put(trees.frozen, layout.shardings(trees.frozen, axes))
+        frozen = processes.put(trees.frozen, layout.shardings(trees.frozen, axes))
         state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = hosts.put(state, places)
+        state = processes.put(state, places)
         changed = ""
         if saved:
             preparation.check_same_run(saved.description, description, folder)

@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching, transfer
 from moe_peft.partitioning import layout as layout_lib
+from moe_peft.runtime import digest
 from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import digest, exported, optimizers
+from moe_peft.training import exported, optimizers
 
 # Parts of the description that must agree with a checkpoint's, and what a person calls them.
 _MUST_AGREE = {

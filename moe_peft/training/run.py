@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, gin_utils, host_memory, patching
-from moe_peft.partitioning import hosts
+from moe_peft import errors, patching
+from moe_peft.config import gin_files
+from moe_peft.runtime import host_memory, processes
 from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
@@ -86,7 +87,7 @@ class Run:
         settings = self._settings
         first_step = saved.step if saved else 0
         with contextlib.ExitStack() as stack:
-            is_first = hosts.is_first()
+            is_first = processes.is_first()
             self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
             stack.callback(self._progress.close)
             kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
@@ -101,7 +102,7 @@ class Run:
                 saved.record["unwritten_metrics"] if saved else (),
             )
             if is_first:
-                gin_utils.write_config(folder)
+                gin_files.write_config(folder)
             if changed_optimizer:
                 self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
             if saved:
@@ -149,7 +150,7 @@ class Run:
         """Whether a signal came, in any process: all have to stop at the same step."""
         if jax.process_count() == 1:
             return self._stop.received is not None
-        return step % _AGREEMENT_PERIOD == 0 and hosts.anywhere(self._stop.received is not None)
+        return step % _AGREEMENT_PERIOD == 0 and processes.anywhere(self._stop.received is not None)
 
     def _save(self, step, state):
         self._logbook.collect()

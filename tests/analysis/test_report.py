@@ -8,7 +8,8 @@ import rich.console
 
 from moe_peft import errors
 from moe_peft.analysis import picture, report
-from moe_peft.evaluation import aggregation, predictions
+from moe_peft.evaluation import aggregation
+from moe_peft.runtime import json_files
 
 
 def content(method, trainable, right, groups=("date", "unit"), **settings):
@@ -46,7 +47,7 @@ def content(method, trainable, right, groups=("date", "unit"), **settings):
 
 def save(tmp_path, name, *args, **kwargs):
     path = tmp_path / name / "eval" / "suite" / "results.json"
-    predictions.write_json(path, content(*args, **kwargs))
+    json_files.write_json(path, content(*args, **kwargs))
     return tmp_path / name
 
 

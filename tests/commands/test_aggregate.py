@@ -7,7 +7,8 @@ import pytest
 
 from moe_peft import cli
 from moe_peft.analysis import report
-from moe_peft.evaluation import aggregation, answers, fewshot_report, predictions
+from moe_peft.evaluation import aggregation, answers, fewshot_report
+from moe_peft.runtime import json_files
 
 SETTINGS = {
     "split": "test",
@@ -110,8 +111,8 @@ def test_an_adaptation(tmp_path, capsys):
         for row in rows(task, right)
     ]
     content = {"settings": {"evaluation": {"metric": "exact_match"}}, "trainable_parameters": 5}
-    predictions.write_json(tmp_path / "results.json", content | fewshot_report.of_rows(found))
-    predictions.write_jsonl(tmp_path / "predictions.jsonl", found)
+    json_files.write_json(tmp_path / "results.json", content | fewshot_report.of_rows(found))
+    json_files.write_jsonl(tmp_path / "predictions.jsonl", found)
     again = aggregate(capsys, tmp_path, "--out", tmp_path / "same").out
     assert "| **all tasks** | 3 | 66.7 | 66.7 |" in again
     same = json.loads((tmp_path / "same" / "results.json").read_text())

@@ -11,7 +11,8 @@ import safetensors.numpy
 
 from moe_peft import cli, merging, methods, patching
 from moe_peft.convert import hugging_face, peft, peft_tensors
-from moe_peft.training import backbone, digest, exported
+from moe_peft.runtime import digest
+from moe_peft.training import backbone, exported
 
 
 @pytest.fixture(scope="session")

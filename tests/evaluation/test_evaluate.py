@@ -15,11 +15,13 @@ from sklearn import metrics as sklearn_metrics
 from moe_peft import errors, methods
 from moe_peft.data import registration
 from moe_peft.data import rows as rows_lib
-from moe_peft.evaluation import answering, evaluate, evaluator, infer, predictions, tracking
+from moe_peft.evaluation import answering, evaluate, evaluator, infer
 from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import digest, json_files
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints, digest
+from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
 
 LENGTHS = {"inputs": 40, "targets": 8}
@@ -251,7 +253,7 @@ def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, c
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(frozen))
     kept = sorted((folder / "predictions").iterdir())
     assert [path.name for path in kept] == ["toy_x_1.jsonl", "toy_y_1.jsonl"]
-    assert sum(len(list(predictions.read_jsonl(path))) for path in kept) == 24
+    assert sum(len(list(json_files.read_jsonl(path))) for path in kept) == 24
 
     with pytest.raises(errors.UserError, match="no training checkpoint"):
         run(methods.ia3(), backbone, str(tmp_path / "ia3"))
@@ -363,13 +365,13 @@ def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
     text = tmp_path / "in.txt"
     text.write_text("\n\n".join(question for question, _ in asked[:3]) + "\n")
     run(inputs=str(text))
-    found = list(predictions.read_jsonl(tmp_path / "out.jsonl"))
+    found = list(json_files.read_jsonl(tmp_path / "out.jsonl"))
     assert [(row["inputs"], row["prediction"]) for row in found] == asked[:3]
 
     lines = tmp_path / "in.jsonl"
     (one, answer), (two, _) = asked[0], asked[1]
     rows = [{"inputs": two, "choices": ["a", answer], "id": 7}, {"inputs": one}]
-    predictions.write_jsonl(lines, rows)
+    json_files.write_jsonl(lines, rows)
     ranked, free = run(inputs=str(lines))
     assert ranked["prediction"] in rows[0]["choices"]
     assert ranked["id"] == 7
@@ -424,6 +426,6 @@ def test_few_input_lengths():
 
 
 def test_progress_lines_name_what_is_done(capsys):
-    with tracking.shown("toy", 3) as progress:
+    with progress_lib.shown("toy", 3) as progress:
         progress.advance(3)
     assert "toy: 3/3 in" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from moe_peft.partitioning import hosts
+from moe_peft.runtime import processes
 
 FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "kubernetes"
 TRAIN = ["moe-peft", "train", "--gin.MODEL_DIR=/runs/mov", "--gin.X='a \"b\\c: #'"]
@@ -51,8 +51,8 @@ def host(manifest, job, index):
 def test_gpu_pods_find_each_other():
     manifest, job, pod = rendered("--gpu", "3")
     first = f"{host(manifest, job, 0)}:8476"
-    assert [hosts.find(None, environ) for environ in environs(manifest, job, pod)] == [
-        hosts.Cluster("the Kubernetes job", first, 3, index) for index in range(3)
+    assert [processes.find(None, environ) for environ in environs(manifest, job, pod)] == [
+        processes.Cluster("the Kubernetes job", first, 3, index) for index in range(3)
     ]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert pod["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": 8}}
@@ -62,7 +62,7 @@ def test_gpu_pods_find_each_other():
 def test_one_pod_is_alone(flags):
     manifest, job, pod = rendered(*flags)
     (environ,) = environs(manifest, job, pod)
-    assert hosts.find(None, {**environ, "TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert processes.find(None, {**environ, "TPU_WORKER_HOSTNAMES": "localhost"}) is None
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_tpu_slices(flags, accelerator, topology, nodes, chips):
         # GKE tells the pods of a slice who they are.
         names = ",".join(host(manifest, job, index) for index in range(nodes))
         for environ in environs(manifest, job, pod):
-            found = hosts.find(None, {**environ, "TPU_WORKER_HOSTNAMES": names})
-            assert found == hosts.Cluster("TPU_WORKER_HOSTNAMES")
+            found = processes.find(None, {**environ, "TPU_WORKER_HOSTNAMES": names})
+            assert found == processes.Cluster("TPU_WORKER_HOSTNAMES")
 
 
 def test_several_slices_keep_to_a_node_pool_each():

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.partitioning import hosts
+from moe_peft.runtime import processes
 
 
 def main(folder, method, shape, num_steps, spec=None, timeout="60"):
     jax.config.update("jax_num_cpu_devices", 2 if spec else 1)
     if spec:
-        hosts.join(hosts.find(spec, {}), int(timeout))
+        processes.join(processes.find(spec, {}), int(timeout))
     path = pathlib.Path(__file__).parent / "test_layout.py"
     module = importlib.util.spec_from_file_location("layout_runs", path)
     runs = importlib.util.module_from_spec(module)
@@ -22,8 +22,8 @@ def main(folder, method, shape, num_steps, spec=None, timeout="60"):
     shape = tuple(map(int, shape.split(",")))
     _, result = runs.train(pathlib.Path(folder), method, shape, int(num_steps), scan_layers=True)
     flat = patching.flatten(result.state.trainable)
-    values = {path: hosts.get(leaf) for path, leaf in flat.items()}
-    if hosts.is_first():
+    values = {path: processes.get(leaf) for path, leaf in flat.items()}
+    if processes.is_first():
         np.savez(pathlib.Path(folder) / "trained.npz", **values)
 
 

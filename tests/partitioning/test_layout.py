@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, methods, patching
-from moe_peft.evaluation import answering, tracking
+from moe_peft.evaluation import answering
 from moe_peft.models import encoder_decoder, strategies, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import progress
 from moe_peft.training import loop, optimizers, preparation
 from moe_peft.training import run as run_lib
 from moe_peft.training import state as state_lib
@@ -264,8 +265,8 @@ def test_answers_do_not_depend_on_the_mesh(method):
         mesh = mesh_of(*shape)
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
         answerer = answering.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
-        texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), tracking.Silent())
-        scores = answerer.score_choices(placed, questions, tracking.Silent())
+        texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), progress.Silent())
+        scores = answerer.score_choices(placed, questions, progress.Silent())
         found.append((texts, scores))
     (texts, scores), (other_texts, other_scores) = found
     np.testing.assert_array_equal(np.stack(texts), np.stack(other_texts))

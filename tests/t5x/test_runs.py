@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from moe_peft import gin_utils
+from moe_peft.config import gin_files as gin_files_lib
 from moe_peft.training import exported
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def t5x(what, files, code=0, **bindings):
     """Runs T5X with gin files and bindings."""
     gin_files = (f"--gin_file={name}" for name in (*MODEL, *files))
     values = (f"--gin.{name}={value!r}" for name, value in bindings.items())
-    search = f"--gin_search_paths={gin_utils.packaged_folder()}"
+    search = f"--gin_search_paths={gin_files_lib.packaged_folder()}"
     return python(f"t5x.{what}", search, *gin_files, *values, code=code)
 
 

@@ -11,9 +11,10 @@ import seqio
 
 from moe_peft import cli, errors, methods, patching, transfer
 from moe_peft.data.cldr import suite
-from moe_peft.evaluation import answering, fewshot_report, metrics, predictions
+from moe_peft.evaluation import answering, fewshot_report, metrics
 from moe_peft.models import few_shot, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import json_files
 import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
 from moe_peft.training import adapt as adapt_lib
 from moe_peft.training import (
@@ -85,7 +86,7 @@ def folder(tmp_path_factory, two_tasks):
 
 def test_results_can_be_computed_from_predictions(folder):
     results = json.loads((folder / "results.json").read_text())
-    rows = list(predictions.read_jsonl(folder / "predictions.jsonl"))
+    rows = list(json_files.read_jsonl(folder / "predictions.jsonl"))
     assert len(rows) == 2 * 2 * 2 * 4  # tasks, seeds, items, wordings
     groups = {TASK: "weekday", "cldr_month_gl": "month"}
     assert {row["task"]: row["group"] for row in rows} == groups
@@ -221,7 +222,7 @@ def test_choices_train_and_rank(tmp_path):
         seeds=(3,),
         num_steps=2,
     )
-    rows = list(predictions.read_jsonl(tmp_path / "predictions.jsonl"))
+    rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
     choices = suite.answer_choices(suite.Task("weekday", "gl"))
     assert {row["prediction"] for row in rows} <= set(choices)
     for row in rows:
@@ -262,7 +263,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
         adapt(tmp_path, **settings)
     results = adapt(tmp_path, **settings)
     assert asked == [0, "interrupted", 1]
-    rows = list(predictions.read_jsonl(tmp_path / "predictions.jsonl"))
+    rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
     for row in rows:
         assert row["metric"] == "rouge_l"
         assert row["score"] == metrics.rouge_l(row["prediction"], [row["targets"]])

@@ -10,7 +10,8 @@ import pytest
 from moe_peft import errors, patching
 from moe_peft.convert import hugging_face, leaves, sizes, t5x
 from moe_peft.models import t5
-from moe_peft.training import backbone, digest
+from moe_peft.runtime import digest
+from moe_peft.training import backbone
 
 PARAMS = {
     "encoder": {"layers_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}},

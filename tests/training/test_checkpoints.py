@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_peft import errors
-from moe_peft.training import checkpoints, digest
+from moe_peft.runtime import digest
+from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
 
 

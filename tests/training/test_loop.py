@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import errors, host_memory, methods
+from moe_peft import errors, methods
+from moe_peft.runtime import host_memory, run_folder
 from moe_peft.training import (
     backbone,
     checkpoints,
-    folders,
     logbook,
     metrics_writer,
     optimizers,
@@ -279,10 +279,10 @@ def test_disk_that_fills_up_while_saving(toy, small_disk, capfd):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with folders.opened(tmp_path), pytest.raises(errors.UserError, match="Another process"):
-        with folders.opened(tmp_path):
+    with run_folder.opened(tmp_path), pytest.raises(errors.UserError, match="Another process"):
+        with run_folder.opened(tmp_path):
             pass
-    with folders.opened(tmp_path):
+    with run_folder.opened(tmp_path):
         pass
 
 

@@ -9,7 +9,8 @@ import pytest
 import rich.console
 
 from moe_peft import errors
-from moe_peft.training import folders, metrics_writer, prefetch, progress
+from moe_peft.runtime import prefetch, run_folder
+from moe_peft.training import metrics_writer, progress
 
 
 def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
@@ -87,11 +88,11 @@ def test_lines_show_the_same(capsys):
 
 def test_space_is_checked_against_what_is_free(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    folders.check_space(tmp_path, 1_000, 3)
+    run_folder.check_space(tmp_path, 1_000, 3)
     with pytest.raises(errors.UserError, match="2 checkpoints of .*GB need .*GB. Make room"):
-        folders.check_space(tmp_path, free, 2)
+        run_folder.check_space(tmp_path, free, 2)
 
 
 def test_probe_leaves_only_the_lock(tmp_path):
-    with folders.opened(tmp_path / "new" / "run") as folder:
+    with run_folder.opened(tmp_path / "new" / "run") as folder:
         assert [path.name for path in folder.iterdir()] == [".lock"]

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from moe_peft import errors
-from moe_peft.evaluation import predictions
+from moe_peft.runtime import json_files
 
 ROWS = [
     {"prediction": "naïve 日本 \u2028 \x85 \n tab\t", "score": 1.0, "choices": ["a", "b"]},
@@ -16,25 +16,25 @@ ROWS = [
 
 def test_round_trip(tmp_path):
     path = tmp_path / "deep" / "er" / "predictions.jsonl"
-    assert predictions.write_jsonl(path, iter(ROWS)) == 3
-    assert list(predictions.read_jsonl(path)) == ROWS
+    assert json_files.write_jsonl(path, iter(ROWS)) == 3
+    assert list(json_files.read_jsonl(path)) == ROWS
     assert "日本" in path.read_text(encoding="utf-8")
     assert os.listdir(path.parent) == ["predictions.jsonl"]
 
 
 def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    predictions.write_jsonl(path, ROWS[:1])
+    json_files.write_jsonl(path, ROWS[:1])
 
     def broken():
         yield ROWS[1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predictions.write_jsonl(path, broken())
+        json_files.write_jsonl(path, broken())
     with pytest.raises(ValueError, match="not JSON compliant"):
-        predictions.write_jsonl(path, [{"score": float("nan")}])
-    assert list(predictions.read_jsonl(path)) == ROWS[:1]
+        json_files.write_jsonl(path, [{"score": float("nan")}])
+    assert list(json_files.read_jsonl(path)) == ROWS[:1]
     assert os.listdir(tmp_path) == ["predictions.jsonl"]
 
 
@@ -42,17 +42,17 @@ def test_unreadable_files_name_the_line(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(errors.UserError, match=r"p.jsonl:3 is not JSON"):
-        list(predictions.read_jsonl(path))
+        list(json_files.read_jsonl(path))
     path.write_text("[1]\n")
     with pytest.raises(errors.UserError, match="is no JSON object but list"):
-        list(predictions.read_jsonl(path))
+        list(json_files.read_jsonl(path))
     with pytest.raises(errors.UserError, match="cannot be read"):
-        list(predictions.read_jsonl(tmp_path / "missing.jsonl"))
+        list(json_files.read_jsonl(tmp_path / "missing.jsonl"))
     folder = tmp_path / "file"
     folder.write_text("")
     with pytest.raises(errors.UserError, match="cannot be written"):
-        predictions.write_jsonl(folder / "p.jsonl", ROWS)
+        json_files.write_jsonl(folder / "p.jsonl", ROWS)
     with pytest.raises(errors.UserError, match="Cannot write to .*file/eval: Not a directory"):
-        predictions.check_writable(folder / "eval")
-    predictions.check_writable(tmp_path / "new")
+        json_files.check_writable(folder / "eval")
+    json_files.check_writable(tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []

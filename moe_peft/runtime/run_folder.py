@@ -8,7 +8,7 @@ import pathlib
 import shutil
 
 from moe_peft import errors
-from moe_peft.partitioning import hosts
+from moe_peft.runtime import processes
 
 _MARGIN = 1.05
 _SMALL_FILES = 500_000  # bytes: some fifty files of metadata, a disk block or more each
@@ -42,7 +42,7 @@ def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
             f"Cannot write to the folder of the run, {folder}: {error.strerror}. Choose another "
             "one with MODEL_DIR."
         ) from error
-    if not hosts.is_first():
+    if not processes.is_first():
         yield folder
         return
     # The kernel releases the lock when the process ends, however it ends.

@@ -5,7 +5,8 @@ import dataclasses
 import gin
 import pytest
 
-from moe_peft import cli, errors, gin_checks, gin_utils
+from moe_peft import cli, errors
+from moe_peft.config import checks, gin_files
 
 
 @gin.configurable(module="toys")
@@ -41,8 +42,8 @@ def _clean_gin():
 
 def read(tmp_path, text, bindings=(), root="toys.cart", **kwargs):
     (tmp_path / "a.gin").write_text(text)
-    config = gin_utils.load([str(tmp_path / "a.gin")], bindings, **kwargs)
-    gin_checks.check(config, root, ["toys.unused_ride"])
+    config = gin_files.load([str(tmp_path / "a.gin")], bindings, **kwargs)
+    checks.check(config, root, ["toys.unused_ride"])
     return config
 
 
@@ -72,14 +73,14 @@ def test_binding_wins_over_file_and_bare_words_are_strings(tmp_path):
 def test_later_file_replaces_a_method_without_leftover_complaints(tmp_path):
     (tmp_path / "b.gin").write_text("toys.cart.hitch = @toys.unused_ride")
     (tmp_path / "a.gin").write_text(GOOD + "toys.cart.hitch = @toys.horse()\nhorse.legs = 3")
-    config = gin_utils.load([str(tmp_path / "a.gin"), str(tmp_path / "b.gin")])
-    gin_checks.check(config, "toys.cart")
+    config = gin_files.load([str(tmp_path / "a.gin"), str(tmp_path / "b.gin")])
+    checks.check(config, "toys.cart")
 
 
 def test_include_and_resolved_text_can_be_read_again(tmp_path):
     (tmp_path / "base.gin").write_text(GOOD)
     read(tmp_path, "include 'base.gin'\nLOAD = 4", search_paths=[str(tmp_path)])
-    text = gin_utils.resolved_text()
+    text = gin_files.resolved_text()
     read(tmp_path, text)
     assert cart()[1] == 4
 
@@ -155,10 +156,10 @@ def test_mistake_is_one_clear_line(name, tmp_path):
 
 
 def test_missing_file_offers_near_names():
-    (tmp := gin_utils.packaged_folder() / "methods").is_dir() or pytest.skip("no methods yet")
+    (tmp := gin_files.packaged_folder() / "methods").is_dir() or pytest.skip("no methods yet")
     name = next(tmp.glob("*.gin")).name
     with pytest.raises(errors.UserError, match=f"Did you mean .*'methods/{name}'"):
-        gin_utils.load([f"method/{name}"])
+        gin_files.load([f"method/{name}"])
 
 
 def test_agreed_macro_may_be_set_in_a_file_but_not_in_vain_by_hand(tmp_path):
@@ -176,7 +177,7 @@ def test_what_only_another_command_needs_may_be_missing(tmp_path):
 def test_include_cycle_is_an_error(tmp_path):
     (tmp_path / "a.gin").write_text(f"include '{tmp_path}/a.gin'")
     with pytest.raises(errors.UserError, match="includes itself"):
-        gin_utils.load([str(tmp_path / "a.gin")])
+        gin_files.load([str(tmp_path / "a.gin")])
 
 
 def test_resolved_scopes_are_followed(tmp_path):
@@ -191,7 +192,7 @@ def test_resolved_text_runs_again_after_a_method_was_replaced(tmp_path):
     """What a later file made obsolete is not written: by itself nothing would read it."""
     files = ["experiments/cldr/mov.gin", "methods/poly.gin", "optimizers/adafactor_mhr.gin"]
     cli.configure("train", files, ["MODEL_DIR='x'"])
-    text = gin_utils.resolved_text()
+    text = gin_files.resolved_text()
     assert "mov.num_experts" not in text
     assert "adamw." not in text
     assert "poly.num_skills = 8" in text
@@ -199,4 +200,4 @@ def test_resolved_text_runs_again_after_a_method_was_replaced(tmp_path):
     again.write_text(text)
     gin.clear_config()
     cli.configure("train", [str(again)])
-    assert gin_utils.resolved_text() == text
+    assert gin_files.resolved_text() == text

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from moe_peft import host_memory
+from moe_peft.runtime import host_memory
 
 KEEP = host_memory.keep  # Other tests do without: see conftest.py.
 

@@ -13,7 +13,8 @@ from typing import Any
 import gin
 from gin import config as gin_config
 
-from moe_peft import errors, gin_utils
+from moe_peft import errors
+from moe_peft.config import gin_files
 
 # The macros that the packaged files agree on. A file may set one that a command does not read, so
 # that models, methods and data can be combined freely; any other unread name is a mistake.
@@ -63,7 +64,7 @@ _LITERALS = (bool, int, float, str, tuple, list, dict)
 
 
 def check(
-    config: gin_utils.Config,
+    config: gin_files.Config,
     root: str,
     entry_points: Collection[str] = (),
     called: Collection[str] = (),
@@ -131,7 +132,7 @@ def _is_known(name: str) -> bool:
 # Macros
 
 
-def _check_macros(config: gin_utils.Config, root: str) -> None:
+def _check_macros(config: gin_files.Config, root: str) -> None:
     for *_, own in _reachable(config.bindings, root):
         for binding in own.values():
             for reference in references(binding.value):
@@ -140,7 +141,7 @@ def _check_macros(config: gin_utils.Config, root: str) -> None:
                     raise errors.UserError(_no_value(config, name, binding))
 
 
-def _is_missing(binding: gin_utils.Binding | None) -> bool:
+def _is_missing(binding: gin_files.Binding | None) -> bool:
     """Whether nothing is bound, or gin.REQUIRED, or `%gin.REQUIRED` as a gin file writes it."""
     if binding is None or binding.value is gin.REQUIRED:
         return True
@@ -152,7 +153,7 @@ def _is_missing(binding: gin_utils.Binding | None) -> bool:
     )
 
 
-def _no_value(config: gin_utils.Config, name: str, binding: gin_utils.Binding) -> str:
+def _no_value(config: gin_files.Config, name: str, binding: gin_files.Binding) -> str:
     defined = [key[0] for key in config.bindings if key[1] == "gin.macro" and key[0] != name]
     return (
         f"{name} has no value, and {binding} needs one ({binding.where})."
@@ -164,7 +165,7 @@ def _no_value(config: gin_utils.Config, name: str, binding: gin_utils.Binding) -
 # Types
 
 
-def _check_types(config: gin_utils.Config) -> None:
+def _check_types(config: gin_files.Config) -> None:
     for binding in config.all_bindings():
         if binding.is_macro:
             continue
@@ -184,7 +185,7 @@ def _check_types(config: gin_utils.Config) -> None:
             )
 
 
-def _resolve(config: gin_utils.Config, value: Any, depth: int = 0) -> Any:
+def _resolve(config: gin_files.Config, value: Any, depth: int = 0) -> Any:
     """The value with macros replaced; other references stay."""
     name = macro_name(value)
     if name is not None:
@@ -271,7 +272,7 @@ def _reference_hint(value: Any, hint: Any) -> str:
     wanted = [o for o in options if inspect.isclass(o) and o not in (*_LITERALS, types.NoneType)]
     if not (isinstance(value, str) and wanted):
         return ""
-    names = gin_utils.configurable_names()
+    names = gin_files.configurable_names()
     name = value if value in names else "name"
     return f" Refer to one, as in @{name}(), without quotes.{errors.near(value, names)}"
 
@@ -280,8 +281,8 @@ def _reference_hint(value: Any, hint: Any) -> str:
 
 
 def _reachable(
-    bindings: Mapping[gin_utils.Key, Mapping[str, gin_utils.Binding]], root: str
-) -> Iterator[tuple[str, tuple[str, ...], bool, dict[str, gin_utils.Binding]]]:
+    bindings: Mapping[gin_files.Key, Mapping[str, gin_files.Binding]], root: str
+) -> Iterator[tuple[str, tuple[str, ...], bool, dict[str, gin_files.Binding]]]:
     """(configurable, scope, whether gin calls it, its bindings) for all that `root` refers to."""
     seen = set()
     todo = [(root, (), True)]
@@ -301,12 +302,12 @@ def _reachable(
                 todo.append((reference.configurable.selector, inner, reference.evaluate))
 
 
-def _levels(bindings, selector, scope) -> list[Mapping[str, gin_utils.Binding]]:
+def _levels(bindings, selector, scope) -> list[Mapping[str, gin_files.Binding]]:
     """What is bound for a configurable, from the outermost scope inwards; a later one wins."""
     return [bindings.get(("/".join(scope[:end]), selector), {}) for end in range(len(scope) + 1)]
 
 
-def _check_required(config: gin_utils.Config, root: str) -> None:
+def _check_required(config: gin_files.Config, root: str) -> None:
     for selector, _, is_called, own in _reachable(config.bindings, root):
         if selector.startswith("gin."):
             continue
@@ -327,8 +328,8 @@ def _check_required(config: gin_utils.Config, root: str) -> None:
 
 
 def obsolete(
-    config: gin_utils.Config, entry_points: Collection[str], called: Collection[str]
-) -> list[gin_utils.Binding]:
+    config: gin_files.Config, entry_points: Collection[str], called: Collection[str]
+) -> list[gin_files.Binding]:
     """The bindings that something read before a later file replaced it, and nothing reads now.
 
     Macros that files may set for whoever reads them are not among these.
@@ -344,7 +345,7 @@ def obsolete(
 
 
 def _used(
-    states: Sequence[Mapping[gin_utils.Key, Mapping[str, gin_utils.Binding]]], roots: Sequence[str]
+    states: Sequence[Mapping[gin_files.Key, Mapping[str, gin_files.Binding]]], roots: Sequence[str]
 ) -> set[tuple[str, str, str]]:
     """(scope, configurable, parameter) of all that the roots read in one of the states."""
     return {
@@ -357,7 +358,7 @@ def _used(
     }
 
 
-def _check_used(config: gin_utils.Config, roots: Sequence[str], is_partial: bool) -> None:
+def _check_used(config: gin_files.Config, roots: Sequence[str], is_partial: bool) -> None:
     used = _used(config.history, roots)
     unused = [
         binding
@@ -376,7 +377,7 @@ def _check_used(config: gin_utils.Config, roots: Sequence[str], is_partial: bool
     raise errors.UserError(f"Bound, but nothing in this run reads it: {listed}.{hint}")
 
 
-def _asked(config: gin_utils.Config) -> set[str]:
+def _asked(config: gin_files.Config) -> set[str]:
     """Names of all macros that some value reads."""
     names = (macro_name(r) for b in config.all_bindings() for r in references(b.value))
     return {name for name in names if name is not None}

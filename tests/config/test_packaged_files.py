@@ -5,9 +5,10 @@ import re
 import gin
 import pytest
 
-from moe_peft import cli, experiments, gin_utils
+from moe_peft import cli, experiments
+from moe_peft.config import gin_files
 
-ROOT = gin_utils.packaged_folder()
+ROOT = gin_files.packaged_folder()
 
 
 def names(folder):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe_peft import cli, errors
-from moe_peft.partitioning import hosts
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import processes
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}
 KUBERNETES = {
@@ -23,8 +23,8 @@ KUBERNETES = {
         (None, {}, None),
         ("h:1,2,0", {}, ("--distributed", "h:1", 2, 0)),
         ("off", SLURM, None),
-        (None, {hosts.VARIABLE: "off", **SLURM}, None),
-        (None, {hosts.VARIABLE: "h:1,2,1"}, ("MOE_PEFT_DISTRIBUTED", "h:1", 2, 1)),
+        (None, {processes.VARIABLE: "off", **SLURM}, None),
+        (None, {processes.VARIABLE: "h:1,2,1"}, ("MOE_PEFT_DISTRIBUTED", "h:1", 2, 1)),
         ("auto", {}, ("--distributed", None, None, None)),
         (None, SLURM, ("the Slurm step", None, None, None)),
         (None, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
@@ -35,8 +35,8 @@ KUBERNETES = {
     ],
 )
 def test_what_is_found(flag, environ, wanted):
-    found = hosts.find(flag, environ)
-    assert found == (wanted and hosts.Cluster(*wanted))
+    found = processes.find(flag, environ)
+    assert found == (wanted and processes.Cluster(*wanted))
 
 
 @pytest.mark.parametrize(
@@ -49,22 +49,22 @@ def test_what_is_found(flag, environ, wanted):
 )
 def test_flags_of_another_form(text, message):
     with pytest.raises(errors.UserError, match=message):
-        hosts.find(text, {})
+        processes.find(text, {})
     with pytest.raises(errors.UserError, match="the Kubernetes job is"):
-        hosts.find(None, KUBERNETES | {"MOE_PEFT_NUM_PROCESSES": ""})
+        processes.find(None, KUBERNETES | {"MOE_PEFT_NUM_PROCESSES": ""})
 
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
-    monkeypatch.setenv(hosts.VARIABLE, "h:1,2,0")
+    monkeypatch.setenv(processes.VARIABLE, "h:1,2,0")
     code = cli.main(["eval", "--gin_file", "experiments/cldr/mov.gin"])
     assert code == cli.USER_ERROR
     assert "eval works in one process, and MOE_PEFT_DISTRIBUTED" in capsys.readouterr().err
 
 
 def test_alone():
-    assert hosts.is_first()
-    assert [hosts.anywhere(truth) for truth in (True, False)] == [True, False]
-    assert hosts.in_turn(lambda: 5, "five") == 5
+    assert processes.is_first()
+    assert [processes.anywhere(truth) for truth in (True, False)] == [True, False]
+    assert processes.in_turn(lambda: 5, "five") == 5
 
 
 def mesh_of(data, fsdp, model, num_processes):

@@ -21,7 +21,8 @@ from gin import config as gin_config
 from gin import config_parser
 
 import moe_peft
-from moe_peft import errors, quiet
+from moe_peft import errors
+from moe_peft.runtime import tensorflow_logs
 
 # Configurables that library code calls itself, rather than by a reference from a gin file.
 CALLED_BY_LIBRARY = (
@@ -253,7 +254,7 @@ def _line_of_reference(text: str, error: Exception, after: int) -> int | None:
 def _import(statement: config_parser.ImportStatement) -> None:
     # Through gin, which also writes the import into the resolved configuration.
     try:
-        with quiet.importing():
+        with tensorflow_logs.importing():
             gin.parse_config(statement.format())
     except ImportError as error:
         raise ImportError(f"cannot import {statement.module}: {error.msg}") from error
@@ -285,9 +286,9 @@ def configurable_names() -> list[str]:
 
 def parameters(configurable: gin_config.Configurable) -> list[str]:
     """Names of the parameters gin may set."""
-    from moe_peft import gin_checks
+    from moe_peft.config import checks
 
-    names = list(gin_checks.signature(configurable).parameters)
+    names = list(checks.signature(configurable).parameters)
     allowed = configurable.allowlist or names
     denied = configurable.denylist or ()
     return [name for name in names if name in allowed and name not in denied]
@@ -335,6 +336,6 @@ def write_config(folder: pathlib.Path) -> None:
 
 def import_modules(names: Iterable[str]) -> None:
     """Imports modules so that what they register can be named in gin files."""
-    with quiet.importing():
+    with tensorflow_logs.importing():
         for name in names:
             importlib.import_module(name)
