@@ -24,9 +24,9 @@ import step as step_benchmark
 
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import optimizers
 from moe_peft.training import state as state_lib
+from moe_peft.weights import backbone as backbone_lib
 
 RATE = 3e-4
 

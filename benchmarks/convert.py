@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from moe_peft.convert import formats, hugging_face, leaves, safetensors_files, sizes, t5x
+from moe_peft.weights import formats, hugging_face, leaves, safetensors_files, t5_sizes, t5x_files
 
 CONVERSIONS = {
     "hf to t5x": ("hf", "t5x", "legacy", False),
@@ -35,7 +35,7 @@ CONVERSIONS = {
 
 def make(folder, name):
     """Writes random bfloat16 weights of the network called `name`."""
-    config = sizes.named(name)
+    config = t5_sizes.named(name)
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1_000_003, np.float32).astype(leaves.BFLOAT16)
 
@@ -43,7 +43,7 @@ def make(folder, name):
         values = lambda: np.resize(np.roll(block, rng.integers(block.size)), shape)
         return leaves.Leaf(shape, leaves.BFLOAT16, values, path)
 
-    found = {path: leaf(path, shape) for path, shape in sizes.of_config(config).items()}
+    found = {path: leaf(path, shape) for path, shape in t5_sizes.of_config(config).items()}
     hugging_face.write(folder / "hf", config, found)
 
 
@@ -55,7 +55,7 @@ def convert(folder, source, target, layout, scanned):
     if layout is None:
         hugging_face.write(folder / target, opened.config, opened.leaves)
     else:
-        t5x.write(folder / target, opened.config, opened.leaves, layout=layout)
+        t5x_files.write(folder / target, opened.config, opened.leaves, layout=layout)
     seconds = time.perf_counter() - start
     found = {
         "seconds": seconds,

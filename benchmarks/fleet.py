@@ -47,11 +47,11 @@ from moe_peft import methods, patching
 from moe_peft.evaluation import fewshot_scores
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import optimizers, schedules
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
+from moe_peft.weights import backbone
 
 BACKBONE = "embedded:cldr_tiny"
 LENGTHS = {"inputs": 56, "targets": 28}
@@ -169,7 +169,7 @@ def main() -> None:
     base = encoder_decoder.EncoderDecoder(module)
     shapes = {name: (1, *rows.shape[2:]) for name, rows in _part(examples, "shots").items()}
     init = lambda rng: base.init(rng, shapes)
-    loaded = backbone_lib.load(BACKBONE, jax.eval_shape(init, jax.random.key(0)), init)
+    loaded = backbone.load(BACKBONE, jax.eval_shape(init, jax.random.key(0)), init)
     frozen = jax.tree.map(jnp.asarray, loaded.params)
     own = jax.jit(lambda seed: method.split(model.init(jax.random.key(seed), shapes))[1])
     trainables = [jax.tree.map(np.asarray, own(run)) for run in range(num_runs)]

@@ -6,7 +6,9 @@ import numpy as np
 
 from moe_peft import methods
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import loop, optimizers, preparation, run, schedules
+from moe_peft.training import loop as loop_lib
+from moe_peft.training import optimizers, schedules, train
+from moe_peft.training import start as start_lib
 
 BATCH_SIZE = 4
 CONFIG = t5.T5Config(
@@ -34,8 +36,8 @@ def main():
     model = encoder_decoder.EncoderDecoder(method.patch(module), loss, method)
     base_model = encoder_decoder.EncoderDecoder(module, loss)
     num_steps = int(sys.argv[2])
-    loop.fit(
-        start=lambda shapes: preparation.Start(model, base_model, method, shapes),
+    train.fit(
+        start=lambda shapes: start_lib.Start(model, base_model, method, shapes),
         backbone="random:0",
         open_batches=batches,
         optimizer=optimizers.adafactor(
@@ -43,7 +45,7 @@ def main():
         ),
         model_dir=sys.argv[1],
         described={"model": {}, "data": {}},
-        settings=run.Settings(num_steps, BATCH_SIZE, checkpoint_period=40, log_period=15),
+        settings=loop_lib.Settings(num_steps, BATCH_SIZE, checkpoint_period=40, log_period=15),
     )
 
 

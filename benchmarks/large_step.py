@@ -27,7 +27,7 @@ import measure
 
 from moe_peft import methods
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.partitioning import program
+from moe_peft.partitioning import hlo_cost
 from moe_peft.training import optimizers
 
 # emb_dim, num_heads, head_dim, mlp_dim, layers of the encoder and of the decoder.
@@ -100,7 +100,7 @@ def measure_one(name: str, options: argparse.Namespace) -> dict[str, object]:
         "seconds": seconds[2:],
         "peak_bytes": peak_bytes(),
         "peak_bytes_before": before,
-        "planned_bytes": program.memory(call.compiled).peak,
+        "planned_bytes": hlo_cost.memory(call.compiled).peak,
         "hardware": measure.hardware(),
     }
 

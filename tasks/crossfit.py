@@ -20,7 +20,7 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, places, registration, rows, vocabularies
+from moe_peft.data import bad_rows, registration, roots, rows, vocabularies
 from moe_peft.data.crossfit import files
 from moe_peft.tasks import scores
 
@@ -63,7 +63,7 @@ def configured(
 
 def task_ids() -> dict[str, int]:
     """Ids of the tasks of the partition, by CrossFit's names; training tasks first."""
-    return _task_ids(places.folder(PREFIX))
+    return _task_ids(roots.folder(PREFIX))
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def _rows(name: str, split: str) -> rows.Rows:
             f"{name} has no split {split!r}; it has {', '.join(_splits())}."
             f"{errors.near(split, _splits())}"
         )
-    folder = places.folder(PREFIX)
+    folder = roots.folder(PREFIX)
     read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
     return _read(folder, name, split, configured(), read_with)
 
@@ -139,7 +139,7 @@ def _register_task(name: str, metric: str | None) -> str:
 
 def _list(group: str) -> Sequence[str]:
     """Names of the tasks of a group of the user's partition, registered."""
-    folder = places.folder(PREFIX)
+    folder = roots.folder(PREFIX)
     metrics = files.own_metrics(folder)
     return [_register_task(name, metrics.get(name)) for name in files.partition(folder)[group]]
 

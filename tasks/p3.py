@@ -24,7 +24,7 @@ import numpy as np
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import places, registration, row_store, rows
+from moe_peft.data import registration, roots, row_store, rows
 from moe_peft.data.p3 import held_out, ids, names, sources
 from moe_peft.tasks import scores
 
@@ -106,7 +106,7 @@ class Place:
 
 
 def _table() -> names.Table:
-    return names.of_folder(places.folder(PREFIX))
+    return names.of_folder(roots.folder(PREFIX))
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def _place(task: str) -> Place:
     known = _places(_table())
     if task not in known:
         raise errors.UserError(
-            f"{task!r} is in no mixture of {places.folder(PREFIX)}.{errors.near(task, known)}"
+            f"{task!r} is in no mixture of {roots.folder(PREFIX)}.{errors.near(task, known)}"
         )
     return known[task]
 
@@ -133,7 +133,7 @@ def _source(task: str) -> sources.Source:
     settings = configured()
     folder = lambda name: pathlib.Path(name).expanduser() if name else None
     return sources.find(
-        places.folder(PREFIX),
+        roots.folder(PREFIX),
         _table().prompts[task],
         settings.source,
         folder(settings.raw),
@@ -183,7 +183,7 @@ def _held_out(name: str) -> tuple[names.HeldOut, int]:
     known = {found.name: (found, i) for i, found in enumerate(table.held_out)}
     if name not in known:
         raise errors.UserError(
-            f"{name!r} is no evaluation set of {places.folder(PREFIX)}.{errors.near(name, known)}"
+            f"{name!r} is no evaluation set of {roots.folder(PREFIX)}.{errors.near(name, known)}"
         )
     found, number = known[name]
     is_template = settings.task_ids == "template"

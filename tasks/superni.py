@@ -20,7 +20,7 @@ from typing import Literal
 import gin
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, places, registration, row_store, rows, vocabularies
+from moe_peft.data import bad_rows, registration, roots, row_store, rows, vocabularies
 from moe_peft.data.cldr import store
 from moe_peft.data.superni import files, prompts, sampling
 from moe_peft.tasks import scores
@@ -85,7 +85,7 @@ def configured(
 
 def task_ids() -> dict[str, int]:
     """Ids of the tasks of the user's folder, by SuperNI's names; training tasks first."""
-    return _task_ids(places.folder(PREFIX))
+    return _task_ids(roots.folder(PREFIX))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
 
 
 def _rows(name: str, split: str) -> rows.Rows:
-    found = _all_rows(places.folder(PREFIX), name, configured(), _read_with())
+    found = _all_rows(roots.folder(PREFIX), name, configured(), _read_with())
     if split not in found:
         raise errors.UserError(
             f"{name} has no instances for its split {split!r}; it has {', '.join(found)}."
@@ -103,7 +103,7 @@ def _rows(name: str, split: str) -> rows.Rows:
 
 
 def _splits(name: str) -> tuple[str, ...]:
-    return tuple(_all_rows(places.folder(PREFIX), name, configured(), _read_with()))
+    return tuple(_all_rows(roots.folder(PREFIX), name, configured(), _read_with()))
 
 
 def _read_with() -> tuple:
@@ -183,7 +183,7 @@ def _register_task(name: str) -> str:
 
 def _list(split: str) -> Sequence[str]:
     """Names of the tasks of the user's list, registered."""
-    return [_register_task(name) for name in files.split_list(places.folder(PREFIX), split)]
+    return [_register_task(name) for name in files.split_list(roots.folder(PREFIX), split)]
 
 
 def register() -> None:

@@ -19,7 +19,7 @@ include 'methods/mov.gin'
 include 'data/cldr.gin'
 include 'runs/train.gin'
 import moe_peft.training.optimizers
-import moe_peft.transfer
+import moe_peft.methods.transfer
 
 BACKBONE = "random:0"
 BATCH_SIZE = 16

@@ -9,7 +9,8 @@ from matplotlib import colors as colors_lib
 from matplotlib import figure
 import numpy as np
 
-from moe_peft.analysis import alignment, routing_pictures, run_folder, style
+from moe_peft.analysis import routing_pictures, run_folder, style
+from moe_peft.training.monitors import alignment
 
 Records = Sequence[Mapping[str, Any]]
 

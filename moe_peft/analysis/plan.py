@@ -139,7 +139,7 @@ def plan(
 
     variables = abstract(method)
     if backbone is not None:
-        from moe_peft.training import backbone as backbone_lib  # imports what saves checkpoints
+        from moe_peft.weights import backbone as backbone_lib  # imports what saves checkpoints
 
         flat = patching.flatten(variables["params"])
         own = {path: leaf for path, leaf in flat.items() if not patching.is_adapter(path)}

@@ -11,7 +11,8 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from moe_peft import errors
-from moe_peft.analysis import run_folder, style, task_routing
+from moe_peft.analysis import run_folder, style
+from moe_peft.training.monitors import task_routing
 
 Weights = Mapping[str, Float[np.ndarray, "n p s"]]
 

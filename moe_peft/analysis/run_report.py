@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.analysis import alignment, routing_course, run_folder, task_routing
+from moe_peft.analysis import run_folder
 from moe_peft.training import checkpoints
+from moe_peft.training.monitors import alignment, routing, task_routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list
     found = []
     labels = run_folder.labels(folders, saved)
     for folder, label, each in zip(folders, labels, saved, strict=True):
-        records = alignment.records(folder), routing_course.records(folder)
+        records = alignment.records(folder), routing.records(folder)
         found.append(Source(folder, label, each, _weights(each), *records))
         if not found[-1].weights and not any(records):
             raise errors.UserError(

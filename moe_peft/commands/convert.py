@@ -8,20 +8,9 @@ import jax
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.convert import (
-    averaging,
-    formats,
-    merged,
-    models,
-    opened,
-    peft,
-    places,
-    records,
-    single_task,
-    sizes,
-)
-from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints, exported
+from moe_peft.convert import averaging, merged, models, peft, places, single_task
+from moe_peft.training import checkpoints
+from moe_peft.weights import backbone, checkpoint_file, exported, formats, records, t5_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +67,14 @@ def convert(sources: Sequence[str], to: str, options: Options) -> places.Place:
         (name,), (content,) = names, contents
     if isinstance(content, checkpoints.Saved) and _trains_all(content):
         content = models.open_saved(content, name)
-    if isinstance(content, opened.Opened):
+    if isinstance(content, checkpoint_file.Opened):
         return _convert_model(content, found[0], to, options)
     if options.merge:
         return _merge(content, name, to, options)
     return _convert_adapter(content, name, to, options)
 
 
-def _open(place: places.Place, options: Options) -> checkpoints.Saved | opened.Opened:
+def _open(place: places.Place, options: Options) -> checkpoints.Saved | checkpoint_file.Opened:
     if place.kind == places.RUN:
         return exported.load(place.path, options.step, options.member)
     for name in ("member", "step"):
@@ -121,16 +110,16 @@ def _base(spec: str) -> peft.Base:
     config = models.open_place(place).config
     shapes = {
         path: jax.ShapeDtypeStruct(shape, "float32")
-        for path, shape in sizes.of_config(config).items()
+        for path, shape in t5_sizes.of_config(config).items()
     }
     spec = _backbone_spec(spec)
-    loaded = backbone_lib.load(spec, patching.trees.unflatten(shapes), None)
+    loaded = backbone.load(spec, patching.trees.unflatten(shapes), None)
     return peft.Base(spec, config, loaded.fingerprint)
 
 
 def _backbone_spec(base: str) -> str:
     """Returns `--base` as gin's BACKBONE has it: with a prefix."""
-    if base.partition(":")[0] in {kind.partition(":")[0] for kind in backbone_lib.KINDS}:
+    if base.partition(":")[0] in {kind.partition(":")[0] for kind in backbone.KINDS}:
         return base
     place = places.source(base)
     kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)
@@ -163,7 +152,7 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> places.Plac
 def _check_adapter(saved, partial, kind: str, options: Options) -> None:
     """Reads an adapter again and compares every value."""
     again = peft.read(partial) if kind == formats.PEFT else exported.load(partial)
-    want = backbone_lib.cast(saved.trainable, options.dtype or "float32")
+    want = backbone.cast(saved.trainable, options.dtype or "float32")
     want, have = patching.flatten(want), patching.flatten(again.trainable)
     same = {path: np.array_equal(want[path], have.get(path)) for path in want}
     print(f"read again: {sum(same.values())} of {len(want)} leaves are the same, bit by bit")
@@ -195,7 +184,7 @@ def _merge(saved, name: str, to: str, options: Options) -> places.Place:
         seed=options.seed,
     )
     print(f"logits of adapted and merged network on a random batch: {result.gap}")
-    model = opened.Opened(name, network.config, models.leaves.flatten(result.params))
+    model = checkpoint_file.Opened(name, network.config, models.leaves.flatten(result.params))
     like = None
     if spec.startswith("hf:"):
         like = formats.open_backbone(spec.removeprefix("hf:"))
@@ -211,7 +200,7 @@ def _convert_model(model, source: places.Place, to: str, options: Options) -> pl
     if place.kind == formats.PEFT:
         raise errors.UserError(f"{source} is a whole model, which PEFT's format cannot hold.")
     places.check_free(place, options.overwrite)
-    print(f"{source}: {sizes.describe(model.config)}")
+    print(f"{source}: {t5_sizes.describe(model.config)}")
     like = model if source.kind == formats.HUGGING_FACE else None
     return _write_model(model, place, options, like)
 

@@ -10,7 +10,7 @@ import rich.console
 import rich.table
 
 from moe_peft import errors
-from moe_peft.data import places, samples
+from moe_peft.data import roots, samples
 from moe_peft.data.checking import check, parts
 from moe_peft.runtime import progress as progress_lib
 
@@ -65,20 +65,20 @@ def _counted(what: str, listed: Sequence[parts.Part]):
 def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | None]:
     if root == SUITE:
         return {"cldr": None}
-    unknown = [name for name in benchmarks if name not in places.LAYOUT]
+    unknown = [name for name in benchmarks if name not in roots.LAYOUT]
     if unknown:
         raise errors.UserError(
-            f"There is no benchmark {unknown[0]!r}; there are {', '.join(places.LAYOUT)}."
-            f"{errors.near(unknown[0], places.LAYOUT)}"
+            f"There is no benchmark {unknown[0]!r}; there are {', '.join(roots.LAYOUT)}."
+            f"{errors.near(unknown[0], roots.LAYOUT)}"
         )
-    top = samples.folder() if root == places.SAMPLES else pathlib.Path(root).expanduser()
-    found = {name: top / name for name in benchmarks or places.LAYOUT}
+    top = samples.folder() if root == roots.SAMPLES else pathlib.Path(root).expanduser()
+    found = {name: top / name for name in benchmarks or roots.LAYOUT}
     there = {name: folder for name, folder in found.items() if folder.is_dir()}
     if not there or (benchmarks and len(there) < len(found)):
         name = next(name for name in found if name not in there)
         raise errors.UserError(
-            f"There is no folder {found[name]}; expected {places.LAYOUT[name]}. A data folder "
-            f"holds {', '.join(f'{name}/' for name in places.LAYOUT)}, or some of them."
+            f"There is no folder {found[name]}; expected {roots.LAYOUT[name]}. A data folder "
+            f"holds {', '.join(f'{name}/' for name in roots.LAYOUT)}, or some of them."
         )
     return there
 

@@ -5,7 +5,7 @@ import pathlib
 import gin
 
 from moe_peft import errors
-from moe_peft.training import exported
+from moe_peft.weights import exported
 
 
 @gin.register(module="commands")

@@ -15,7 +15,7 @@ from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import flight, targets
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import optimizers, preparation
+from moe_peft.training import optimizers, start
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
@@ -81,9 +81,9 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """What decides how the programs come out, as json types."""
-        return preparation.as_json(
+        return start.as_json(
             {
-                "model": preparation.describe_model(self.model),
+                "model": start.describe_model(self.model),
                 "method": self.method.describe(),
                 "optimizer": self.optimizer.describe(),
                 "loss": dataclasses.asdict(self.loss or encoder_decoder.LossConfig()),
@@ -149,9 +149,9 @@ class Experiment:
     def _start(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]):
         loss = self.loss or encoder_decoder.LossConfig()
         network = encoder_decoder.EncoderDecoder(self.method.patch(module), loss, self.method)
-        return preparation.Start(network, None, self.method, shapes)
+        return start.Start(network, None, self.method, shapes)
 
-    def _trees(self, begin: preparation.Start):
+    def _trees(self, begin: start.Start):
         """Shapes of (frozen, trainable) as they are stored."""
         init = lambda rng: begin.model.init(rng, begin.batch_shapes)
         frozen, trainable = self.method.split(jax.eval_shape(init, jax.random.key(0)))

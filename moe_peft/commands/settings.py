@@ -48,7 +48,7 @@ COMMANDS = {
             "  moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try "
             "--gin.TRAIN_STEPS=20"
         ),
-        modules=("moe_peft.training.loop",),
+        modules=("moe_peft.training.train",),
     ),
     "preflight": Command(
         entry_point="preflight",

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_peft import merging, methods, patching
-from moe_peft.convert import layout, leaves
+from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import checkpoints, preparation
+from moe_peft.training import checkpoints
+from moe_peft.training import start as start_lib
+from moe_peft.weights import leaves, merging, scan_layout
 
 Arrays = dict[str, np.ndarray]
 Layers = dict[str, Arrays]
@@ -21,7 +22,7 @@ _FEATURES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
 
 def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
     """Returns the shape of every leaf that a run of the method on the network trains."""
-    start = preparation.Start(
+    start = start_lib.Start(
         encoder_decoder.EncoderDecoder(method.patch(network), method=method),
         encoder_decoder.EncoderDecoder(network),
         method,
@@ -37,7 +38,7 @@ def by_layer(saved: checkpoints.Saved) -> Layers:
     Routers that several layers share are left out.
     """
     found: Layers = {}
-    for path, leaf in layout.convert(leaves.flatten(saved.trainable), scanned=False).items():
+    for path, leaf in scan_layout.convert(leaves.flatten(saved.trainable), scanned=False).items():
         layer, is_own, name = path.partition(_ADAPTER)
         if is_own:
             found.setdefault(layer, {})[name] = np.asarray(leaf, np.float32)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.training import checkpoints, preparation
+from moe_peft.training import checkpoints, start
 
 
 def average(
@@ -64,7 +64,7 @@ def _check_same(first: str, one: Mapping, name: str, other: Mapping) -> None:
         values = [description.get(part) for description in (one, other)]
         for key in path:
             values = [(value or {}).get(key) for value in values]
-        difference = preparation.first_difference(*values, ".".join((part, *path)))
+        difference = start.first_difference(*values, ".".join((part, *path)))
         if difference:
             difference = difference.replace("in the checkpoint", f"in {first}")
             difference = difference.replace("here", f"in {name}")

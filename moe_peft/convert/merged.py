@@ -7,9 +7,11 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from moe_peft import errors, merging, methods
+from moe_peft import errors, methods
 from moe_peft.models import encoder_decoder
-from moe_peft.training import checkpoints, preparation, trained
+from moe_peft.training import checkpoints, restore
+from moe_peft.training import start as start_lib
+from moe_peft.weights import merging
 
 _SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
 # Of the largest logit: rounding of float32, and of activations in bfloat16.
@@ -65,13 +67,13 @@ def merge(
       UserError: the method cannot be merged, the run does not fit, or the logits differ.
     """
     check(method, task)
-    start = preparation.Start(
+    start = start_lib.Start(
         encoder_decoder.EncoderDecoder(method.patch(network), method=method),
         encoder_decoder.EncoderDecoder(network),
         method,
         _SHAPES,
     )
-    params = trained.of_saved(start, backbone, saved, where, frozen_dtype)
+    params = restore.of_saved(start, backbone, saved, where, frozen_dtype)
     merged = merging.merge_into_base(network, method, params, task)
     gap = merging.logit_gap(network, method, params, merged, task, seed)
     allowed = _ALLOWED[jnp.dtype(network.config.dtype).name]
@@ -81,7 +83,7 @@ def merge(
             f"{allowed:g}; nothing was written. Are the run's weights finite?"
         )
     record = {
-        "merged": preparation.as_json(method.describe()),
+        "merged": start_lib.as_json(method.describe()),
         "task": task,
         "step": saved.step,
         "model_dir": where,

@@ -8,44 +8,45 @@ from typing import Any
 
 import jax
 
-from moe_peft import errors, merging
-from moe_peft.convert import (
+from moe_peft import errors
+from moe_peft.convert import places
+from moe_peft.models import encoder_decoder, t5
+from moe_peft.training import checkpoints
+from moe_peft.weights import (
+    backbone,
+    checkpoint_file,
     formats,
     hugging_face,
     leaves,
-    places,
+    merging,
     records,
     safetensors_files,
-    sizes,
-    t5x,
+    t5_sizes,
+    t5x_files,
 )
-from moe_peft.convert import opened as opened_lib
-from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints
 
 LOGITS_BYTES = 2_000_000_000  # of two models in float32, beyond which logits take too much memory
 
 
-def open_file(path: pathlib.Path) -> opened_lib.Opened:
+def open_file(path: pathlib.Path) -> checkpoint_file.Opened:
     """Returns a model in our own format; only the header is read."""
     found = safetensors_files.open_file(path)
     shapes = {name: leaf.shape for name, leaf in found.items()}
-    description = backbone_lib.read_metadata(path)
+    description = backbone.read_metadata(path)
     if description.get("model"):
         config = records.network(description, str(path)).config
     else:
-        config = sizes.recognise(shapes, str(path))
-    return opened_lib.Opened(str(path), config, found)
+        config = t5_sizes.recognise(shapes, str(path))
+    return checkpoint_file.Opened(str(path), config, found)
 
 
-def open_saved(saved: checkpoints.Saved, where: str) -> opened_lib.Opened:
+def open_saved(saved: checkpoints.Saved, where: str) -> checkpoint_file.Opened:
     """Returns the model of a run that trained all of it."""
     config = records.network(saved.description, where).config
-    return opened_lib.Opened(where, config, leaves.flatten(saved.trainable))
+    return checkpoint_file.Opened(where, config, leaves.flatten(saved.trainable))
 
 
-def open_place(place: places.Place) -> opened_lib.Opened:
+def open_place(place: places.Place) -> checkpoint_file.Opened:
     """Returns the model at a place of the format "hf", "t5x" or "ours"."""
     if place.kind == formats.ADAPTERS:
         return open_file(place.path)
@@ -55,11 +56,11 @@ def open_place(place: places.Place) -> opened_lib.Opened:
 def write(
     kind: str,
     path: pathlib.Path,
-    model: opened_lib.Opened,
+    model: checkpoint_file.Opened,
     dtype: str | None,
     *,
     metadata: Mapping[str, Any] | None = None,
-    like: opened_lib.Opened | None = None,
+    like: checkpoint_file.Opened | None = None,
     layout: str = "legacy",
 ) -> None:
     """Writes a model, leaf by leaf.
@@ -81,7 +82,7 @@ def write(
             path, model.config, model.leaves, dtype=dtype, settings=settings, copy_from=folder
         )
     elif kind == formats.T5X:
-        t5x.write(path, model.config, model.leaves, dtype=dtype, layout=layout)
+        t5x_files.write(path, model.config, model.leaves, dtype=dtype, layout=layout)
     else:
         network = {"class": "Transformer", "config": dataclasses.asdict(model.config)}
         record = json.dumps({**(metadata or {}), "model": network}, sort_keys=True)
@@ -91,7 +92,7 @@ def write(
 
 
 def check_written(
-    model: opened_lib.Opened, written: opened_lib.Opened, dtype: str | None, seed: int = 0
+    model: checkpoint_file.Opened, written: checkpoint_file.Opened, dtype: str | None, seed: int = 0
 ) -> merging.Gap | None:
     """Compares every value of two models, and their logits on a random batch.
 

@@ -15,22 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_peft import errors, merging, methods, patching, routing
-from moe_peft.convert import (
-    adapter_trees,
-    folders,
+from moe_peft import errors, methods, patching, routing
+from moe_peft.convert import adapter_trees, peft_config, peft_layers, peft_methods, peft_tensors
+from moe_peft.models import t5
+from moe_peft.training import checkpoints, start
+from moe_peft.weights import (
+    backbone,
     leaves,
-    peft_config,
-    peft_layers,
-    peft_methods,
-    peft_tensors,
+    locations,
+    merging,
     records,
     safetensors_files,
-    sizes,
+    t5_sizes,
 )
-from moe_peft.models import t5
-from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import checkpoints, preparation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> p
         peft_tensors.key_of(*place): leaves.of(array, "")
         for place, array in sorted(tensors.items())
     }
-    with folders.created(folder) as partial:
+    with locations.created(folder) as partial:
         text = json.dumps(peft_config.complete(config, base), indent=2, sort_keys=True)
         (partial / peft_config.NAME).write_text(text + "\n", encoding="utf-8")
         header = {"format": "pt", "moe_peft": record}
@@ -101,7 +98,7 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
     folder = pathlib.Path(folder).expanduser()
     config = peft_config.read(folder)
     tensors = peft_tensors.open_folder(folder, config["peft_type"])
-    description = backbone_lib.read_metadata(folder / peft_tensors.TENSORS)
+    description = backbone.read_metadata(folder / peft_tensors.TENSORS)
     if "method" in description:
         network = _network(description, base, folder)
     elif base is not None:
@@ -176,7 +173,7 @@ def _describe(
         if layer not in kernels:
             raise errors.UserError(
                 f"{next(iter(own.values())).source} is no layer of {base.spec} "
-                f"({sizes.describe(base.config)})."
+                f"({t5_sizes.describe(base.config)})."
             )
     method, gin_lines = peft_methods.method(config, list(tensors), base.config)
     description = {
@@ -186,7 +183,7 @@ def _describe(
         "backbone": {"fingerprint": base.fingerprint, "frozen_dtype": "float32"},
         "backbone_spec": base.spec,
     }
-    return preparation.as_json(description)
+    return start.as_json(description)
 
 
 def _network(
@@ -196,7 +193,7 @@ def _network(
     if base is not None and not description.get("model"):
         return t5.Transformer(base.config)
     network = records.network(description, str(folder))
-    odd = sizes.differences(network.config, base.config) if base else []
+    odd = t5_sizes.differences(network.config, base.config) if base else []
     if odd:
         raise errors.UserError(
             f"{folder} belongs to another network than {base.spec}: {', '.join(odd)} differ."

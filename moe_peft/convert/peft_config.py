@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from moe_peft import errors
-from moe_peft.convert import safetensors_files
+from moe_peft.weights import safetensors_files
 
 NAME = "adapter_config.json"
 KINDS = ("LORA", "IA3", "POLY")

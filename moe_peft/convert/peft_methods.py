@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 from moe_peft import adapters, errors, methods, patching
-from moe_peft.convert import peft_config, sizes
+from moe_peft.convert import peft_config
 from moe_peft.models import t5
 from moe_peft.routing import task_routers
+from moe_peft.weights import t5_sizes
 
 _KINDS = {adapters.LoRA: "LORA", adapters.IA3: "IA3", adapters.SkilledLoRA: "POLY"}
 
@@ -114,7 +115,7 @@ def method(
 
 def kernels(network: t5.T5Config) -> dict[str, tuple[int, int]]:
     """Returns {layer: (inputs, outputs)} of the linear maps of the unscanned network's blocks."""
-    shapes = sizes.of_config(dataclasses.replace(network, scan_layers=False))
+    shapes = t5_sizes.of_config(dataclasses.replace(network, scan_layers=False))
     return {
         path.removesuffix("/kernel"): shape
         for path, shape in shapes.items()

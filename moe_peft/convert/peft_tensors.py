@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import pathlib
 
 from moe_peft import errors
-from moe_peft.convert import folders, leaves, names, peft_layers, safetensors_files
+from moe_peft.convert import peft_layers
+from moe_peft.weights import leaves, locations, safetensors_files, t5_names
 
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -18,13 +19,13 @@ def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
     path = folder / TENSORS
     if not path.is_file():
         if (folder / _PICKLE).exists():
-            folders.refuse_pickle(folder / _PICKLE)
+            locations.refuse_pickle(folder / _PICKLE)
         raise errors.UserError(f"{folder} has no {TENSORS}.")
     suffixes, found = peft_layers.SUFFIXES[kind], {}
     for key, leaf in safetensors_files.open_file(path).items():
         suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
         module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
-        kernel = names.path_of(f"{module}.weight") or ""
+        kernel = t5_names.path_of(f"{module}.weight") or ""
         if not suffix or not kernel.endswith("/kernel") or "/layers_" not in kernel:
             raise errors.UserError(
                 f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of a T5."
@@ -57,7 +58,7 @@ def aligned(tensors: Tensors, expected: Sequence[str]) -> Tensors:
 
 def module_of(layer: str) -> str:
     """Returns what transformers calls a layer."""
-    return names.name_of(f"{layer}/kernel").removesuffix(".weight")
+    return t5_names.name_of(f"{layer}/kernel").removesuffix(".weight")
 
 
 def key_of(layer: str, suffix: str) -> str:

@@ -10,8 +10,8 @@ import shutil
 from etils import epath
 
 from moe_peft import errors
-from moe_peft.convert import formats
-from moe_peft.training import backbone, checkpoints, exported
+from moe_peft.training import checkpoints
+from moe_peft.weights import backbone, exported, formats
 
 RUN = "run"
 _KINDS = (RUN, *formats.FORMATS)

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from moe_peft import adapters, errors, merging, methods, patching, routing
+from moe_peft import adapters, errors, methods, patching, routing
 from moe_peft.adapters import poly
-from moe_peft.convert import adapter_trees, records
+from moe_peft.convert import adapter_trees
 from moe_peft.patching import granularity
 from moe_peft.routing import task_routers
-from moe_peft.training import checkpoints, preparation
+from moe_peft.training import checkpoints, start
+from moe_peft.weights import merging, records
 
 
 def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
@@ -56,7 +57,7 @@ def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
     plain = _plain(modules[0], method)
     description = {
         **saved.description,
-        "method": preparation.as_json(plain.describe()),
+        "method": start.as_json(plain.describe()),
         "task": task,
         "task_of": saved.description["method"],
     }

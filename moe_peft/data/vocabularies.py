@@ -10,7 +10,7 @@ from google.protobuf import message
 import seqio
 
 from moe_peft import errors
-from moe_peft.convert import tokenizers
+from moe_peft.data import tokenizers
 
 BYTES = "bytes"
 

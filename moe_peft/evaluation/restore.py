@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 from moe_peft import methods
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
-from moe_peft.training import preparation, trained
+from moe_peft.training import restore as restore_lib
+from moe_peft.training import start as start_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,14 @@ def restore(
     """
     base = encoder_decoder.EncoderDecoder(module)
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
-    start = preparation.Start(model, base, method, batch_shapes)
+    start = start_lib.Start(model, base, method, batch_shapes)
     shapes = jax.eval_shape(lambda rng: model.init(rng, batch_shapes), jax.random.key(0))
     frozen, trainable = map(_count, method.split(shapes))
-    params, step = trained.load(
+    params, step = restore_lib.load(
         start, backbone, model_dir if trainable else None, step, frozen_dtype, start_from
     )
     run = {
-        "method": preparation.as_json(method.describe()),
+        "method": start_lib.as_json(method.describe()),
         "backbone": backbone,
         "model_dir": str(model_dir),
         "step": step,

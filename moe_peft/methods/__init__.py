@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import gin
 
-from moe_peft.methods import places
+from moe_peft.methods import targets
 from moe_peft.methods.method import (
     ADAPTER_LEAVES,
     ALL_LEAVES,
@@ -18,7 +18,7 @@ from moe_peft.methods.method import (
     Transfer,
 )
 from moe_peft.methods.mixtures import ROUTERS, ia3, lora, lora_big, molora, mov
-from moe_peft.methods.places import PLACEMENTS, ROUTER_INPUTS
+from moe_peft.methods.targets import PLACEMENTS, ROUTER_INPUTS
 from moe_peft.methods.task_routed import SKILL_ROUTERS, mhr, poly, private, random_mu
 
 __all__ = [
@@ -72,4 +72,4 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 def get(name: str) -> Callable[..., Method]:
     """Returns the constructor of a method by its name, or raises UserError with near names."""
-    return places.choose("method", name, METHODS)
+    return targets.choose("method", name, METHODS)

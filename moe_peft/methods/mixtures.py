@@ -8,7 +8,7 @@ import gin
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 from moe_peft.methods import method as method_lib
-from moe_peft.methods import places
+from moe_peft.methods import targets
 
 ROUTERS = {
     "token": routing_lib.TokenRouter,
@@ -20,7 +20,7 @@ ROUTERS = {
 @gin.register(module="methods")
 def ia3() -> method_lib.Method:
     """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022)."""
-    return method_lib.Method("ia3", places.scaling_rules(adapters.IA3, "as_in_paper"))
+    return method_lib.Method("ia3", targets.scaling_rules(adapters.IA3, "as_in_paper"))
 
 
 @gin.register(module="methods")
@@ -52,7 +52,7 @@ def mov(
     factory = functools.partial(
         adapters.MoV, num_experts=num_experts, router_factory=router_factory
     )
-    rules = places.scaling_rules(factory, router_input)
+    rules = targets.scaling_rules(factory, router_input)
     return method_lib.Method(
         "mov", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
     )
@@ -78,7 +78,7 @@ def lora(
             ".*/(query|value)".
         a_init: "normal" or "uniform", see `adapters.LoRA`.
     """
-    pattern = places.placement(placement)
+    pattern = targets.placement(placement)
     factory = functools.partial(
         adapters.LoRA, rank=rank, alpha=alpha, dropout_rate=dropout_rate, a_init=a_init
     )
@@ -129,7 +129,7 @@ def molora(
         load_balancing_weight: as in `mov`.
         z_weight: as in `mov`.
     """
-    pattern = places.placement(placement)
+    pattern = targets.placement(placement)
     factory = functools.partial(
         adapters.MoLoRA,
         num_experts=num_experts,
@@ -149,7 +149,7 @@ def _router_factory(
     routing: str, top_k: int | None, renormalize: bool, jitter: float
 ) -> routing_lib.RouterFactory:
     """Returns the factory of a named router with its options."""
-    router = places.choose("routing", routing, ROUTERS)
+    router = targets.choose("routing", routing, ROUTERS)
     if router is routing_lib.UniformRouter:
         if top_k is not None or jitter:
             raise errors.UserError("Uniform routing has no top_k and no jitter.")

@@ -8,7 +8,7 @@ import gin
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 from moe_peft.methods import method as method_lib
-from moe_peft.methods import mixtures, places
+from moe_peft.methods import mixtures, targets
 
 # Of skills, by task. What they need besides the number of skills and splits is in `_skill_router`.
 SKILL_ROUTERS = {
@@ -70,15 +70,15 @@ def poly(
     sizes = {"num_skills": num_skills, "num_splits": num_splits}
     shared = router(**sizes, parent=None) if level.is_shared else None
     modules = {"lora": adapters.SkilledLoRA, "ia3": adapters.SkilledIA3}
-    module = places.choose("adapter", adapter, modules)
+    module = targets.choose("adapter", adapter, modules)
     if adapter == "lora":
-        pattern = places.placement(placement)
+        pattern = targets.placement(placement)
         factory = functools.partial(module, **sizes, rank=rank, alpha=alpha, router_factory=router)
         rules = (patching.Rule(pattern, factory),)
         average = mixtures.lora(rank, alpha, 0.0, placement, "uniform")
     else:
         factory = functools.partial(module, **sizes, router_factory=router)
-        rules, average = places.scaling_rules(factory, "as_in_paper"), mixtures.ia3()
+        rules, average = targets.scaling_rules(factory, "as_in_paper"), mixtures.ia3()
     rules = tuple(
         dataclasses.replace(rule, granularity=level, shared_router=shared) for rule in rules
     )
@@ -152,7 +152,7 @@ def random_mu(
         placement: as in `poly`.
         seed: of "per_task".
     """
-    routing = places.choose(
+    routing = targets.choose(
         "version", version, {"per_task": "random_task", "per_example": "random_example"}
     )
     return poly(num_tasks, num_skills, 1, rank, alpha, placement, routing=routing, seed=seed)
@@ -192,7 +192,7 @@ def _skill_router(
     seed: int,
 ) -> routing_lib.SkillRouterFactory:
     """Returns the factory of a named task router with its options."""
-    router = places.choose("routing", routing, SKILL_ROUTERS)
+    router = targets.choose("routing", routing, SKILL_ROUTERS)
     if router is routing_lib.TaskRouter:
         return functools.partial(
             router,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from moe_peft.partitioning import program, targets
+from moe_peft.partitioning import hlo_cost, targets
 
 _DOES_NOT_FIT = "exceed"  # in what the TPU compiler says of a program that is too large
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
@@ -81,12 +81,12 @@ class Flight:
     setting: Setting
     target: str
     capacity: float
-    memory: program.Memory | None
+    memory: hlo_cost.Memory | None
     needed: float
     refused: str
     operations: float
     bytes_accessed: float
-    collectives: Mapping[str, program.Collective]
+    collectives: Mapping[str, hlo_cost.Collective]
     bounds: Mapping[str, float]
     compile_seconds: float
 
@@ -120,7 +120,7 @@ def compiled(
     options = _LEAST_EFFORT if is_quick and target.shape else None
     with jax.set_mesh(what.mesh):
         traced = what.function.trace(*what.arguments)
-        operations = program.operations(traced, what.loops) / target.count
+        operations = hlo_cost.operations(traced, what.loops) / target.count
         try:
             executable, refused = traced.lower().compile(compiler_options=options), ""
         except jax.errors.JaxRuntimeError as error:
@@ -131,9 +131,9 @@ def compiled(
     needed = needed_memory(refused, bytes_of_device(what.arguments))
     bounds = {"arithmetic": operations / target.chip.flops}
     if executable is not None:
-        memory = program.memory(executable)
+        memory = hlo_cost.memory(executable)
         needed = memory.peak
-        collectives = program.collectives(executable.as_text())
+        collectives = hlo_cost.collectives(executable.as_text())
         costs = executable.cost_analysis() or {}
         accessed = float(costs.get("bytes accessed", 0.0))
         read = memory.arguments + (what.loops - 1) * what.read_again
@@ -154,9 +154,9 @@ def compiled(
     )
 
 
-def sent_by_links(collectives: Mapping[str, program.Collective]) -> int:
+def sent_by_links(collectives: Mapping[str, hlo_cost.Collective]) -> int:
     """Bytes that a chip sends over its own links; not those between slices."""
-    inside = (each for kind, each in collectives.items() if kind != program.BETWEEN_SLICES)
+    inside = (each for kind, each in collectives.items() if kind != hlo_cost.BETWEEN_SLICES)
     return sum(each.num_bytes for each in inside)
 
 

@@ -12,9 +12,9 @@ import jax
 from t5x import state_utils
 
 from moe_peft import errors, methods, patching
-from moe_peft.convert import t5x as t5x_files
 from moe_peft.runtime import digest, processes
-from moe_peft.training import checkpoints, exported
+from moe_peft.training import checkpoints
+from moe_peft.weights import exported, t5x_files
 
 FOLDER = "adapters"
 

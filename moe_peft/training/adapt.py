@@ -27,8 +27,8 @@ from moe_peft.training import (
     fleet_run,
     fleet_start,
     optimizers,
-    preparation,
 )
+from moe_peft.training import start as start_lib
 
 Count = int | Mapping[str, int]
 
@@ -164,7 +164,7 @@ def adapt(
     network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
     first = fleet_data.arrays(data[0].shots, slice(0, batch_size), data[0].shape)
     start = fleet_start.Start(
-        preparation.Start(
+        start_lib.Start(
             network,
             encoder_decoder.EncoderDecoder(model, loss),
             method,
@@ -175,10 +175,10 @@ def adapt(
         frozen_dtype,
         task_weights,
     )
-    description = preparation.as_json(
+    description = start_lib.as_json(
         {
             "method": method.describe(),
-            "model": preparation.describe_model(model),
+            "model": start_lib.describe_model(model),
             "backbone_spec": backbone,
             "backbone": {"fingerprint": start.fingerprint, "frozen_dtype": frozen_dtype},
             "source": {"folder": source, "step": start.source_step},

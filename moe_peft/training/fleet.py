@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, PyTree
 import numpy as np
 import optax
 
+from moe_peft.partitioning import hlo_cost
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.partitioning import program
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
@@ -175,14 +175,14 @@ class Fleet:
         ]
         return self.put(stack(states))
 
-    def compile(self, states, tables, rows) -> program.Memory:
+    def compile(self, states, tables, rows) -> hlo_cost.Memory:
         """Compiles `advance` for arrays of these shapes; returns what a device then needs."""
         active = self.abstract((), jnp.bool_)
         with jax.set_mesh(self._mesh):
             zero = np.int32(0)
             lowered = self._advance.lower(states, active, self.frozen, tables, rows, zero, zero)
             self._compiled = lowered.compile()
-        return program.memory(self._compiled)
+        return hlo_cost.memory(self._compiled)
 
     def advance(self, states, active: Bool[np.ndarray, "R"], tables, rows, start: int, count: int):
         """(states, active on the host, `Advanced`) after `count` steps at most.

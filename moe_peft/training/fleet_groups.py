@@ -23,9 +23,9 @@ from moe_peft.training import (
     fleet_progress,
     fleet_run,
     fleet_start,
-    preparation,
     state,
 )
+from moe_peft.training import start as start_lib
 from moe_peft.training import step as step_lib
 
 FOLDER = "groups"
@@ -122,7 +122,7 @@ class Groups:
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
         for part in _PARTS:
-            difference = preparation.first_difference(
+            difference = start_lib.first_difference(
                 record["description"][part], description[part], part
             )
             if difference:

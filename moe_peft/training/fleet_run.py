@@ -13,9 +13,9 @@ import optax
 
 from moe_peft import errors
 from moe_peft.evaluation import fewshot_scores
-from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import fleet_data, fleet_progress, metrics_writer
+from moe_peft.weights import backbone
 
 SELECTIONS = ("validation", "reported_split", "last")
 _PROGRESS = "progress.safetensors"
@@ -229,7 +229,7 @@ class GroupRun:
     def _save(self, states, best, standings, step) -> None:
         count = len(standings)
         tree = {"states": _numbered(states), "best": _numbered(best)}
-        backbone_lib.save(
+        backbone.save(
             self._fleet.get(tree, count),
             self._folder / _PROGRESS,
             metadata={
@@ -245,7 +245,7 @@ class GroupRun:
         path = self._folder / _PROGRESS
         if not path.exists():
             return None
-        tree, record = backbone_lib.read(path), backbone_lib.read_metadata(path)
+        tree, record = backbone.read(path), backbone.read_metadata(path)
         if record["jobs"] != [str(job) for job in self._jobs]:
             raise errors.UserError(f"{path} is of other runs. Choose another MODEL_DIR.")
         self.seconds_before = record["seconds"]
@@ -296,11 +296,11 @@ def write_adapters(
 ) -> None:
     """Writes stacked leaves [R, ...] as safetensors; the metadata says which run is which."""
     runs = [dataclasses.asdict(job) for job in jobs]
-    backbone_lib.save(trainable, path, metadata={**metadata, "runs": runs})
+    backbone.save(trainable, path, metadata={**metadata, "runs": runs})
 
 
 def read_adapters(path: pathlib.Path) -> dict[fleet_data.Job, PyTree]:
     """The trainable tree of every run in a file that `write_adapters` wrote."""
-    tree, metadata = backbone_lib.read(path), backbone_lib.read_metadata(path)
+    tree, metadata = backbone.read(path), backbone.read_metadata(path)
     jobs = [fleet_data.Job(**run) for run in metadata["runs"]]
     return {job: fleet_lib.unstack(tree, run) for run, job in enumerate(jobs)}

@@ -7,9 +7,12 @@ import jax
 from jaxtyping import Float, PyTree
 import numpy as np
 
-from moe_peft import errors, methods, patching, transfer
-from moe_peft.training import backbone as backbone_lib
-from moe_peft.training import exported, fleet_data, preparation
+from moe_peft import errors, methods, patching
+from moe_peft.methods import transfer
+from moe_peft.training import fleet_data
+from moe_peft.training import start as start_lib
+from moe_peft.weights import backbone as backbone_lib
+from moe_peft.weights import exported
 
 _NO_JOB = fleet_data.Job("", 0)  # stands for any: frozen leaves are the same for all
 
@@ -27,7 +30,7 @@ class Start:
 
     def __init__(
         self,
-        start: preparation.Start,
+        start: start_lib.Start,
         backbone: str,
         source: str | None,
         frozen_dtype: str,
@@ -50,7 +53,7 @@ class Start:
         _check(method, source)
         saved = exported.load(_existing(source)) if source else None
         if saved:
-            preparation.check_source(method, saved.description, str(source))
+            start_lib.check_source(method, saved.description, str(source))
         shapes = start.base_shapes()
         loaded = backbone_lib.load(
             backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)

@@ -1,272 +1,197 @@
-"""`train`: adapts a frozen backbone on a mixture, or goes on where an earlier run stopped."""
+"""The steps of one process's part of a run, and what happens between them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
-import functools
-import itertools
-import pathlib
-from typing import Any
+import signal
+import time
 
-from flax import linen as nn
 import gin
 import jax
 from jaxtyping import PyTree
+import numpy as np
 
-from moe_peft import errors, methods, patching
-from moe_peft.models import encoder_decoder
-from moe_peft.partitioning import layout as layout_lib
-from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.runtime import prefetch, processes, run_folder, signals
-from moe_peft.training import checkpoints, optimizers, preparation
-from moe_peft.training import monitors as monitors_lib
-from moe_peft.training import run as run_lib
+import moe_peft
+from moe_peft import errors, patching
+from moe_peft.config import gin_files
+from moe_peft.runtime import host_memory, processes
+from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training import logbook as logbook_lib
+from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
-from moe_peft.training import step as step_lib
+from moe_peft.training.monitors import base
+from moe_peft.weights import backbone
+
+_AGREEMENT_PERIOD = 10  # steps after which several processes ask each other whether to stop
+
+Batches = Iterator[Mapping[str, np.ndarray]]
+EvalHook = Callable[[int, PyTree], Mapping[str, float]]
 
 
-@gin.register(module="training")
-def train(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    mixture: str = gin.REQUIRED,
-    feature_lengths: Mapping[str, int] = gin.REQUIRED,
-    batch_size: int = gin.REQUIRED,
-    num_steps: int = gin.REQUIRED,
-    optimizer: optimizers.Optimizer = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    seed: int = 0,
-    loss: encoder_decoder.LossConfig | None = None,
-    pack: bool = False,
-    num_microbatches: int = 1,
-    frozen_dtype: str = "float32",
-    checkpoint_period: int = 1_000,
-    keep: int = 3,
-    log_period: int = 100,
-    evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
-    eval_period: int = 1_000,
-    monitors: Sequence[monitors_lib.Monitor] = (),
-    start_from: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> run_lib.Result:
-    """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Numbers of a run; see `loop.train`. No dropout means no stochastic routing either."""
 
-    Run again with the same settings, it goes on from the newest checkpoint, to the very same
-    numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit.
+    num_steps: int
+    batch_size: int
+    seed: int = 0
+    num_microbatches: int = 1
+    frozen_dtype: str = "float32"
+    checkpoint_period: int = 1_000
+    keep: int = 3
+    log_period: int = 100
+    eval_period: int = 1_000
+    use_dropout: bool = True
 
-    Args:
-      model: an encoder-decoder with T5X's calls, without adapters.
-      method: what is adapted and what trains.
-      backbone: the model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
-      mixture: name of a SeqIO mixture or task.
-      feature_lengths: tokens of "inputs" and "targets".
-      batch_size: rows of a batch, over all devices and micro-batches.
-      num_steps: updates in all, earlier ones of the same run included.
-      optimizer: see `optimizers`.
-      model_dir: folder of the run: checkpoints, metrics.jsonl, tensorboard.
-      seed: of fresh adapters, dropout and the order of the data.
-      loss: how token losses become the objective.
-      pack: several examples in a row.
-      num_microbatches: parts a batch is computed in, to save memory; same result.
-      frozen_dtype: "float32", or "bfloat16" for half the memory.
-      checkpoint_period: steps between checkpoints; there is always one at the end.
-      keep: newest checkpoints that are kept.
-      log_period: steps between lines of metrics.jsonl.
-      evaluator: (model, step, params) -> metrics, called every `eval_period` steps and at the end.
-      eval_period: steps.
-      monitors: looked through every so many steps and at the end; see `monitors`.
-      start_from: folder of a multi-task run that `method` (made by `methods.transferred`, variant
-        "mu" or "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-
-        Head Adapter Routing", section 5. None for fresh adapters.
-      mesh: devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are
-        split over its axes `fsdp` and `model`.
+    def __post_init__(self):
+        for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        backbone.check_dtype(self.frozen_dtype)
 
-    Raises:
-      UserError: a setting, the folder, the backbone or the data is wrong. Before compiling.
+    def num_new_checkpoints(self, num_old: int) -> int:
+        """Returns how many more there will be at once; one more than is kept while saving."""
+        planned = -(-self.num_steps // self.checkpoint_period)
+        return max(min(self.keep, planned) + 1 - num_old, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      state: after the last step.
+      frozen: the tree beside it.
+      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
     """
-    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
 
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocab_size is not None:
-        pipeline.check_vocabulary(mixture, vocab_size)
-    loss = loss or encoder_decoder.LossConfig()
-    network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
-    data = {
-        "mixture": mixture,
-        "batch_size": batch_size,
-        "feature_lengths": dict(feature_lengths),
-        "pack": pack,
-        "seed": seed,
-    }
+    state: state_lib.TrainState
+    frozen: PyTree
+    metrics: Mapping[str, float]
 
-    _check_tasks(method, mixture, pack, start_from)
-    if evaluator is not None and jax.process_count() > 1:
+
+class Run:
+    """One process's part of a run, from the restored state to the last step or a signal."""
+
+    def __init__(self, settings, description, train_step, eval_hook, frozen, stop, monitors=()):
+        self._settings = settings
+        self._description = description
+        self._train_step = train_step
+        self._eval_hook = eval_hook
+        self._frozen = frozen
+        self._stop = stop
+        self._monitors = monitors
+
+    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
+        """Makes the steps that are left."""
+        settings = self._settings
+        first_step = saved.step if saved else 0
+        with contextlib.ExitStack() as stack:
+            is_first = processes.is_first()
+            self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
+            stack.callback(self._progress.close)
+            kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
+            self._writer = stack.enter_context(kind(folder, first_step))
+            base.drop_after(folder, first_step)
+            saver = checkpoints.Checkpoints(folder, settings.keep)
+            self._checkpoints = stack.enter_context(saver)
+            self._logbook = logbook_lib.Logbook(
+                self._writer,
+                self._progress,
+                state_lib.leaf_names(state.trainable),
+                saved.record["unwritten_metrics"] if saved else (),
+            )
+            if is_first:
+                gin_files.write_config(folder)
+            if changed_optimizer:
+                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
+            if saved:
+                self._progress.say(f"going on from step {first_step} in {folder}")
+            try:
+                return self._loop(state, first_step, batches)
+            except logbook_lib.NonFiniteError as error:
+                self._checkpoints.wait()
+                kept = checkpoints.steps(folder)
+                last = f"that of step {kept[-1]}" if kept else "none"
+                raise logbook_lib.NonFiniteError(
+                    f"{error} The last good checkpoint is {last}, in {folder}."
+                ) from None
+
+    def _loop(self, state, first_step, batches) -> Result:
+        settings, line, started = self._settings, {}, time.monotonic()
+        memory = host_memory.Kept()
+        for step in range(first_step + 1, settings.num_steps + 1):
+            state, metrics = self._train_step(state, self._frozen, next_batch(batches, step))
+            memory.after_step()
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                took = time.monotonic() - started
+                self._progress.say(f"compiled and made the first step in {took:.1f} s")
+                self._logbook.start(step)
+            self._logbook.add(step, metrics)
+            is_last = step == settings.num_steps
+            if is_last or step % settings.log_period == 0:
+                line = self._logbook.write(step)
+                self._checkpoints.check()
+            if self._eval_hook and (is_last or step % settings.eval_period == 0):
+                self._evaluate(step, state)
+            for monitor in self._monitors:
+                if is_last or step % monitor.period == 0:
+                    self._watch(monitor, step, state)
+            is_stopping = not is_last and self._is_stopping(step)
+            if is_last or is_stopping or step % settings.checkpoint_period == 0:
+                self._save(step, state)
+            if is_stopping:
+                self._exit(step)
+        self._checkpoints.wait()
+        return Result(state, self._frozen, line)
+
+    def _is_stopping(self, step) -> bool:
+        """Whether a signal came, in any process: all have to stop at the same step."""
+        if jax.process_count() == 1:
+            return self._stop.received is not None
+        return step % _AGREEMENT_PERIOD == 0 and processes.anywhere(self._stop.received is not None)
+
+    def _save(self, step, state):
+        self._logbook.collect()
+        with self._logbook.pause():
+            self._checkpoints.save(
+                state,
+                {
+                    "step": step,
+                    "batches_consumed": step,
+                    "description": self._description,
+                    "unwritten_metrics": self._logbook.unwritten,
+                    "gin_config": gin.config_str(),
+                    "moe_peft_version": moe_peft.__version__,
+                },
+            )
+
+    def _evaluate(self, step, state):
+        with self._logbook.pause():
+            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
+        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def _watch(self, monitor, step, state):
+        self._logbook.collect()  # A NaN is reported as the step's, not met by the monitor.
+        with self._logbook.pause():
+            found = monitor.watch(step, self._frozen, state.trainable)
+        self._writer.write(step, {f"{monitor.name}/{name}": x for name, x in found.items()})
+
+    def _exit(self, step):
+        self._checkpoints.wait()
+        received = self._stop.received or signal.SIGTERM  # Another process's, in this one unseen.
+        self._progress.say(
+            f"{received.name}: saved step {step}; the same command goes on from there."
+        )
+        raise SystemExit(128 + received)  # As shells report it.
+
+
+def next_batch(batches: Batches, step: int) -> Mapping[str, np.ndarray]:
+    """Returns the batch of `step`; raises UserError if there is none."""
+    try:
+        return next(batches)
+    except StopIteration:
         raise errors.UserError(
-            f"train.evaluator works in one process, and this run has {jax.process_count()}. Leave "
-            "it out, and use `moe-peft eval` afterwards."
-        )
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    shard_index, shard_count = mesh_lib.host_shard(mesh)
-
-    def open_batches(start_batch: int) -> run_lib.Batches:
-        batches = pipeline.train_batches(
-            mixture,
-            batch_size,
-            dict(feature_lengths),
-            seed,
-            pack=pack,
-            start_batch=start_batch,
-            shard_index=shard_index,
-            shard_count=shard_count,
-        )
-        return task_ids.checked(batches, method, mixture)
-
-    base = encoder_decoder.EncoderDecoder(model, loss)
-    return fit(
-        start=lambda shapes: preparation.Start(network, base, method, shapes),
-        backbone=backbone,
-        open_batches=open_batches,
-        optimizer=optimizer,
-        model_dir=model_dir,
-        described={"model": _describe_model(model, loss), "data": data},
-        settings=run_lib.Settings(
-            num_steps=num_steps,
-            batch_size=batch_size,
-            seed=seed,
-            num_microbatches=num_microbatches,
-            frozen_dtype=frozen_dtype,
-            checkpoint_period=checkpoint_period,
-            keep=keep,
-            log_period=log_period,
-            eval_period=eval_period,
-        ),
-        eval_hook=functools.partial(evaluator, network) if evaluator else None,
-        start_from=start_from,
-        monitors=monitors,
-        mesh=mesh,
-    )
-
-
-def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
-    """Refuses what would be silently wrong, or could not be restored."""
-    if pack and method.num_tasks is not None:
-        raise errors.UserError(
-            f"{method.name!r} combines its modules for each example's task, and packed rows mix "
-            "examples of several tasks. Set train.pack = False."
-        )
-    variant = method.transfer.variant if method.transfer else None
-    if start_from is not None and variant not in ("mu", "keep"):
-        raise errors.UserError(
-            f"train.start_from goes on with {mixture!r} from a multi-task run, so METHOD has "
-            f"to be `@methods.transferred()` of variant 'mu' or 'keep', not {variant!r}. For new "
-            "tasks use `moe-peft adapt`."
-        )
-    if start_from is None and variant is not None:
-        raise errors.UserError(
-            f"{method.name!r} starts from a multi-task run: give its folder as train.start_from, "
-            "or use `moe-peft adapt`."
-        )
-
-
-def fit(
-    start: Callable[[Mapping[str, tuple[int, ...]]], preparation.Start],
-    backbone: str,
-    open_batches: Callable[[int], run_lib.Batches],
-    optimizer: optimizers.Optimizer,
-    model_dir: str | pathlib.Path,
-    described: Mapping[str, Any],
-    settings: run_lib.Settings,
-    eval_hook: run_lib.EvalHook | None = None,
-    monitors: Sequence[monitors_lib.Monitor] = (),
-    start_from: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> run_lib.Result:
-    """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
-
-    Args:
-      start: batch shapes -> models and method.
-      backbone: see `train`.
-      open_batches: number of batches already consumed -> iterator over the following ones.
-      optimizer: see `train`.
-      model_dir: see `train`.
-      described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
-      settings: numbers and periods.
-      eval_hook: (step, params) -> metrics.
-      monitors: see `train`.
-      start_from: see `train`.
-      mesh: see `train`.
-    """
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(run_folder.opened(model_dir))
-        stop = stack.enter_context(signals.StopRequest())
-        stack.enter_context(jax.set_mesh(mesh))
-
-        saved = processes.in_turn(lambda: checkpoints.load_newest(folder), "checkpoints")
-        put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
-        source = open_batches(saved.step if saved else 0)
-        batches = stack.enter_context(prefetch.Prefetch(source, put))
-        first_batch = run_lib.next_batch(batches, 1 + (saved.step if saved else 0))
-        begin = start({name: rows.shape for name, rows in first_batch.items()})
-
-        group_of = begin.method.learning_rate_group
-        trainable = begin.trainable_shapes()
-        transform = optimizer.build(trainable, group_of)
-        abstract = jax.eval_shape(
-            lambda tree: state_lib.create(tree, transform, settings.seed), trainable
-        )
-        layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
-        places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
-        num_old = len(checkpoints.steps(folder))
-        run_folder.check_space(
-            folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
-        )
-
-        watched = monitors_lib.Watched(
-            begin.model, begin.method, trainable, described["data"], folder, mesh
-        )
-        active = monitors_lib.start(monitors, watched)
-
-        source = preparation.Source.load(begin.method, start_from) if start_from else None
-        trees = begin.trees(backbone, settings.seed, settings.frozen_dtype, source)
-        if source is not None:
-            source.check_backbone(trees.fingerprint)
-            described = {**described, "source": source.describe()}
-        description = preparation.describe(
-            begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
-        )
-        frozen = processes.put(trees.frozen, layout.shardings(trees.frozen, axes))
-        state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = processes.put(state, places)
-        changed = ""
-        if saved:
-            preparation.check_same_run(saved.description, description, folder)
-            state = checkpoints.restore(saved, state)
-            changed = preparation.optimizer_changes(saved.description, description)
-
-        run = run_lib.Run(
-            settings=settings,
-            description=description,
-            train_step=step_lib.make_train_step(
-                begin.model,
-                transform,
-                patching.merge,
-                settings.num_microbatches,
-                optimizer.learning_rates(trainable, group_of),
-                settings.use_dropout,
-                layout=layout,
-                out_shardings=(places, layout.everywhere),
-            ),
-            eval_hook=eval_hook,
-            frozen=frozen,
-            stop=stop,
-            monitors=active,
-        )
-        return run.go(folder, state, saved, itertools.chain([first_batch], batches), changed)
-
-
-def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
-    """Returns the settings of the network and of the objective."""
-    return {**preparation.describe_model(model), "loss": dataclasses.asdict(loss)}
+            f"The data ended before step {step}: is the task or mixture empty?"
+        ) from None

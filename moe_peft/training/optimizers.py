@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 import optax
 
 from moe_peft import errors, patching
-from moe_peft.training import factoring as factoring_lib
+from moe_peft.training import last_two_rms
 from moe_peft.training import schedules as schedules_lib
 
 LearningRate = float | schedules_lib.Schedule
@@ -23,7 +23,7 @@ GROUPS = ("adapters", "routers", "base")
 # What `adafactor.factoring` names, with the size from which dimensions are factored by default.
 _FACTORINGS = {
     "two_largest": (optax.scale_by_factored_rms, 128),
-    "last_two": (factoring_lib.scale_by_last_two_rms, 1),
+    "last_two": (last_two_rms.scale_by_last_two_rms, 1),
 }
 # Steps at which a schedule is sampled to tell whether it is the one a checkpoint was trained with.
 _SAMPLED_STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000)

@@ -11,8 +11,9 @@ import rich.console
 from moe_peft import cli, errors, methods, patching
 from moe_peft.adapters import IA3
 from moe_peft.analysis import plan as plan_lib
-from moe_peft.convert import hugging_face, sizes
 from moe_peft.models import t5
+from moe_peft.weights import hugging_face
+from moe_peft.weights import t5_sizes as sizes
 
 
 @pytest.fixture(autouse=True)

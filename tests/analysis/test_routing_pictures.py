@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moe_peft import errors
-from moe_peft.analysis import alignment_pictures, routing_pictures, run_folder, style, task_routing
+from moe_peft.analysis import alignment_pictures, routing_pictures, run_folder, style
+from moe_peft.training.monitors import task_routing
 
 GROUP = "t_([a-z]+)_[a-z]+"
 NAMES = ["t_unit_fr", "t_date_de", "t_unit_de", "t_date_fr", "t_unit_el"]

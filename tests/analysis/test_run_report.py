@@ -9,8 +9,9 @@ import pytest
 
 from moe_peft import cli, errors, patching
 from moe_peft.analysis import routing_pictures, run_folder, run_report
-from moe_peft.training import checkpoints, monitors
+from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
+from moe_peft.training.monitors import base
 
 TASKS, SPLITS, SKILLS = 5, 2, 3
 MIXTURE = "cldr_fewshot"
@@ -61,9 +62,7 @@ def mhr(tmp_path):
     folder = save(tmp_path / "mhr", "mhr", {f"{PATH}/router/logits": logits()})
     for step in (5, 7):
         values = {name: [0.5] for name in ("entropy", "sparsity", "max_weight")}
-        monitors.append(
-            folder, "routing", step, {"selectors": ["encoder/layers_0/mlp/wo"], **values}
-        )
+        base.append(folder, "routing", step, {"selectors": ["encoder/layers_0/mlp/wo"], **values})
     return folder
 
 
@@ -72,7 +71,7 @@ def lora(tmp_path):
     folder = save(tmp_path / "lora", "lora", {f"{PATH}/lora_a": np.ones((2, 2), np.float32)})
     cosines = [[1.0, 0.25, None], [0.25, 1.0, None], [None, None, None]]
     tasks = ["cldr_month_sq", "cldr_day_gl", "cldr_day_sq"]
-    monitors.append(folder, "alignment", 5, {"tasks": tasks, "cosines": cosines})
+    base.append(folder, "alignment", 5, {"tasks": tasks, "cosines": cosines})
     return folder
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_peft import cli, merging, methods, patching
-from moe_peft.convert import hugging_face, peft, peft_tensors
+from moe_peft import cli, methods, patching
+from moe_peft.convert import peft, peft_tensors
 from moe_peft.runtime import digest
-from moe_peft.training import backbone, exported
+from moe_peft.weights import backbone, exported, hugging_face, merging
 
 
 @pytest.fixture(scope="session")

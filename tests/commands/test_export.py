@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moe_peft import cli
-from moe_peft.training import backbone, checkpoints
+from moe_peft.training import checkpoints
+from moe_peft.weights import backbone
 
 
 @pytest.fixture(autouse=True)

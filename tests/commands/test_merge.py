@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import cli, merging, methods, patching
+from moe_peft import cli, methods, patching
 from moe_peft.models import encoder_decoder
-from moe_peft.training import backbone, checkpoints, preparation
+from moe_peft.training import checkpoints
+from moe_peft.training import start as start_lib
+from moe_peft.weights import backbone, merging
 
 TINY = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "BACKBONE=random:0"]
 SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
@@ -28,7 +30,7 @@ def start(method_name):
     gin.clear_config()
     method = methods.poly(3, num_skills=2) if method_name == "poly" else methods.get(method_name)()
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
-    return preparation.Start(model, encoder_decoder.EncoderDecoder(module), method, SHAPES)
+    return start_lib.Start(model, encoder_decoder.EncoderDecoder(module), method, SHAPES)
 
 
 @functools.cache
@@ -38,7 +40,7 @@ def trees(method_name):
     rng = np.random.default_rng(0)
     draw = lambda leaf: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
     frozen, trainable = start(method_name).method.split(jax.tree.map(draw, shapes))
-    return preparation.Trees(frozen, trainable, "the backbone's fingerprint")
+    return start_lib.Trees(frozen, trainable, "the backbone's fingerprint")
 
 
 @pytest.fixture
@@ -48,11 +50,11 @@ def run_of(monkeypatch):
     def pretend(method_name, spoil=1.0):
         made = trees(method_name)
         trainable = jax.tree.map(lambda leaf: spoil * leaf, made.trainable)
-        method = preparation.as_json(start(method_name).method.describe())
+        method = start_lib.as_json(start(method_name).method.describe())
         record = {"method": method, "backbone": {"fingerprint": made.fingerprint}}
         saved = checkpoints.Saved(7, trainable, {}, {"description": record})
         monkeypatch.setattr(checkpoints, "load_trainable", lambda *args: saved)
-        monkeypatch.setattr(preparation.Start, "trees", lambda *args, **kwargs: made)
+        monkeypatch.setattr(start_lib.Start, "trees", lambda *args, **kwargs: made)
         return patching.merge(made.frozen, trainable)
 
     return pretend

@@ -14,8 +14,7 @@ from moe_peft import cli, errors, methods
 from moe_peft.commands import preflight, preflight_programs, preflight_search, preflight_view
 from moe_peft.models import strategies, t5
 from moe_peft.partitioning import flight as flight_lib
-from moe_peft.partitioning import program as program_lib
-from moe_peft.partitioning import targets
+from moe_peft.partitioning import hlo_cost, targets
 from moe_peft.training import optimizers
 
 NEEDS_LIBTPU = pytest.mark.skipif(
@@ -94,7 +93,7 @@ def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
         if setting.model == 2:
             raise errors.UserError("no such mesh")
         needed = 20e9 / setting.num_microbatches / setting.fsdp
-        memory = program_lib.Memory(0, int(needed), int(needed))
+        memory = hlo_cost.Memory(0, int(needed), int(needed))
         bounds = {"arithmetic": setting.num_microbatches / setting.data}
         return flight_lib.Flight(setting, "t", 16e9, memory, needed, "", 1.0, 1.0, {}, bounds, 0.0)
 
@@ -136,7 +135,7 @@ def test_a_mesh_by_rule(monkeypatch, program, wanted):
 
     def compiled(self, target, devices, setting, what, is_quick):
         asked.append((setting, what))
-        memory = program_lib.Memory(0, 1, 1)
+        memory = hlo_cost.Memory(0, 1, 1)
         return flight_lib.Flight(setting, "t", 2.0, memory, 1.0, "", 1.0, 1.0, {}, {}, 0.0)
 
     monkeypatch.setattr(preflight_programs.Experiment, "compile", compiled)

@@ -9,8 +9,9 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import errors, methods
-from moe_peft.convert import peft, peft_config, peft_tensors, records
-from moe_peft.training import preparation
+from moe_peft.convert import peft, peft_config, peft_tensors
+from moe_peft.training import start
+from moe_peft.weights import records
 
 NAMES = ("lora", "qv", "ia3", "mhr8")
 CASES = [(name, "t5_1_1") for name in NAMES]
@@ -74,11 +75,11 @@ IMPORTS = {
 @pytest.mark.parametrize("name", IMPORTS)
 def test_a_foreign_folder_is_a_method_of_ours(toy, folders, name):
     saved = peft.read(folders / name, base(toy))
-    assert saved.description["method"] == preparation.as_json(IMPORTS[name]().describe())
+    assert saved.description["method"] == start.as_json(IMPORTS[name]().describe())
     assert saved.description["backbone"]["fingerprint"] == "of the toy"
     gin.parse_config(["import moe_peft.methods", *saved.description["gin"]])
     described = gin.query_parameter("%METHOD").scoped_configurable_fn().describe()
-    assert preparation.as_json(described) == saved.description["method"]
+    assert start.as_json(described) == saved.description["method"]
     assert peft.gap(saved, folders / name).relative < 1e-6
 
 

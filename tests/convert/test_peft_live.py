@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from moe_peft.convert import hugging_face, peft, peft_config, records
+from moe_peft.convert import peft, peft_config
+from moe_peft.weights import hugging_face, records
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors, merging, methods, patching, transfer
-from moe_peft.convert import records, single_task
+from moe_peft import errors, methods, patching
+from moe_peft.convert import single_task
+from moe_peft.methods import transfer
+from moe_peft.weights import merging, records
 
 poly = functools.partial(methods.poly, 3, 2, 2)
 CASES = {

@@ -5,11 +5,12 @@ import functools
 import jax
 import numpy as np
 
-from moe_peft import merging, methods, patching
+from moe_peft import methods, patching
 from moe_peft.convert import adapter_trees
-from moe_peft.convert import sizes as sizes_lib
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import checkpoints, preparation
+from moe_peft.training import checkpoints
+from moe_peft.training import start as start_lib
+from moe_peft.weights import merging, t5_sizes
 
 SIZES = {"vocab_size": 32, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24}
 LAYOUTS = {
@@ -39,12 +40,12 @@ def saved(method, tree, layout="t5_1_1", **description):
     """A tree as what a run of the method would have saved."""
     described = {
         "method": method.describe(),
-        "model": preparation.describe_model(network(layout)),
+        "model": start_lib.describe_model(network(layout)),
         "backbone": {"fingerprint": "of the toy", "frozen_dtype": "float32"},
         "backbone_spec": "random:0",
         **description,
     }
-    return checkpoints.Saved(7, tree, {}, {"description": preparation.as_json(described)})
+    return checkpoints.Saved(7, tree, {}, {"description": start_lib.as_json(described)})
 
 
 def trained(method, layout="t5_1_1", seed=0):
@@ -84,5 +85,5 @@ def base_params(network, seed=5):
     """Random weights of a network without adapters."""
     rng = np.random.default_rng(seed)
     draw = lambda shape: (0.3 * rng.normal(size=shape)).astype(np.float32)
-    shapes = sizes_lib.of_config(network.config)
+    shapes = t5_sizes.of_config(network.config)
     return patching.trees.unflatten({path: draw(shape) for path, shape in shapes.items()})

@@ -10,7 +10,7 @@ import pytest
 from moe_peft.data import pipeline
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.tasks import cldr
-from moe_peft.training import backbone
+from moe_peft.weights import backbone
 
 GIN = pathlib.Path(__file__).parents[2] / "gin" / "models" / "cldr_tiny.gin"
 WEIGHTS = pathlib.Path(t5.__file__).parent / "embedded" / "cldr_tiny.safetensors"

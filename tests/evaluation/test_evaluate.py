@@ -20,9 +20,9 @@ from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
-from moe_peft.training import backbone as backbone_lib
 from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
+from moe_peft.weights import backbone as backbone_lib
 
 LENGTHS = {"inputs": 40, "targets": 8}
 FIRST, LETTERS = 3, "abcdefghijklmnop"  # ids 0, 1, 2: padding, end, unknown

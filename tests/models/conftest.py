@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_peft import patching
-from moe_peft.convert import layout, leaves, names
+from moe_peft.weights import leaves, scan_layout, t5_names
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def from_transformers():
     """
 
     def convert(weights):
-        flat = {names.path_of(name): values for name, values in weights.items()}
+        flat = {t5_names.path_of(name): values for name, values in weights.items()}
         return patching.trees.unflatten(
-            {p: jnp.asarray(v.T if names.is_transposed(p) else v) for p, v in flat.items()}
+            {p: jnp.asarray(v.T if t5_names.is_transposed(p) else v) for p, v in flat.items()}
         )
 
     return convert
@@ -31,6 +31,6 @@ def to_scanned():
 
     def convert(params):
         found = leaves.flatten(jax.tree.map(np.asarray, params))  # numpy: nothing to compile
-        return jax.tree.map(jnp.asarray, leaves.load(layout.convert(found, scanned=True)))
+        return jax.tree.map(jnp.asarray, leaves.load(scan_layout.convert(found, scanned=True)))
 
     return convert

@@ -14,9 +14,11 @@ from moe_peft.models import encoder_decoder, strategies, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress
-from moe_peft.training import loop, optimizers, preparation
-from moe_peft.training import run as run_lib
+from moe_peft.training import loop as run_lib
+from moe_peft.training import optimizers
+from moe_peft.training import start as start_lib
 from moe_peft.training import state as state_lib
+from moe_peft.training import train as train_lib
 
 BATCH, INPUTS, TARGETS, STEPS = 8, 12, 6, 10
 CONFIG = {
@@ -75,8 +77,8 @@ def train(
     base = encoder_decoder.EncoderDecoder(module)
     mesh = mesh_of(*shape)
     index, count = mesh_lib.host_shard(mesh)
-    result = loop.fit(
-        start=lambda shapes: preparation.Start(network, base, method, shapes),
+    result = train_lib.fit(
+        start=lambda shapes: start_lib.Start(network, base, method, shapes),
         backbone="random:1",
         open_batches=lambda start: batches(start, index, count),
         optimizer=OPTIMIZERS[optimizer],
@@ -159,7 +161,7 @@ def shapes_and_axes(method, scan_layers=True):
     module = t5.Transformer(t5.T5Config(**CONFIG, scan_layers=scan_layers))
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
     batch = {name: rows.shape for name, rows in next(batches(0)).items()}
-    start = preparation.Start(model, None, method, batch)
+    start = start_lib.Start(model, None, method, batch)
     params = jax.eval_shape(lambda rng: model.init(rng, batch), jax.random.key(0))
     return params, start.logical_axes()
 
@@ -254,7 +256,7 @@ def test_answers_do_not_depend_on_the_mesh(method):
     params = jax.jit(lambda rng: model.init(rng, shapes))(jax.random.key(3))
     noise = lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape)
     params = jax.tree.map(lambda leaf: leaf + noise(leaf).astype(leaf.dtype), params)
-    axes = preparation.Start(model, None, method, shapes).logical_axes()
+    axes = start_lib.Start(model, None, method, shapes).logical_axes()
     inputs = next(batches(0))["encoder_input_tokens"]
     questions = [
         answering.Question(ids, choices=(ids[:3], ids[3:5]), features={"task_ids": np.int32(i % 3)})

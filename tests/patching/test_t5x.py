@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import merging, methods, patching, routing
+from moe_peft import methods, patching, routing
+from moe_peft.weights import merging
 
 TOKENS = (jnp.asarray([[5, 6, 1, 0]]), jnp.asarray([[0, 3, 4]]), jnp.asarray([[3, 4, 1]]))
 

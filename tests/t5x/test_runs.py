@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_peft.config import gin_files as gin_files_lib
-from moe_peft.training import exported
+from moe_peft.weights import exported
 
 pytestmark = pytest.mark.slow
 

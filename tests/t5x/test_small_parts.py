@@ -7,7 +7,9 @@ import seqio
 import tensorflow as tf
 
 from moe_peft import errors, methods, patching
-from moe_peft.training import backbone, exported, preparation, trained
+from moe_peft.training import restore
+from moe_peft.training import start as start_lib
+from moe_peft.weights import backbone, exported
 
 
 @pytest.fixture
@@ -116,8 +118,8 @@ def test_adapters_go_to_the_built_in_trainer_and_back(guest, t5x, network, tmp_p
     frozen, trainable = method.split(params)
     backbone.save(frozen, weights)
     shapes = {name: leaf.shape for name, leaf in guest.BATCH.items()}
-    start = preparation.Start(ours, base, method, shapes)
-    loaded, step = trained.load(start, f"file:{weights}", path)
+    start = start_lib.Start(ours, base, method, shapes)
+    loaded, step = restore.load(start, f"file:{weights}", path)
     assert step == 12
     want = jax.jit(model.score_batch)(params, guest.BATCH)
     np.testing.assert_allclose(jax.jit(ours.score)(loaded, guest.BATCH), want, rtol=1e-5)

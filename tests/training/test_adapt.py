@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import seqio
 
-from moe_peft import cli, errors, methods, patching, transfer
+from moe_peft import cli, errors, methods, patching
 from moe_peft.data.cldr import suite
 from moe_peft.evaluation import answering, fewshot_report, metrics
+from moe_peft.methods import transfer
 from moe_peft.models import few_shot, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
@@ -22,9 +23,9 @@ from moe_peft.training import (
     fleet_data,
     fleet_groups,
     fleet_run,
-    loop,
     optimizers,
     schedules,
+    train,
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -170,7 +171,7 @@ def test_mistakes_are_one_line_before_anything_compiles(tmp_path, monkeypatch, c
 def source(tmp_path_factory):
     """A multi-task run of LoRA."""
     found = tmp_path_factory.mktemp("source")
-    loop.train(
+    train.train(
         t5.Transformer(CONFIG),
         methods.lora(rank=2),
         "random:0",

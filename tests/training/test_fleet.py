@@ -451,7 +451,7 @@ def train_until_killed(folder):
 def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
     want, want_standings = go(toy, tmp_path / "whole", num_steps=60)
     folder = tmp_path / "killed"
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'cpu'\n"
         f"os.environ['XLA_FLAGS'] = {os.environ['XLA_FLAGS']!r}\n"
@@ -460,7 +460,7 @@ def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
         "    spec = importlib.util.spec_from_file_location(name, path)\n"
         "    module = importlib.util.module_from_spec(spec); sys.modules[name] = module\n"
         "    spec.loader.exec_module(module); return module\n"
-        f"load('training_toy', {str(here / 'toy.py')!r})\n"
+        f"load('training_toy', {str(here / 'training_toy.py')!r})\n"
         f"load('test_fleet', {__file__!r}).train_until_killed(pathlib.Path({str(folder)!r}))\n"
     )
     saved = folder / "progress.safetensors"

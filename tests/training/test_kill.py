@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-KILL_TEST = HERE.parents[1] / "benchmarks" / "kill_test.py"
+HERE = pathlib.Path(__file__).parents[1]
+KILL_TEST = HERE.parent / "benchmarks" / "kill_test.py"
 
 
 def _kill_test(tmp_path, *args):
@@ -20,7 +20,7 @@ def _kill_test(tmp_path, *args):
 # SIGTERM is tested in the process of test_loop.py too.
 @pytest.mark.parametrize("signal", ["KILL", pytest.param("TERM", marks=pytest.mark.slow)])
 def test_two_kills_leave_no_trace(tmp_path, signal):
-    trainer = ["--trainer", str(HERE / "toy.py"), "--steps", "300"]
+    trainer = ["--trainer", str(HERE / "training_toy.py"), "--steps", "300"]
     _kill_test(tmp_path, "--kills", "2", "--signal", signal, *trainer)
 
 

@@ -10,16 +10,9 @@ import pytest
 
 from moe_peft import errors, methods
 from moe_peft.runtime import host_memory, run_folder
-from moe_peft.training import (
-    backbone,
-    checkpoints,
-    logbook,
-    metrics_writer,
-    optimizers,
-    preparation,
-    run,
-    trained,
-)
+from moe_peft.training import checkpoints, logbook, loop, metrics_writer, optimizers, restore
+from moe_peft.training import start as start_lib
+from moe_peft.weights import backbone
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -100,7 +93,7 @@ def test_checkpoint_holds_no_frozen_leaf(whole, toy):
     assert len(saved.position["opt_state"]) == 2 * 2 + 2  # Adam's moments and two counts
     assert saved.record["batches_consumed"] == STEPS
     assert saved.record["moe_peft_version"]
-    assert saved.description["method"] == preparation.as_json(toy.ADAPTED.describe())
+    assert saved.description["method"] == start_lib.as_json(toy.ADAPTED.describe())
 
 
 def test_lines_when_not_a_terminal(toy, tmp_path, capfd):
@@ -160,14 +153,14 @@ def test_another_optimizer_is_refused_and_another_rate_is_said(toy, stopped, cap
 
 def test_trained_parameters_load_for_evaluation(toy, whole):
     shapes = {"x": (1, toy.WIDTH)}
-    start = preparation.Start(toy.MODEL, toy.BASE_MODEL, toy.ADAPTED, shapes)
-    params, step = trained.load(start, "random:7", whole[0])
+    start = start_lib.Start(toy.MODEL, toy.BASE_MODEL, toy.ADAPTED, shapes)
+    params, step = restore.load(start, "random:7", whole[0])
     assert step == STEPS
     _assert_same(params["first"]["adapter"], whole[1].state.trainable["first"]["adapter"])
     _assert_same(params["second"], whole[1].frozen["second"])
     with pytest.raises(errors.UserError, match="another backbone"):
-        trained.load(start, "random:8", whole[0])
-    fresh, step = trained.load(start, "random:7", None)
+        restore.load(start, "random:8", whole[0])
+    fresh, step = restore.load(start, "random:7", None)
     assert step == 0
     _assert_same(fresh["second"], params["second"])
 
@@ -217,7 +210,7 @@ def test_error_of_the_data_arrives(toy, tmp_path):
 @pytest.mark.parametrize("name", ["num_steps", "keep", "log_period", "checkpoint_period"])
 def test_zero_is_refused(name):
     with pytest.raises(errors.UserError, match=f"{name} must be at least 1, got 0"):
-        run.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
+        loop.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
 
 
 def _never(*args):

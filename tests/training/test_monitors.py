@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_peft import errors
-from moe_peft.training import checkpoints, metrics_writer, monitors
+from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training.monitors import base
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -31,7 +32,7 @@ class Norm:
         def watch(step, frozen, trainable):
             assert set(frozen) == {"first", "second"}
             norm = float(np.linalg.norm(trainable["first"]["adapter"]["lora_b"]))
-            monitors.append(run.folder, self.name, step, {"squared": norm**2})
+            base.append(run.folder, self.name, step, {"squared": norm**2})
             return {"lora_b": norm}
 
         return watch
@@ -60,7 +61,7 @@ def test_scalars_and_records_every_period_and_at_the_end(whole):
     assert list(lines) == [4, 8, 11]
     last = float(np.linalg.norm(result.state.trainable["first"]["adapter"]["lora_b"]))
     assert lines[11] == last
-    records = monitors.read(folder, "norm")
+    records = base.read(folder, "norm")
     assert [record["step"] for record in records] == [4, 8, 11]
     assert records[-1]["squared"] == last**2
     board = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
@@ -90,7 +91,7 @@ def test_records_of_a_monitor_left_out_do_not_outlive_their_steps(toy, whole, tm
     shutil.copytree(whole[0], folder)
     shutil.rmtree(folder / checkpoints.FOLDER / str(STEPS))
     toy.fit(folder, STEPS)
-    assert [record["step"] for record in monitors.read(folder, "norm")] == [4, 8]
+    assert [record["step"] for record in base.read(folder, "norm")] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -109,15 +110,15 @@ def test_not_finite_is_reported_as_the_steps_error(toy, tmp_path):
 
     with pytest.raises(errors.UserError, match="Step 2: .* is not finite"):
         toy.fit(tmp_path, 9, open_batches=batches, monitors=(Norm(period=1),), log_period=9)
-    assert [record["step"] for record in monitors.read(tmp_path, "norm")] == [1]
+    assert [record["step"] for record in base.read(tmp_path, "norm")] == [1]
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path):
-    monitors.append(tmp_path, "x", 1, {"a": 2})
+    base.append(tmp_path, "x", 1, {"a": 2})
     with (tmp_path / "monitors" / "x.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2})[:-3])
-    assert monitors.read(tmp_path, "x") == [{"step": 1, "a": 2}]
-    assert monitors.read(tmp_path, "never") == []
+    assert base.read(tmp_path, "x") == [{"step": 1, "a": 2}]
+    assert base.read(tmp_path, "never") == []
     (tmp_path / "monitors" / "x.jsonl").write_text("{]\n")
     with pytest.raises(errors.UserError, match="cannot be read"):
-        monitors.read(tmp_path, "x")
+        base.read(tmp_path, "x")

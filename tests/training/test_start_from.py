@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import cli, methods, patching, transfer
+from moe_peft import cli, methods, patching
+from moe_peft.methods import transfer
 from moe_peft.training import checkpoints
 
 COMMON = """

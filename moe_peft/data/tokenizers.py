@@ -1,0 +1,127 @@
+"""Tokenizers of Hugging Face folders as what SeqIO reads: a SentencePiece model, or bytes.
+
+`spiece.model` is that already. A `tokenizer.json` of T5 holds the same pieces, scores and
+normalisation as a SentencePiece unigram model, so the model is made from it. Kudo 2018, "Subword
+Regularization"; https://github.com/google/sentencepiece, sentencepiece_model.proto.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+from etils import epath
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from moe_peft import errors
+from moe_peft.weights import safetensors_files
+
+MODEL, JSON, SETTINGS = "spiece.model", "tokenizer.json", "tokenizer_config.json"
+
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+# Parts of a normaliser that do what SentencePiece does anyway: spaces are one, and none at the end.
+_OF_SPACES = ("Strip", "Replace")
+_SPLITS = ("WhitespaceSplit", "Metaspace")
+
+
+def is_bytes(folder: epath.PathLike) -> bool:
+    """Whether the folder's model reads bytes, as ByT5 does."""
+    settings = epath.Path(folder) / SETTINGS
+    if not settings.exists():
+        return False
+    return str(safetensors_files.read_json(settings).get("tokenizer_class")).startswith("ByT5")
+
+
+def sentencepiece(folder: epath.PathLike) -> pathlib.Path:
+    """Returns the path of the folder's SentencePiece model.
+
+    Made from `tokenizer.json` where there is no `spiece.model`; it then lies in the user's cache,
+    under a name that tells its content.
+
+    Raises:
+      UserError: there is neither, or the tokenizer does what no unigram model does.
+    """
+    folder = epath.Path(folder)
+    if (folder / MODEL).exists():
+        return pathlib.Path(folder / MODEL)
+    if not (folder / JSON).exists():
+        raise errors.UserError(f"{folder} has neither {MODEL} nor {JSON}.")
+    content = from_json(folder / JSON)
+    name = hashlib.sha256(content).hexdigest()[:16]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = cache / "moe_peft" / f"{name}.model"
+    if path.exists() and path.read_bytes() == content:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise errors.UserError(
+            f"Cannot write the SentencePiece model made from {folder / JSON}: {error}. Set "
+            "XDG_CACHE_HOME to a folder that can be written."
+        ) from error
+    return path
+
+
+def from_json(path: epath.PathLike) -> bytes:
+    """Returns a SentencePiece model that gives the ids of a `tokenizer.json`, without sentinels."""
+    path = epath.Path(path)
+    settings = safetensors_files.read_json(path)
+    model = settings.get("model") or {}
+    if model.get("type") != "Unigram":
+        raise _unlike(path, "model.type", model.get("type"), "Unigram, as T5's is")
+    if model.get("byte_fallback"):
+        raise _unlike(path, "model.byte_fallback", True, "false")
+    pieces = [piece for piece in model["vocab"] if not _SENTINEL.fullmatch(piece[0])]
+    if [piece for piece, _ in pieces] != [piece for piece, _ in model["vocab"][: len(pieces)]]:
+        raise _unlike(path, "model.vocab", "sentinels between words", "sentinels at the end")
+    made = proto.ModelProto()
+    made.normalizer_spec.precompiled_charsmap = _charsmap(settings.get("normalizer"), path)
+    _check_splits(settings.get("pre_tokenizer"), path)
+    for index, (piece, score) in enumerate(pieces):
+        added = made.pieces.add(piece=piece, score=score)
+        if index == model["unk_id"]:
+            added.type = proto.ModelProto.SentencePiece.UNKNOWN
+        elif piece in ("<pad>", "</s>", "<s>"):
+            added.type = proto.ModelProto.SentencePiece.CONTROL
+    ids = {piece: index for index, (piece, _) in enumerate(pieces)}
+    spec = made.trainer_spec
+    spec.model_type = proto.TrainerSpec.UNIGRAM
+    spec.vocab_size, spec.unk_id = len(pieces), model["unk_id"]
+    spec.pad_id, spec.eos_id, spec.bos_id = ids["<pad>"], ids["</s>"], ids.get("<s>", -1)
+    return made.SerializeToString()
+
+
+def _charsmap(normalizer: Mapping[str, Any] | None, path: epath.Path) -> bytes:
+    """Returns the table of characters that are read as others; empty for none."""
+    found = b""
+    for part in _parts(normalizer, "normalizers"):
+        if part["type"] == "Precompiled":
+            found = base64.b64decode(part["precompiled_charsmap"])
+        elif part["type"] not in _OF_SPACES:
+            raise _unlike(path, "normalizer", part["type"], "Precompiled")
+    return found
+
+
+def _check_splits(splits: Mapping[str, Any] | None, path: epath.Path) -> None:
+    for part in _parts(splits, "pretokenizers"):
+        if part["type"] not in _SPLITS:
+            raise _unlike(path, "pre_tokenizer", part["type"], " and ".join(_SPLITS))
+
+
+def _parts(node: Mapping[str, Any] | None, key: str) -> Sequence[Mapping[str, Any]]:
+    if node is None:
+        return ()
+    return node[key] if node["type"] == "Sequence" else (node,)
+
+
+def _unlike(path: epath.Path, key: str, value: Any, expected: str) -> errors.UserError:
+    return errors.UserError(
+        f"{path}: {key} is {value!r}; only {expected} can be made a SentencePiece model. Put the "
+        f"model's {MODEL} beside it."
+    )

@@ -1,0 +1,280 @@
+"""What a run starts from: frozen and trainable trees, and whether a checkpoint is of this run."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from moe_peft import errors, methods, patching
+from moe_peft.methods import transfer
+from moe_peft.partitioning import layout as layout_lib
+from moe_peft.runtime import digest
+from moe_peft.training import optimizers
+from moe_peft.weights import backbone as backbone_lib
+from moe_peft.weights import exported
+
+# Parts of the description that must agree with a checkpoint's, and what a person calls them.
+_MUST_AGREE = {
+    "method": "method",
+    "backbone": "backbone",
+    "model": "model config",
+    "data": "data",
+    "source": "source run",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run is made from; only shapes are known until `trees` is called.
+
+    Attributes:
+      model: with adapters; `init(rng, batch_shapes)` returns its params.
+      base_model: the same without adapters.
+      method: says what trains.
+      batch_shapes: feature name to shape.
+    """
+
+    model: Any
+    base_model: Any
+    method: methods.Method
+    batch_shapes: Mapping[str, tuple[int, ...]]
+
+    def base_shapes(self) -> PyTree:
+        """Returns the abstract params of the model without adapters."""
+        return jax.eval_shape(self._init_base, jax.random.key(0))
+
+    def trainable_shapes(self) -> PyTree:
+        """Returns the abstract trainable tree.
+
+        Raises:
+          UserError: it is empty, or a rule of the method does not fit the model.
+        """
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        trainable = self.method.split(shapes)[1]
+        if not trainable:
+            raise errors.UserError(
+                f"The method {self.method.name!r} trains nothing, so there is nothing to do. "
+                "Evaluate it with `moe-peft eval` instead."
+            )
+        return trainable
+
+    def logical_axes(self) -> layout_lib.Axes:
+        """Returns the names of the axes of every parameter; none of a model that does not tell."""
+        init = getattr(self.model, "init_variables", None)
+        if init is None:
+            return {}
+        shapes = jax.eval_shape(lambda rng: init(rng, self.batch_shapes), jax.random.key(0))
+        return layout_lib.logical_axes(shapes)
+
+    def trees(
+        self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
+    ) -> "Trees":
+        """Returns the backbone that the spec names with its adapters, parted by the method.
+
+        Args:
+          backbone: see `backbone.load`.
+          seed: of the fresh adapters.
+          frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16". Trainable leaves are
+            float32, also where they are the backbone's (method `full`).
+          source: the run whose parameters the adapters start from; None for fresh ones.
+        """
+        stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
+        loaded = backbone_lib.load(backbone, self.base_shapes(), self._init_base, stored_as)
+        base = patching.flatten(loaded.params)
+
+        def fresh_adapters(rng):
+            # Only these are returned, so the compiler leaves out the base's random weights.
+            flat = patching.flatten(self._init(rng))
+            return {path: leaf for path, leaf in flat.items() if path not in base}
+
+        if source is None:
+            adapters = jax.jit(fresh_adapters)(jax.random.key(seed))
+        else:
+            adapters = patching.flatten(self.transferred(source, seed))
+        frozen, trainable = self.method.split(patching.trees.unflatten({**base, **adapters}))
+        return Trees(
+            backbone_lib.cast(frozen, frozen_dtype),
+            backbone_lib.cast(trainable, "float32"),
+            loaded.fingerprint,
+        )
+
+    def transferred(self, source: "Source", seed: int, task_weights: Any = None) -> PyTree:
+        """Returns what the method starts from after the run `source`; see `transfer.initial`."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        rng = jax.random.key(seed)
+        return transfer.initial(self.method, source.trainable, shapes, rng, task_weights)
+
+    def _init(self, rng):
+        return self.model.init(rng, self.batch_shapes)
+
+    def _init_base(self, rng):
+        return self.base_model.init(rng, self.batch_shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run of another method (or of the same), whose parameters one starts from.
+
+    Attributes:
+      folder: of that run, or the file it was exported to.
+      step: of its checkpoint.
+      trainable: what it trained.
+      description: what it is, see `describe`.
+    """
+
+    folder: str
+    step: int
+    trainable: PyTree
+    description: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, method: methods.Method, folder: str, step: int | None = None) -> "Source":
+        """Reads a run's newest checkpoint, or that of `step`.
+
+        Raises:
+          UserError: there is none, or it is of another method than `method` starts from.
+        """
+        saved = exported.load(folder, step)
+        check_source(method, saved.description, folder)
+        return cls(str(folder), saved.step, saved.trainable, saved.description)
+
+    def check_backbone(self, fingerprint: str) -> None:
+        """Raises UserError unless the run had the backbone with this fingerprint."""
+        if self.description["backbone"]["fingerprint"] != fingerprint:
+            raise errors.UserError(
+                f"The run in {self.folder} was trained on another backbone "
+                f"({self.description['backbone_spec']}); give BACKBONE the same weights."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies it, as json types."""
+        return {"step": self.step, "digest": digest.of_tree(self.trainable)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+    """The two trees of a fresh run and what identifies the frozen weights.
+
+    Attributes:
+      frozen: never differentiated, never saved.
+      trainable: what learns.
+      fingerprint: of the backbone.
+    """
+
+    frozen: PyTree
+    trainable: PyTree
+    fingerprint: str
+
+
+def describe(
+    method: methods.Method,
+    backbone: str,
+    fingerprint: str,
+    frozen_dtype: str,
+    optimizer: optimizers.Optimizer,
+    described: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what a run is, as json types, to be stored with every checkpoint."""
+    description = {
+        "method": method.describe(),
+        "backbone": {"fingerprint": fingerprint, "frozen_dtype": frozen_dtype},
+        "backbone_spec": backbone,
+        "optimizer": optimizer.describe(),
+        **described,
+    }
+    return as_json(description)
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Returns the kind and the settings of a network."""
+    config = getattr(model, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
+    return {"class": type(model).__name__, "config": settings}
+
+
+def as_json(value: Any) -> Any:
+    """Returns `value` as it comes back from a json file, so that both can be compared."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
+    """Refuses a source run whose method is not the one that `method` starts from.
+
+    Args:
+        method: made by `transfer.transferred`.
+        description: of the source run's checkpoint.
+        folder: of the source run, for the message.
+    """
+    if method.transfer is None:
+        raise errors.UserError(
+            f"{method.name!r} does not say what it takes from {folder}: make it with "
+            "`@methods.transferred()`, as methods/transferred.gin does."
+        )
+    saved = description["method"]
+    current = as_json(method.transfer.source.describe())
+    difference = first_difference(saved, current)
+    if difference:
+        raise errors.UserError(
+            f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
+            "settings of that run, or another run."
+        )
+
+
+def check_same_run(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    model_dir: pathlib.Path | str,
+    parts: Sequence[str] = tuple(_MUST_AGREE),
+) -> None:
+    """Refuses checkpoints of another run.
+
+    Args:
+      saved: description in the checkpoint.
+      current: description of this run, at least its `parts`.
+      model_dir: for the message.
+      parts: what must agree: "method", "backbone", "model", "data".
+
+    Raises:
+      UserError: a part differs; the message names the difference.
+    """
+    for part in parts:
+        difference = first_difference(saved.get(part), current.get(part))
+        if difference:
+            raise errors.UserError(
+                f"The checkpoints in {model_dir} are of a run with another {_MUST_AGREE[part]}: "
+                f"{difference}. Choose another MODEL_DIR, or go back to the settings of that run."
+            )
+
+
+def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Returns what changed in the optimiser's settings, "" for nothing.
+
+    It is no reason to refuse: to train longer, or on at a lower rate, is legitimate.
+    """
+    return first_difference(saved["optimizer"], current["optimizer"])
+
+
+def first_difference(saved: Any, current: Any, path: str = "") -> str:
+    """Returns "a.b is 1 in the checkpoint and 2 here", or "" where both are equal."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        pairs = [(key, saved.get(key), current.get(key)) for key in sorted({*saved, *current})]
+    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        pairs = [(index, *both) for index, both in enumerate(zip(saved, current, strict=True))]
+    elif saved == current:
+        return ""
+    else:
+        return f"{path} is {_short(saved)} in the checkpoint and {_short(current)} here"
+    for key, old, new in pairs:
+        found = first_difference(old, new, f"{path}.{key}" if path else str(key))
+        if found:
+            return found
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

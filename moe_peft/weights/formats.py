@@ -1,0 +1,50 @@
+"""What is at a path: told from the names of the files there, before anything is read."""
+
+from etils import epath
+
+from moe_peft import errors
+from moe_peft.weights import checkpoint_file, hugging_face, locations, safetensors_files, t5x_files
+
+HUGGING_FACE, T5X, PEFT, ADAPTERS = "hf", "t5x", "peft", "ours"
+FORMATS = (HUGGING_FACE, T5X, PEFT, ADAPTERS)
+
+
+def detect(path: epath.PathLike) -> str:
+    """Returns the format of a file or folder.
+
+    "hf": a folder that transformers wrote. "t5x": a checkpoint, or a run's folder with some.
+    "peft": a folder of PEFT. "ours": a single safetensors file, as `moe-peft export` writes it.
+
+    Raises:
+      UserError: nothing is there, a pickle is, or nothing that is known.
+    """
+    found = locations.existing(path)
+    if found.is_file():
+        locations.refuse_pickle(found)
+        if found.suffix == ".safetensors":
+            return ADAPTERS
+        if found.name == t5x_files.INDEX:
+            return T5X
+        raise errors.UserError(f"{found} is no file of weights that is known; expected a folder.")
+    if (found / "adapter_config.json").exists():
+        return PEFT
+    if t5x_files.is_checkpoint(found) or t5x_files.steps(found):
+        return T5X
+    weights = (safetensors_files.SINGLE, safetensors_files.INDEX, hugging_face.CONFIG)
+    if any((found / name).exists() for name in weights):
+        return HUGGING_FACE
+    for file in sorted(found.iterdir()):
+        locations.refuse_pickle(file)
+    raise errors.UserError(
+        f"{found} holds no weights that are known; expected transformers' model.safetensors and "
+        "config.json, a T5X checkpoint_N, or PEFT's adapter_config.json."
+    )
+
+
+def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_file.Opened:
+    """Returns the whole model at `path`, headers only; `kind` is "hf" or "t5x", None detects it."""
+    kind = kind or detect(path)
+    openers = {HUGGING_FACE: hugging_face.open_folder, T5X: t5x_files.open_folder}
+    if kind not in openers:
+        raise errors.UserError(f"{path} is in the format {kind!r}, which holds no whole model.")
+    return openers[kind](path)

@@ -1,0 +1,108 @@
+"""A method and a network from what a checkpoint or an exported file says about its run."""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+from moe_peft import adapters, errors, methods, patching, routing
+from moe_peft.models import t5
+from moe_peft.training import start
+
+_ADAPTERS = {
+    cls.__name__: cls
+    for cls in (
+        *(adapters.IA3, adapters.MoV, adapters.LoRA, adapters.MoLoRA),
+        *(adapters.SkilledIA3, adapters.SkilledLoRA),
+    )
+}
+_ROUTERS = {
+    cls.__name__: cls for cls in (*methods.ROUTERS.values(), *methods.SKILL_ROUTERS.values())
+}
+_SIZES = ("num_experts", "num_skills", "num_splits")
+
+
+def method(described: Mapping[str, Any], where: str) -> methods.Method:
+    """Returns the method of which `Method.describe` says that; the variant mu of it is not known.
+
+    Args:
+      described: as JSON types.
+      where: it was found, for messages.
+
+    Raises:
+      UserError: it holds something that this version does not know.
+    """
+    try:
+        made = _method(described, where)
+        same = start.as_json(made.describe()) == described
+    except (KeyError, TypeError, AttributeError) as error:
+        raise errors.UserError(
+            f"{where}: the record of the method lacks or has too much of {error}."
+        ) from error
+    if not same:
+        difference = start.first_difference(described, start.as_json(made.describe()), "method")
+        raise errors.UserError(f"{where}: this version cannot make its method again: {difference}.")
+    return made
+
+
+def network(description: Mapping[str, Any], where: str) -> t5.Transformer:
+    """Returns the network without adapters that a run's description tells of.
+
+    Raises:
+      UserError: it tells of none, or of another kind.
+    """
+    found = description.get("model") or {}
+    if found.get("class") != "Transformer":
+        raise errors.UserError(
+            f"{where} does not say which network it belongs to; name a folder with --base."
+        )
+    config = dict(found["config"])
+    activations = tuple(config.pop("mlp_activations"))  # JSON has lists only.
+    return t5.Transformer(t5.T5Config(**config, mlp_activations=activations))
+
+
+def _method(described: Mapping[str, Any], where: str) -> methods.Method:
+    rules = tuple(_rule(rule) for rule in described["rules"])
+    transfer = described.get("transfer")
+    if transfer is not None:
+        transfer = methods.Transfer(method(transfer["source"], where), transfer["variant"])
+    return methods.Method(
+        described["name"],
+        rules,
+        described["trainable"],
+        described["load_balancing_weight"],
+        described["z_weight"],
+        num_tasks=max((_num_tasks(rule) for rule in described["rules"]), default=0) or None,
+        transfer=transfer,
+    )
+
+
+def _num_tasks(rule: Mapping[str, Any]) -> int:
+    """Tasks that a rule's router tells apart, 0 for none."""
+    router = rule["adapter"].get("router_factory") or {}
+    is_private = router.get("class") == "PrivateRouter"
+    number = router.get("num_skills" if is_private else "num_tasks", 0)
+    return number if number > 1 else 0
+
+
+def _rule(described: Mapping[str, Any]) -> patching.Rule:
+    fields = dict(described)
+    level = patching.Granularity(**fields.pop("granularity", {"level": "linear"}))
+    adapter = dict(fields.pop("adapter"))
+    cls = _ADAPTERS[adapter.pop("class")]
+    router = _router(adapter.pop("router_factory", None))
+    sizes = {name: adapter[name] for name in _SIZES if name in adapter}
+    if isinstance(fields["router_input"], Mapping):
+        fields["router_input"] = patching.Sibling(**fields["router_input"])
+    return patching.Rule(
+        **fields,
+        adapter_factory=functools.partial(cls, **adapter, router_factory=router),
+        granularity=level,
+        shared_router=router(**sizes, parent=None) if level.is_shared else None,
+    )
+
+
+def _router(described: Mapping[str, Any] | None) -> routing.RouterFactory | None:
+    if described is None:
+        return None
+    fields = {name: value for name, value in described.items() if name not in _SIZES}
+    return functools.partial(_ROUTERS[fields.pop("class")], **fields)

@@ -1,0 +1,126 @@
+"""Arrays of T5X checkpoints: zarr by TensorStore, on a disk or in a bucket."""
+
+from collections.abc import Mapping
+import math
+import os
+import re
+from typing import Any
+
+from etils import epath
+import numpy as np
+import tensorstore as ts
+
+from moe_peft import errors
+from moe_peft.weights import leaves
+
+Spec = dict[str, Any]
+
+_CHUNK_BYTES = 64 * 1024 * 1024
+# A folder gets its name when all is written, so no single file has to be on the disk before.
+_QUICK = ts.Context({"file_io_sync": False})
+
+
+def zarr_spec(name: str, driver: str = "zarr") -> Spec:
+    """Returns the description of an array in the folder `name`."""
+    return {"driver": driver, "kvstore": {"driver": "file", "path": f"{name}/"}}
+
+
+def database_spec(name: str, driver: str = "zarr") -> Spec:
+    """Returns the description of an array in the OCDBT database of the folder."""
+    return {
+        "driver": driver,
+        "kvstore": {"driver": "ocdbt", "path": f"{name}/", "base": {"driver": "file", "path": ""}},
+    }
+
+
+def open_all(specs: Mapping[str, Any], folder: epath.Path) -> leaves.Leaves:
+    """Opens arrays, all at once; only their headers are read.
+
+    Args:
+      specs: path to an array, or to its description with a place relative to `folder`.
+      folder: of the checkpoint, wherever it was when it was written.
+
+    Raises:
+      UserError: an array is missing or damaged; names it.
+    """
+    stores = {
+        path: ts.open(_located(spec, folder), open=True, read=True)
+        for path, spec in specs.items()
+        if isinstance(spec, Mapping)
+    }
+    found = {}
+    for path, value in specs.items():
+        source = f"{folder}: target.{path.replace('/', '.')}"
+        if path in stores:
+            found[path] = _leaf(_opened(stores[path], source), source)
+        elif isinstance(value, np.ndarray):
+            found[path] = leaves.of(value, source)
+        else:
+            raise errors.UserError(f"{source} is {value!r}, expected an array.")
+    return found
+
+
+def write(spec: Spec, folder: epath.Path, leaf: leaves.Leaf) -> Spec:
+    """Writes a leaf as a zarr array and returns the description that T5X's index has for it."""
+    metadata = {
+        "chunks": chunks(leaf.shape, leaf.dtype.itemsize),
+        "compressor": None,  # would take most of the time and hardly make weights smaller
+        "shape": list(leaf.shape),
+    }
+    described = {**spec, "dtype": leaf.dtype.name, "metadata": metadata}
+    store = ts.open(_located(described, folder), create=True, open=True, context=_QUICK).result()
+    store.write(np.asarray(leaf.read(), order="C")).result()
+    return described
+
+
+def chunks(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Returns the largest chunk of at most 64 MB that divides the shape, widest axis first."""
+    result = list(shape)
+    while math.prod(result) * itemsize > _CHUNK_BYTES:
+        axis = int(np.argmax(result))
+        smaller = (size for size in range(result[axis] - 1, 0, -1) if shape[axis] % size == 0)
+        result[axis] = next(smaller)
+    return result
+
+
+def _located(spec: Mapping[str, Any], folder: epath.Path) -> Spec:
+    """Returns the description with the place of the checkpoint as it is now.
+
+    T5X stores paths relative to the checkpoint, and a driver that need not be today's: a
+    checkpoint written to a bucket may have been copied to a disk.
+    """
+    store = dict(spec["kvstore"])
+    name = store.get("path", spec.get("path", ""))
+    described = {key: value for key, value in spec.items() if key not in ("path", "kvstore")}
+    if store["driver"] == "ocdbt":
+        base = _kvstore(folder, "")
+        return {**described, "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
+    return {**described, "kvstore": _kvstore(folder, name)}
+
+
+def _kvstore(folder: epath.Path, name: str) -> dict[str, str]:
+    bucket = re.fullmatch(r"gs://([^/]+)/(.*)", os.fspath(folder))
+    if bucket:
+        return {"driver": "gcs", "bucket": bucket[1], "path": f"{bucket[2]}/{name}"}
+    return {"driver": "file", "path": f"{os.path.abspath(folder)}/{name}"}
+
+
+def _opened(future: Any, source: str) -> ts.TensorStore:
+    try:
+        return future.result()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise errors.UserError(f"{source} cannot be opened: {_first_line(error)}") from error
+
+
+def _leaf(store: ts.TensorStore, source: str) -> leaves.Leaf:
+    def read() -> np.ndarray:
+        try:
+            return store.read().result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise errors.UserError(f"{source} cannot be read: {_first_line(error)}") from error
+
+    return leaves.Leaf(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read, source)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

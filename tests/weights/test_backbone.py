@@ -1,0 +1,268 @@
+import dataclasses
+import os
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_peft import errors, patching
+from moe_peft.models import t5
+from moe_peft.runtime import digest
+from moe_peft.weights import backbone, hugging_face, leaves, t5_sizes, t5x_files
+
+PARAMS = {
+    "encoder": {"layers_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}},
+    "token_embedder": {"embedding": np.ones((4, 2), np.float32)},
+}
+SHAPES = jax.eval_shape(lambda: PARAMS)
+
+
+def _init(rng):
+    return jax.tree.map(lambda leaf: jax.random.normal(rng, leaf.shape), SHAPES)
+
+
+def _variant(**changes):
+    """PARAMS with another embedding and with extra top-level trees."""
+    return {**PARAMS, **{name: tree for name, tree in changes.items() if tree is not None}}
+
+
+def test_file_round_trip(tmp_path):
+    path = backbone.save(PARAMS, tmp_path / "deep" / "b.safetensors", metadata={"steps": 3})
+    loaded = backbone.load(f"file:{path}", SHAPES, _init)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, PARAMS)
+    assert backbone.read_metadata(path) == {"steps": 3}
+    assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
+
+
+def test_file_has_flat_names_and_the_wanted_dtype(tmp_path):
+    path = backbone.save(PARAMS, tmp_path / "b.safetensors", dtype="bfloat16")
+    kernel = backbone.read(path)["encoder"]["layers_0"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(kernel.astype(np.float32), np.arange(6).reshape(2, 3))
+    assert b'"encoder/layers_0/kernel"' in path.read_bytes()
+
+
+def test_random_backbones_are_named_by_their_seed():
+    one, again, other = (backbone.load(f"random:{s}", SHAPES, _init) for s in (1, 1, 2))
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (
+            {"encoder": PARAMS["encoder"]},
+            "lacks 1 of the model's 2 leaves.* token_embedder/embedding",
+        ),
+        (_variant(adapters={"a": np.ones(1)}), "1 leaves that the model does not use.* adapters/a"),
+        (
+            _variant(token_embedder={"embedding": np.ones((5, 2), np.float32)}),
+            r"another vocabulary.*token_embedder/embedding is \(5, 2\) .* and \(4, 2\) in",
+        ),
+        (
+            _variant(encoder={"layers_0": {"kernel": np.ones((3, 2), np.float32)}}),
+            r"another shape than .*encoder/layers_0/kernel is \(3, 2\) .* and \(2, 3\) in",
+        ),
+        (
+            _variant(encoder={"layer_0": {"kernel": np.ones((2, 3), np.float32)}}),
+            "lacks 1 .*encoder/layers_0/kernel.*Did you mean 'encoder/layer_0/kernel'",
+        ),
+    ],
+)
+def test_misfits_name_the_leaf(tmp_path, params, words):
+    path = backbone.save(params, tmp_path / "b.safetensors")
+    with pytest.raises(errors.UserError, match=words):
+        backbone.load(f"file:{path}", SHAPES, _init)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("file:{}/nothing.safetensors", "no file .*nothing.safetensors"),
+        ("file:{}/no/folder.safetensors", "folder .*no does not exist"),
+        ("file:{}/bad.safetensors", "cannot be read as safetensors"),
+        ("file:{}/bud.safetensors", "Did you mean 'bad.safetensors'"),
+        ("run:{}", "no training checkpoint in"),
+        ("run:{}@x", "step 'x' is not a number"),
+        ("random:", "has no seed"),
+        ("embedded:nothing", "is not shipped; there is"),
+        ("cldr_tiny", "is none of random:SEED, embedded:NAME"),
+    ],
+)
+def test_specs_that_lead_nowhere(tmp_path, spec, words):
+    (tmp_path / "bad.safetensors").write_bytes(b"no header")
+    with pytest.raises(errors.UserError, match=words):
+        backbone.load(spec.format(tmp_path), SHAPES, _init)
+
+
+def test_run_of_adapters_is_no_backbone(toy, tmp_path):
+    toy.fit(tmp_path, 1)
+    with pytest.raises(errors.UserError, match="method 'toy' and holds only its adapters"):
+        backbone.load(f"run:{tmp_path}", SHAPES, _init)
+
+
+def test_unknown_dtype_and_unwritable_file(tmp_path):
+    with pytest.raises(errors.UserError, match="float32 or bfloat16, got 'float8'"):
+        backbone.cast(PARAMS, "float8")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.UserError, match="Cannot write"):
+        backbone.save(PARAMS, tmp_path / "file" / "b.safetensors")
+
+
+def test_cast_leaves_integers_alone():
+    tree = {"a": np.ones(2, np.float32), "b": np.ones(2, np.int32)}
+    found = backbone.cast(tree, "bfloat16")
+    assert found["a"].dtype == jnp.bfloat16
+    assert found["b"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path = backbone.save(PARAMS, tmp_path / "b.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
+    path = backbone.save(PARAMS, tmp_path / "b.safetensors")
+    old = path.read_bytes()
+
+    def interrupted(flat, partial, metadata):
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.numpy.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backbone.save(_variant(extra={"a": np.ones(1)}), path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+# Backbones of other projects
+
+
+CONFIG = t5.T5Config(16, 8, 2, 4, 12, 2, 1)
+
+
+def _flat(config=CONFIG):
+    rng = np.random.default_rng(0)
+    shapes = t5_sizes.of_config(config)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+def _shapes(config):
+    flat = t5_sizes.of_config(config)
+    of = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
+    return patching.trees.unflatten({path: of(shape) for path, shape in flat.items()})
+
+
+def _write(kind, folder):
+    writers = {"hf": hugging_face.write, "t5x": t5x_files.write}
+    writers[kind](folder, CONFIG, _flat())
+    return f"{kind}:{folder}"
+
+
+@pytest.fixture(params=["hf", "t5x"])
+def spec(request, tmp_path):
+    return _write(request.param, tmp_path / "model")
+
+
+@pytest.fixture
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def test_backbones_of_other_projects(spec):
+    loaded = backbone.load(spec, _shapes(CONFIG), None)
+    flat = patching.flatten(loaded.params)
+    assert flat.keys() == _flat().keys()
+    for path, values in _flat().items():
+        np.testing.assert_array_equal(flat[path], values)
+        assert flat[path].flags["C_CONTIGUOUS"]
+    # The fingerprint is that of the same weights from anywhere else.
+    assert loaded.fingerprint == digest.of_tree(patching.trees.unflatten(_flat()))
+
+
+def test_each_leaf_is_stored_as_it_will_be_used(spec):
+    stored_as = lambda path: "float32" if "norm" in path else "bfloat16"
+    loaded = backbone.load(spec, _shapes(CONFIG), None, stored_as)
+    for path, leaf in patching.flatten(loaded.params).items():
+        assert leaf.dtype == stored_as(path)
+    assert loaded.fingerprint == backbone.load(spec, _shapes(CONFIG), None).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["hf", "t5x", "file"])
+def test_backbones_come_in_the_layout_of_the_model(kind, tmp_path):
+    scanned = dataclasses.replace(CONFIG, scan_layers=True)
+    if kind == "file":
+        spec = f"file:{backbone.save(patching.trees.unflatten(_flat()), tmp_path / 'b')}"
+    else:
+        spec = _write(kind, tmp_path / "model")
+    loaded = backbone.load(spec, _shapes(scanned), None)
+    key = loaded.params["encoder"]["encoder"]["attention"]["key"]["kernel"]
+    np.testing.assert_array_equal(
+        key[:, 1], _flat()["encoder/layers_1/attention/key/kernel"].reshape(8, 2, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 20}, r"another size than the model: vocab_size 16 \(model config: 20\)\."),
+        ({"num_decoder_layers": 3}, r"num_decoder_layers 1 \(model config: 3\)\. Set T5Config to"),
+        ({"logits_via_embedding": True}, r"logits_via_embedding False \(model config: True\)"),
+    ],
+)
+@pytest.mark.parametrize("check", [backbone.load, backbone.check_headers])
+def test_another_size_is_told_before_anything_is_read(spec, change, words, check, monkeypatch):
+    monkeypatch.setattr(leaves.Leaf, "__array__", lambda *_: pytest.fail("read"))
+    shapes = _shapes(dataclasses.replace(CONFIG, **change))
+    arguments = (None,) if check is backbone.load else ()
+    with pytest.raises(errors.UserError, match=words):
+        check(spec, shapes, *arguments)
+
+
+def test_a_size_with_a_name_says_which_file_fits(tmp_path):
+    config = t5_sizes.named("tiny")
+    hugging_face.write(tmp_path / "m", config, _flat(config))
+    with pytest.raises(errors.UserError, match=r"emb_dim 32 .* Take models/tiny.gin."):
+        backbone.check_headers(f"hf:{tmp_path / 'm'}", _shapes(CONFIG))
+
+
+def test_missing_and_unused_leaves_are_errors_unless_named(tmp_path, clean_gin, capsys):
+    flat = _flat()
+    del flat["decoder/decoder_norm/scale"]
+    flat["decoder/more/kernel"] = np.ones((2, 2), np.float32)
+    found = leaves.flatten(flat)
+    target = tmp_path / "m" / "checkpoint_0"
+    target.mkdir(parents=True)
+    t5x_files._write_legacy(target, found, 0)
+    spec = f"t5x:{tmp_path / 'm'}"
+    fresh = lambda rng: jax.tree.map(lambda x: jnp.full(x.shape, 7.0), _shapes(CONFIG))
+    with pytest.raises(errors.UserError, match="lacks 1 of .*decoder/decoder_norm/scale"):
+        backbone.load(spec, _shapes(CONFIG), fresh)
+    gin.bind_parameter("backbones.allowed.missing", ("decoder/decoder_norm/.*",))
+    with pytest.raises(errors.UserError, match="has 1 leaves .*target.decoder.more.kernel"):
+        backbone.load(spec, _shapes(CONFIG), fresh)
+    gin.bind_parameter("backbones.allowed.unused", (".*more.kernel",))
+    loaded = backbone.load(spec, _shapes(CONFIG), fresh)
+    np.testing.assert_array_equal(loaded.params["decoder"]["decoder_norm"]["scale"], np.full(8, 7))
+    assert "more" not in loaded.params["decoder"]
+    printed = capsys.readouterr().err
+    assert "missing: decoder/decoder_norm/scale" in printed
+    assert "unused: " in printed
+
+
+def test_kinds_that_hold_no_model(tmp_path):
+    with pytest.raises(errors.UserError, match="is none of random:SEED.*hf:FOLDER, t5x:FOLDER"):
+        backbone.load("hg:/tmp", SHAPES, _init)
+    with pytest.raises(errors.UserError, match="There is no .*nowhere"):
+        backbone.load(f"t5x:{tmp_path / 'nowhere'}", SHAPES, _init)
+    backbone.check_headers("random:0", SHAPES)
