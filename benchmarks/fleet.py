@@ -44,10 +44,10 @@ import measure
 import numpy as np
 
 from moe_peft import methods, patching
-from moe_peft.evaluation import fewshot_scores
+from moe_peft.adaptation import programs
+from moe_peft.adaptation import scores as scores_lib
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import fleet as fleet_lib
 from moe_peft.training import optimizers, schedules
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
@@ -116,18 +116,18 @@ class StepByStep:
 
 def draw(batch_size: int, num_steps: int) -> dict[str, np.ndarray]:
     """Examples of all runs: "shots/..." [R, n, ...], "rows" [R, steps, b], "evaluated/..."."""
+    from moe_peft.adaptation import data as data_lib
     from moe_peft.data import fewshot, lookup
     import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
-    from moe_peft.training import fleet_data
 
     sizes = fewshot.Sizes(shots=16, validation=4, wordings=4)
     tasks = {name: fewshot.Task(name, LENGTHS, "validation", False) for name in TASKS}
-    data = fleet_data.read(tasks, sizes, SEEDS, LENGTHS, False, False)
+    data = data_lib.read(tasks, sizes, SEEDS, LENGTHS, False, False)
     assert len({(one.shape, one.eval_shape) for one in data}) == 1
     lookup.check_vocabulary("cldr_fewshot", CONFIG.vocab_size)
-    shots = fleet_data.tables(data, max(len(one.shots) for one in data))
+    shots = data_lib.tables(data, max(len(one.shots) for one in data))
     parts = [one.validation for one in data]
-    (evaluated,) = fleet_data.chunks(parts, data[0].eval_shape, 16)
+    (evaluated,) = data_lib.chunks(parts, data[0].eval_shape, 16)
     return {
         **{f"shots/{name}": values for name, values in shots.items()},
         **{f"evaluated/{name}": values for name, values in evaluated.items()},
@@ -182,14 +182,14 @@ def main() -> None:
         optimizer,
         patching.merge,
     )
-    score = fewshot_scores.score_rows(model, 0, True)
-    fleet_of = lambda width, devices: fleet_lib.Fleet(
+    score = scores_lib.score_rows(model, 0, True)
+    fleet_of = lambda width, devices: programs.Fleet(
         *(update, score, frozen, width), mesh_lib.make_mesh(devices=devices)
     )
     setting = (trainables, optimizer, examples)
     devices, width = jax.devices(), options.width or num_runs
     fleet, together, left = fleet_of(width, devices), [], np.arange(num_runs)
-    for size in fleet_lib.group_sizes(num_runs, width):
+    for size in programs.group_sizes(num_runs, width):
         together.append(Runs(fleet, *setting, left[:size]))
         left = left[size:]
     alone = fleet_of(1, devices[:1])

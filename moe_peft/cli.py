@@ -170,7 +170,7 @@ def _compare(folders: Sequence[str], out: str) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from moe_peft.commands import convert
+    from moe_peft.convert import convert
 
     options = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(convert.Options)

@@ -69,9 +69,9 @@ def tasks(
 
 def named(names: Sequence[str], group: str | None = None) -> Tasks:
     """Returns the tasks of some names, grouped by the first parenthesis of `group`."""
-    from moe_peft.evaluation import suites
+    from moe_peft.evaluation import questions
 
-    pattern = suites.compile_group(group) if group else None
+    pattern = questions.compile_group(group) if group else None
     groups = []
     for name in names:
         match = pattern.fullmatch(name) if pattern else None

@@ -15,8 +15,9 @@ import sys
 from typing import Any
 
 from moe_peft import errors
+from moe_peft.adaptation import report as report_lib
 from moe_peft.analysis import pareto, report
-from moe_peft.evaluation import aggregation, answers, fewshot_report, metrics, suites
+from moe_peft.evaluation import aggregation, answer_cache, metrics, questions
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.runtime import json_files
 
@@ -45,7 +46,7 @@ class Changes:
         if self.metric is not None:
             metrics.get(self.metric)
         if self.group is not None:
-            suites.compile_group(self.group)
+            questions.compile_group(self.group)
 
     def settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Those of an evaluation with these changes."""
@@ -60,7 +61,7 @@ class Changes:
         Raises UserError for a row without answer in text, if it should be scored anew.
         """
         if self.group is not None:
-            group = suites.group_of(row["task"], suites.compile_group(self.group))
+            group = questions.group_of(row["task"], questions.compile_group(self.group))
             row = {**row, "group": group}
         if self.metric in (None, row["metric"]) or row["metric"] == metrics.BY_RANK:
             return row
@@ -92,7 +93,7 @@ def aggregate(folder: pathlib.Path, changes: Changes, out: pathlib.Path | None) 
         tables = list(_evaluations(folder, changes))
         if not tables:
             raise errors.UserError(
-                f"{folder} holds no answers (eval/*/{answers.RECORD}, or {RESULTS} and "
+                f"{folder} holds no answers (eval/*/{answer_cache.RECORD}, or {RESULTS} and "
                 f"{PREDICTIONS}); make them with `moe-peft eval` or `moe-peft adapt`."
             )
     for place, content, table in tables:
@@ -107,9 +108,9 @@ _Table = tuple[pathlib.Path, dict[str, Any], str]  # (folder below, results.json
 
 
 def _evaluations(folder: pathlib.Path, changes: Changes) -> Iterator[_Table]:
-    for path in sorted(folder.glob(f"eval/*/{answers.RECORD}")):
-        record = answers.read_record(path.parent)
-        rows = [changes.row(row) for row in answers.read_all(path.parent, record["tasks"])]
+    for path in sorted(folder.glob(f"eval/*/{answer_cache.RECORD}")):
+        record = answer_cache.read_record(path.parent)
+        rows = [changes.row(row) for row in answer_cache.read_all(path.parent, record["tasks"])]
         settings = changes.settings(record["settings"])
         how = settings["bootstrap"] and bootstrap_lib.Bootstrap(**settings["bootstrap"])
         num_left = record["num_tasks"] - len(record["tasks"])
@@ -141,6 +142,6 @@ def _adaptation(folder: pathlib.Path, changes: Changes) -> _Table:
     how = how or content.get("bootstrap")
     evaluation = content["settings"]["evaluation"]
     evaluation["metric"] = changes.metric or evaluation["metric"]
-    found = fewshot_report.of_rows(rows, how and bootstrap_lib.Bootstrap(**how))
+    found = report_lib.of_rows(rows, how and bootstrap_lib.Bootstrap(**how))
     content = {**content, "bootstrap": how, **found}
-    return pathlib.Path(), content, fewshot_report.markdown(content)
+    return pathlib.Path(), content, report_lib.markdown(content)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_peft import errors, methods, patching
-from moe_peft.evaluation import answering
+from moe_peft.evaluation import inference
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import flight, targets
 from moe_peft.partitioning import layout as layout_lib
@@ -125,7 +125,7 @@ class Experiment:
         begin = self._start(self._network("none"), shapes)
         params = patching.merge(*self._trees(begin))
         params = _at(params, layout_lib.Layout(mesh).shardings(params, begin.logical_axes()))
-        jitted, length = answering.programs(begin.model, mesh), self.feature_lengths["targets"]
+        jitted, length = inference.programs(begin.model, mesh), self.feature_lengths["targets"]
         if is_decoding:
             shapes = {name: size for name, size in shapes.items() if "decoder" not in name}
             strategy = dataclasses.replace(self.decoding, max_decode_length=length)

@@ -81,7 +81,7 @@ COMMANDS = {
             "--gin.MODEL_DIR=results/fewshot/lora \\\n"
             "    --gin.SOURCE=results/cldr/lora"
         ),
-        modules=("moe_peft.training.adapt",),
+        modules=("moe_peft.adaptation.adapt",),
     ),
     "eval": Command(
         entry_point="evaluate",
@@ -109,7 +109,7 @@ COMMANDS = {
             "  moe-peft export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov "
             "--gin.OUTPUTS=mov.safetensors"
         ),
-        modules=("moe_peft.commands.export",),
+        modules=("moe_peft.convert.export",),
         defaults=("export.model_dir = %MODEL_DIR", "export.path = %OUTPUTS"),
     ),
     "merge": Command(
@@ -121,7 +121,7 @@ COMMANDS = {
             "  moe-peft merge --gin_file results/mhr/config.gin --gin.TASK=3 "
             "--gin.OUTPUTS=merged.safetensors"
         ),
-        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.commands.merge"),
+        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.convert.merge"),
         defaults=(
             "TASK = None",
             "FROZEN_DTYPE = 'float32'",

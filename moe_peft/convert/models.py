@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moe_peft import errors
-from moe_peft.convert import places
+from moe_peft.convert import targets
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.training import checkpoints
 from moe_peft.weights import (
@@ -46,7 +46,7 @@ def open_saved(saved: checkpoints.Saved, where: str) -> checkpoint_file.Opened:
     return checkpoint_file.Opened(where, config, leaves.flatten(saved.trainable))
 
 
-def open_place(place: places.Place) -> checkpoint_file.Opened:
+def open_place(place: targets.Place) -> checkpoint_file.Opened:
     """Returns the model at a place of the format "hf", "t5x" or "ours"."""
     if place.kind == formats.ADAPTERS:
         return open_file(place.path)

@@ -12,7 +12,7 @@ import jax
 
 from moe_peft import methods
 from moe_peft.analysis import report
-from moe_peft.evaluation import answers, restore, suites
+from moe_peft.evaluation import answer_cache, questions, restore
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
@@ -111,11 +111,11 @@ def _answer(
     restored: restore.Restored,
     mixture: str,
     folder: pathlib.Path,
-) -> tuple[list[suites.Row], float]:
+) -> tuple[list[questions.Row], float]:
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
     suite, rows, num_known = evaluator.suite(mixture), [], 0
     num_tasks = len(suite.tasks())
-    kept = answers.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
+    kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
     with progress_lib.shown(mixture, len(suite.rows)) as progress:
         for part in evaluator.parts(mixture):
             started = time.monotonic()

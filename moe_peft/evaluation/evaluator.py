@@ -13,8 +13,9 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, methods
-from moe_peft.evaluation import aggregation, answering, metrics, suites
+from moe_peft.evaluation import aggregation, inference, metrics
 from moe_peft.evaluation import bootstrap as bootstrap_lib
+from moe_peft.evaluation import questions as questions_lib
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
@@ -81,7 +82,7 @@ class Evaluator:
         self.mixtures = (mixtures,) if isinstance(mixtures, str) else tuple(mixtures)
         if not self.mixtures:
             raise errors.UserError("Evaluator.mixtures is empty; name at least one mixture.")
-        self._group = None if task_group is None else suites.compile_group(task_group)
+        self._group = None if task_group is None else questions_lib.compile_group(task_group)
         self._lengths, self._batch_size = dict(feature_lengths), batch_size
         self._split, self._limit, self._seed = split, max_examples_per_task, seed
         self._average, self._bootstrap = average, bootstrap
@@ -103,8 +104,8 @@ class Evaluator:
             "average": average,
             "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
         }
-        self._suites: dict[str, suites.Suite] = {}
-        self._answerer: tuple[object, answering.Answerer] | None = None
+        self._suites: dict[str, questions_lib.Suite] = {}
+        self._answerer: tuple[object, inference.Answerer] | None = None
 
     def __call__(
         self, model: encoder_decoder.EncoderDecoder, step: int, params: PyTree
@@ -133,10 +134,10 @@ class Evaluator:
         """Raises UserError unless a batch divides among the devices; nothing is loaded for that."""
         mesh_lib.check_batch_size(self._batch_size, 1, mesh)
 
-    def suite(self, mixture: str) -> suites.Suite:
+    def suite(self, mixture: str) -> questions_lib.Suite:
         """The questions of a mixture, read once."""
         if mixture not in self._suites:
-            self._suites[mixture] = suites.read(
+            self._suites[mixture] = questions_lib.read(
                 mixture,
                 self._lengths,
                 self._group,
@@ -154,7 +155,7 @@ class Evaluator:
         """
         return list(self.suite(mixture).parts(_BATCHES_OF_A_PART * self._batch_size))
 
-    def results(self, rows: Sequence[suites.Row]) -> aggregation.Results:
+    def results(self, rows: Sequence[questions_lib.Row]) -> aggregation.Results:
         """Averages and intervals."""
         return aggregation.aggregate(rows, self._average, self._bootstrap)
 
@@ -165,7 +166,7 @@ class Evaluator:
         mixture: str,
         progress: progress_lib.Progress | None = None,
         places: Sequence[int] | None = None,
-    ) -> list[suites.Row]:
+    ) -> list[questions_lib.Row]:
         """Rows of `suite(mixture)` with "metric", "prediction" and "score", in order.
 
         "score" is in [0, 1], or None where the metric has none for one example. "prediction" is
@@ -184,7 +185,7 @@ class Evaluator:
         answerer = self._answerer_of(model, params)
         places = range(len(suite.rows)) if places is None else places
         metric_of = metrics.of_tasks(self._metric, suite.own_metrics)
-        found: dict[int, suites.Row] = {}
+        found: dict[int, questions_lib.Row] = {}
 
         ranked = [i for i in places if suite.questions[i].choices]
         scores = answerer.score_choices(
@@ -214,16 +215,18 @@ class Evaluator:
                 found[i] = {"metric": metric.name, "prediction": text, "score": score}
         return [{**suite.rows[i], **found[i]} for i in places]
 
-    def _answerer_of(self, model, params) -> answering.Answerer:
+    def _answerer_of(self, model, params) -> inference.Answerer:
         """The compiled functions of this model, kept from call to call."""
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         if self._answerer is None or self._answerer[0] is not model:
-            made = answering.Answerer(model, self._batch_size, self._lengths, mesh)
+            made = inference.Answerer(model, self._batch_size, self._lengths, mesh)
             self._answerer = model, made
         return self._answerer[1]
 
 
-def _check_task_ids(suite: suites.Suite, method: methods.Method | None, mixture: str) -> None:
+def _check_task_ids(
+    suite: questions_lib.Suite, method: methods.Method | None, mixture: str
+) -> None:
     """Raises UserError if `method` routes by task and the questions' tasks are not its own."""
     if method is None or method.num_tasks is None:
         return
@@ -237,7 +240,7 @@ def _check_task_ids(suite: suites.Suite, method: methods.Method | None, mixture:
     task_ids.check(ids, method.num_tasks, repr(mixture))
 
 
-def _choice_row(row: suites.Row, score: answering.ChoiceScore) -> suites.Row:
+def _choice_row(row: questions_lib.Row, score: inference.ChoiceScore) -> questions_lib.Row:
     chosen = row["choices"][score.best]
     return {
         "metric": metrics.BY_RANK,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from moe_peft import errors, methods
-from moe_peft.evaluation import answering, restore
+from moe_peft.evaluation import inference, restore
 from moe_peft.models import strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
@@ -73,7 +73,7 @@ def infer(
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     encoded = [encode(row["inputs"]) for row in rows]
     questions = [
-        answering.Question(
+        inference.Question(
             inputs=encoding.with_end(ids, limits["inputs"]),
             choices=tuple(
                 encoding.with_end(encode(choice), limits["targets"])
@@ -109,7 +109,7 @@ def infer(
     restored = restore.restore(
         model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
     )
-    answerer = answering.Answerer(restored.model, batch_size, limits, mesh)
+    answerer = inference.Answerer(restored.model, batch_size, limits, mesh)
     with progress_lib.shown("infer", len(rows)) as progress:
         free = [i for i, question in enumerate(questions) if not question.choices]
         answers = answerer.generate(

@@ -10,8 +10,8 @@ import pytest
 import rich.console
 
 from moe_peft import cli, errors
+from moe_peft.adaptation import report
 from moe_peft.analysis import labels, pareto, pareto_picture
-from moe_peft.evaluation import fewshot_report
 
 ROWS = [
     pareto.Row("lora", 100, (0.1, 0.2, 0.6), 12.0),
@@ -116,7 +116,7 @@ def content(name, trainable, scores, tasks=("t_de", "t_fr"), **changed):
     }
     for part in settings.values():
         part.update({k: v for k, v in changed.items() if k in part})
-    summary = fewshot_report.summarize(runs, dict.fromkeys(tasks, "group"))
+    summary = report.summarize(runs, dict.fromkeys(tasks, "group"))
     return {"settings": settings, "trainable_parameters": trainable, "seconds": 3.5, **summary}
 
 

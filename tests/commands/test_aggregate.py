@@ -6,8 +6,9 @@ import re
 import pytest
 
 from moe_peft import cli
+from moe_peft.adaptation import report as report_lib
 from moe_peft.analysis import report
-from moe_peft.evaluation import aggregation, answers, fewshot_report
+from moe_peft.evaluation import aggregation, answer_cache
 from moe_peft.runtime import json_files
 
 SETTINGS = {
@@ -48,7 +49,7 @@ def rows(task, right, **more):
 
 @pytest.fixture
 def folder(tmp_path):
-    kept = answers.Answers(tmp_path / "run" / "eval" / "p3", "p3", 3, RUN, SETTINGS)
+    kept = answer_cache.Answers(tmp_path / "run" / "eval" / "p3", "p3", 3, RUN, SETTINGS)
     kept.write({task: ("q", rows(task, right)) for task, right in TASKS.items()}, 1)
     return tmp_path / "run"
 
@@ -96,7 +97,7 @@ def test_another_metric(folder, capsys, tmp_path):
 
 
 def test_an_evaluation_that_is_not_finished(tmp_path, capsys):
-    kept = answers.Answers(tmp_path / "eval" / "p3", "p3", 3, RUN, SETTINGS)
+    kept = answer_cache.Answers(tmp_path / "eval" / "p3", "p3", 3, RUN, SETTINGS)
     kept.write({"cb": ("q", rows("cb", 1.0))}, 1)
     out = aggregate(capsys, tmp_path)
     assert "WARNING: 2 of 3 tasks of p3 are not answered yet" in out.err
@@ -111,12 +112,12 @@ def test_an_adaptation(tmp_path, capsys):
         for row in rows(task, right)
     ]
     content = {"settings": {"evaluation": {"metric": "exact_match"}}, "trainable_parameters": 5}
-    json_files.write_json(tmp_path / "results.json", content | fewshot_report.of_rows(found))
+    json_files.write_json(tmp_path / "results.json", content | report_lib.of_rows(found))
     json_files.write_jsonl(tmp_path / "predictions.jsonl", found)
     again = aggregate(capsys, tmp_path, "--out", tmp_path / "same").out
     assert "| **all tasks** | 3 | 66.7 | 66.7 |" in again
     same = json.loads((tmp_path / "same" / "results.json").read_text())
-    assert same["overall"] == fewshot_report.of_rows(found)["overall"]
+    assert same["overall"] == report_lib.of_rows(found)["overall"]
     changes = ["--metric", "accuracy", "--bootstrap", "templates", "--group", "([a-z]+).*"]
     out = aggregate(capsys, tmp_path, *changes).out
     assert "| anli | 2 | 75.0 |" in out
@@ -142,7 +143,7 @@ def test_mistakes(folder, capsys, args, words):
 
 
 def test_answers_that_cannot_be_scored_anew(tmp_path, capsys):
-    kept = answers.Answers(tmp_path / "eval" / "p3", "p3", 2, RUN, SETTINGS)
+    kept = answer_cache.Answers(tmp_path / "eval" / "p3", "p3", 2, RUN, SETTINGS)
     kept.write({"cb": ("q", rows("cb", 1.0, prediction=None))}, 1)
     assert cli.main(["aggregate", str(tmp_path), "--metric", "accuracy"]) == cli.USER_ERROR
     assert "'cb' was answered by one forward pass" in capsys.readouterr().err

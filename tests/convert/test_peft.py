@@ -9,7 +9,9 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import errors, methods
-from moe_peft.convert import peft, peft_config, peft_tensors
+from moe_peft.convert.peft import adapters
+from moe_peft.convert.peft import config as config_lib
+from moe_peft.convert.peft import tensors as tensors_lib
 from moe_peft.training import start
 from moe_peft.weights import records
 
@@ -21,14 +23,14 @@ CASES += [("ia3", "t5_1_0"), ("mhr4", "scanned"), ("ia3", "scanned")]
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_round_trip_is_bit_exact(toy, name, layout, tmp_path):
     saved = toy.trained(toy.METHODS[name](), layout)
-    peft.write(saved, tmp_path / "a", "toy")
-    back = peft.read(tmp_path / "a")
+    adapters.write(saved, tmp_path / "a", "toy")
+    back = adapters.read(tmp_path / "a")
     assert toy.same(back.trainable, saved.trainable)
     assert (back.step, back.description) == (saved.step, saved.description)
-    gap = peft.gap(saved, tmp_path / "a")
+    gap = adapters.gap(saved, tmp_path / "a")
     assert gap.largest < 1e-5 * gap.scale
     other = toy.trained(toy.METHODS[name](), layout, seed=1)
-    assert peft.gap(other, tmp_path / "a").largest > 1e-2
+    assert adapters.gap(other, tmp_path / "a").largest > 1e-2
 
 
 @pytest.fixture(autouse=True)
@@ -42,27 +44,27 @@ def folders(toy, tmp_path_factory):
     """Folders as PEFT itself writes them: without our record."""
     root = tmp_path_factory.mktemp("peft")
     for name in ("lora", "qv", "ia3", "mhr4"):
-        peft.write(toy.trained(toy.METHODS[name]()), root / name, "toy")
+        adapters.write(toy.trained(toy.METHODS[name]()), root / name, "toy")
         change(root / name, lambda tensors: tensors)
     return root
 
 
 def change(folder, edit, record=None):
     """Edits the tensors in place; the header keeps `record` only."""
-    path = folder / peft_tensors.TENSORS
+    path = folder / tensors_lib.TENSORS
     tensors = edit(safetensors.numpy.load_file(path))
     header = {"format": "pt"} | ({} if record is None else {"moe_peft": json.dumps(record)})
     safetensors.numpy.save_file(tensors, path, header)
 
 
 def set_option(folder, **options):
-    path = folder / peft_config.NAME
+    path = folder / config_lib.NAME
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, **options}))
 
 
 def base(toy, layout="t5_1_1"):
-    return peft.Base("hf:somewhere", toy.network(layout).config, "of the toy")
+    return adapters.Base("hf:somewhere", toy.network(layout).config, "of the toy")
 
 
 IMPORTS = {
@@ -74,13 +76,13 @@ IMPORTS = {
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_a_foreign_folder_is_a_method_of_ours(toy, folders, name):
-    saved = peft.read(folders / name, base(toy))
+    saved = adapters.read(folders / name, base(toy))
     assert saved.description["method"] == start.as_json(IMPORTS[name]().describe())
     assert saved.description["backbone"]["fingerprint"] == "of the toy"
     gin.parse_config(["import moe_peft.methods", *saved.description["gin"]])
     described = gin.query_parameter("%METHOD").scoped_configurable_fn().describe()
     assert start.as_json(described) == saved.description["method"]
-    assert peft.gap(saved, folders / name).relative < 1e-6
+    assert adapters.gap(saved, folders / name).relative < 1e-6
 
 
 def test_scaled_inputs_of_wo_are_outputs_of_wi_1(toy, folders, tmp_path):
@@ -88,15 +90,15 @@ def test_scaled_inputs_of_wo_are_outputs_of_wi_1(toy, folders, tmp_path):
     change(
         folder, lambda t: {k.replace("wi_1", "wo"): v.T if "wi_1" in k else v for k, v in t.items()}
     )
-    moved, kept = peft.read(folder, base(toy)), peft.read(folders / "ia3", base(toy))
+    moved, kept = adapters.read(folder, base(toy)), adapters.read(folders / "ia3", base(toy))
     assert toy.same(moved.trainable, kept.trainable)
-    assert peft.gap(kept, folder).relative < 1e-6
+    assert adapters.gap(kept, folder).relative < 1e-6
 
 
 def test_vectors_that_are_missing_are_ones(toy, folders, tmp_path):
     folder = copy(folders, "ia3", tmp_path)
     change(folder, lambda t: {k: v for k, v in t.items() if "wi_1" not in k})
-    saved = peft.read(folder, base(toy))
+    saved = adapters.read(folder, base(toy))
     mlp = saved.trainable["encoder"]["layers_0"]["mlp"]["wi_1"]["adapter"]["vectors"]
     np.testing.assert_array_equal(mlp, np.ones(24, np.float32))
 
@@ -104,10 +106,10 @@ def test_vectors_that_are_missing_are_ones(toy, folders, tmp_path):
 def test_rank_stabilised_scale_is_an_alpha(toy, folders, tmp_path):
     folder = copy(folders, "qv", tmp_path)
     set_option(folder, use_rslora=True)
-    saved = peft.read(folder, base(toy))
+    saved = adapters.read(folder, base(toy))
     adapter = records.method(saved.description["method"], "toy").rules[0].adapter_factory()
     assert adapter.alpha == pytest.approx(3.0 * np.sqrt(2))
-    assert peft.gap(saved, folder).relative < 1e-6
+    assert adapters.gap(saved, folder).relative < 1e-6
 
 
 def copy(folders, name, tmp_path):
@@ -135,14 +137,12 @@ OPTIONS = {
 def test_options_are_refused_by_name(toy, folders, words, tmp_path):
     folder = copy(folders, "qv", tmp_path)
     set_option(folder, **OPTIONS[words])
-    check_refused(
-        toy, folder, words, peft_tensors.TENSORS if "shape" in words else peft_config.NAME
-    )
+    check_refused(toy, folder, words, tensors_lib.TENSORS if "shape" in words else config_lib.NAME)
 
 
 def check_refused(toy, folder, words, file):
     with pytest.raises(errors.UserError) as error:
-        peft.read(folder, base(toy))
+        adapters.read(folder, base(toy))
     text = str(error.value)
     assert words in text
     assert file in text
@@ -172,32 +172,32 @@ TENSORS = {
 def test_tensors_are_refused_by_key(toy, folders, words, tmp_path):
     folder = copy(folders, "qv", tmp_path)
     change(folder, TENSORS[words])
-    check_refused(toy, folder, words, peft_tensors.TENSORS)
+    check_refused(toy, folder, words, tensors_lib.TENSORS)
 
 
 def test_damaged_files_are_named(toy, folders, tmp_path):
     folder = copy(folders, "qv", tmp_path)
-    path = folder / peft_tensors.TENSORS
+    path = folder / tensors_lib.TENSORS
     path.write_bytes(path.read_bytes()[:-100])
-    check_refused(toy, folder, "is cut short: base_model.model.", peft_tensors.TENSORS)
+    check_refused(toy, folder, "is cut short: base_model.model.", tensors_lib.TENSORS)
     path.rename(folder / "adapter_model.bin")
     check_refused(toy, folder, "is a pickle", "adapter_model.bin")
-    (folder / peft_config.NAME).write_text("{")
-    check_refused(toy, folder, "cannot be read as JSON", peft_config.NAME)
+    (folder / config_lib.NAME).write_text("{")
+    check_refused(toy, folder, "cannot be read as JSON", config_lib.NAME)
 
 
 def test_settings_that_are_not_the_records_are_refused(toy, tmp_path):
-    peft.write(toy.trained(toy.METHODS["qv"]()), tmp_path / "a", "toy")
+    adapters.write(toy.trained(toy.METHODS["qv"]()), tmp_path / "a", "toy")
     set_option(tmp_path / "a", lora_alpha=7)
-    check_refused(toy, tmp_path / "a", "lora_alpha is 7.0, but", peft_config.NAME)
-    small = peft.Base("hf:other", toy.network("t5_1_1", num_heads=4).config, "other")
+    check_refused(toy, tmp_path / "a", "lora_alpha is 7.0, but", config_lib.NAME)
+    small = adapters.Base("hf:other", toy.network("t5_1_1", num_heads=4).config, "other")
     with pytest.raises(errors.UserError, match="num_heads differ"):
-        peft.read(tmp_path / "a", small)
+        adapters.read(tmp_path / "a", small)
 
 
 def test_without_record_and_base_the_weights_are_asked_for(folders):
     with pytest.raises(errors.UserError, match="name them with --base hf:FOLDER"):
-        peft.read(folders / "qv")
+        adapters.read(folders / "qv")
 
 
 REFUSED = {
@@ -216,7 +216,7 @@ def test_methods_that_peft_has_not_are_refused_by_name(toy, words, tmp_path):
     method = REFUSED[words](toy)
     saved = toy.saved(method, {})
     with pytest.raises(errors.UserError) as error:
-        peft.write(saved, tmp_path / "a", "results/run")
+        adapters.write(saved, tmp_path / "a", "results/run")
     text = str(error.value)
     assert words in text
     assert text.startswith(f"results/run: the method {method.name!r} cannot be written for PEFT")

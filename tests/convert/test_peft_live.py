@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from moe_peft.convert import peft, peft_config
+from moe_peft.convert.peft import adapters
+from moe_peft.convert.peft import config as config_lib
 from moe_peft.weights import hugging_face, records
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -88,8 +89,8 @@ def test_exported_adapters_give_our_logits_in_peft(torch, toy, name, layout, tmp
     import peft as theirs
 
     saved = toy.trained(toy.METHODS[name](), layout)
-    peft.write(saved, tmp_path / "a", "toy")
-    kind = peft_config.read(tmp_path / "a")["peft_type"]
+    adapters.write(saved, tmp_path / "a", "toy")
+    kind = config_lib.read(tmp_path / "a")["peft_type"]
     bare = their_logits(toy, fresh(toy, layout), "none")
     model = theirs.PeftModel.from_pretrained(fresh(toy, layout), tmp_path / "a").eval()
     want = their_logits(toy, model, kind)
@@ -148,12 +149,12 @@ def test_imported_adapters_have_pefts_logits(torch, toy, name, tmp_path):
     model.save_pretrained(tmp_path / "a")
     want = their_logits(toy, model, config.peft_type.value)
     assert np.abs(want - their_logits(toy, fresh(toy, layout), "none")).max() > 0.1
-    where = peft.Base(f"hf:{base(toy, layout)}", toy.network(layout).config, "of the toy")
-    saved = peft.read(tmp_path / "a", where)
+    where = adapters.Base(f"hf:{base(toy, layout)}", toy.network(layout).config, "of the toy")
+    saved = adapters.read(tmp_path / "a", where)
     np.testing.assert_allclose(our_logits(toy, saved, layout), want, **TOLERANCE)
-    gap = peft.gap(saved, tmp_path / "a")
+    gap = adapters.gap(saved, tmp_path / "a")
     assert gap.largest < 1e-5 * gap.scale
 
-    peft.write(saved, tmp_path / "b", "toy")
+    adapters.write(saved, tmp_path / "b", "toy")
     again = theirs.PeftModel.from_pretrained(fresh(toy, layout), tmp_path / "b").eval()
     np.testing.assert_allclose(their_logits(toy, again, config.peft_type.value), want, **TOLERANCE)

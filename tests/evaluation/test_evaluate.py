@@ -15,7 +15,7 @@ from sklearn import metrics as sklearn_metrics
 from moe_peft import errors, methods
 from moe_peft.data import registration
 from moe_peft.data import rows as rows_lib
-from moe_peft.evaluation import answering, evaluate, evaluator, infer
+from moe_peft.evaluation import evaluate, evaluator, infer, inference
 from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
@@ -396,7 +396,7 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
     with pytest.raises(errors.UserError, match="No task or mixture is called 'toj'. Did you mean"):
         make_evaluator("toj").suite("toj")
     with pytest.raises(errors.UserError, match="divided evenly over 8 devices"):
-        answering.Answerer(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
+        inference.Answerer(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
     add_task("toy_w_1", [asked[0][0]], ["abc"], [("a", "b")])
     with pytest.raises(errors.UserError, match="its target 'abc' is none of its choices"):
         make_evaluator("toy_w_1", rank_choices=True).suite("toy_w_1")
@@ -417,12 +417,12 @@ def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
 
 
 def test_few_input_lengths():
-    lengths = [answering.padded_length(n, 56) for n in (1, 16, 28, 29, 56)]
+    lengths = [inference.padded_length(n, 56) for n in (1, 16, 28, 29, 56)]
     assert lengths == [28, 28, 28, 56, 56]
-    assert answering.padded_length(3, 1024) == 16
-    assert answering.padded_length(3, 10) == 10
+    assert inference.padded_length(3, 1024) == 16
+    assert inference.padded_length(3, 10) == 10
     with pytest.raises(ValueError, match="longer than the limit"):
-        answering.padded_length(11, 10)
+        inference.padded_length(11, 10)
 
 
 def test_progress_lines_name_what_is_done(capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, methods, patching
-from moe_peft.evaluation import answering
+from moe_peft.evaluation import inference
 from moe_peft.models import encoder_decoder, strategies, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
@@ -259,14 +259,14 @@ def test_answers_do_not_depend_on_the_mesh(method):
     axes = start_lib.Start(model, None, method, shapes).logical_axes()
     inputs = next(batches(0))["encoder_input_tokens"]
     questions = [
-        answering.Question(ids, choices=(ids[:3], ids[3:5]), features={"task_ids": np.int32(i % 3)})
+        inference.Question(ids, choices=(ids[:3], ids[3:5]), features={"task_ids": np.int32(i % 3)})
         for i, ids in enumerate(inputs)
     ]
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         mesh = mesh_of(*shape)
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
-        answerer = answering.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
+        answerer = inference.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
         texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), progress.Silent())
         scores = answerer.score_choices(placed, questions, progress.Silent())
         found.append((texts, scores))

@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_peft import errors, methods, patching, routing
-from moe_peft.convert import adapter_trees, peft_config, peft_layers, peft_methods, peft_tensors
+from moe_peft.convert import adapter_trees
+from moe_peft.convert.peft import config as config_lib
+from moe_peft.convert.peft import layers as layers_lib
+from moe_peft.convert.peft import methods as methods_lib
+from moe_peft.convert.peft import tensors as tensors_lib
 from moe_peft.models import t5
 from moe_peft.training import checkpoints, start
 from moe_peft.weights import (
@@ -57,30 +61,29 @@ def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> p
       UserError: PEFT cannot express the method, or the folder exists.
     """
     method = records.method(saved.description["method"], where)
-    peft_methods.check(method, where)
-    kind, alpha = peft_methods.kind(method), peft_methods.folded_alpha(method)
+    methods_lib.check(method, where)
+    kind, alpha = methods_lib.kind(method), methods_lib.folded_alpha(method)
     tensors, scaled = {}, set()
     for layer, own in adapter_trees.by_layer(saved).items():
         scales_inputs = adapter_trees.rule_of(method, layer).side == "inputs"
         if scales_inputs:
             scaled.add(layer)
-        for suffix, array in peft_layers.to_peft(kind, own, alpha, scales_inputs).items():
+        for suffix, array in layers_lib.to_peft(kind, own, alpha, scales_inputs).items():
             tensors[layer, suffix] = np.ascontiguousarray(array)
-    config = {**peft_methods.settings(method), "target_modules": _targets(method, tensors)}
+    config = {**methods_lib.settings(method), "target_modules": _targets(method, tensors)}
     if kind == "IA3":
         config["feedforward_modules"] = _targets(method, scaled)
     spec = saved.description.get("backbone_spec", "")
     base = spec.removeprefix("hf:") if spec.startswith("hf:") else None
     record = json.dumps({**saved.description, "step": saved.step}, sort_keys=True)
     stored = {
-        peft_tensors.key_of(*place): leaves.of(array, "")
-        for place, array in sorted(tensors.items())
+        tensors_lib.key_of(*place): leaves.of(array, "") for place, array in sorted(tensors.items())
     }
     with locations.created(folder) as partial:
-        text = json.dumps(peft_config.complete(config, base), indent=2, sort_keys=True)
-        (partial / peft_config.NAME).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(config_lib.complete(config, base), indent=2, sort_keys=True)
+        (partial / config_lib.NAME).write_text(text + "\n", encoding="utf-8")
         header = {"format": "pt", "moe_peft": record}
-        safetensors_files.write_file(partial / peft_tensors.TENSORS, stored, header)
+        safetensors_files.write_file(partial / tensors_lib.TENSORS, stored, header)
     return pathlib.Path(folder)
 
 
@@ -96,9 +99,9 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
         of another shape; names file and key.
     """
     folder = pathlib.Path(folder).expanduser()
-    config = peft_config.read(folder)
-    tensors = peft_tensors.open_folder(folder, config["peft_type"])
-    description = backbone.read_metadata(folder / peft_tensors.TENSORS)
+    config = config_lib.read(folder)
+    tensors = tensors_lib.open_folder(folder, config["peft_type"])
+    description = backbone.read_metadata(folder / tensors_lib.TENSORS)
     if "method" in description:
         network = _network(description, base, folder)
     elif base is not None:
@@ -110,14 +113,14 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
             "hf:FOLDER."
         )
     step = description.pop("step", 0)
-    method = records.method(description["method"], str(folder / peft_tensors.TENSORS))
+    method = records.method(description["method"], str(folder / tensors_lib.TENSORS))
     _check_settings(method, config, folder)
     shapes = adapter_trees.shapes_of(method, network)
-    tensors = peft_tensors.aligned(tensors, adapter_trees.layers_of(shapes))
+    tensors = tensors_lib.aligned(tensors, adapter_trees.layers_of(shapes))
     _check(config, tensors, shapes, network.config, folder)
-    alpha = peft_methods.folded_alpha(method)
+    alpha = methods_lib.folded_alpha(method)
     layers = {
-        layer: peft_layers.from_peft(config["peft_type"], peft_tensors.read(own), alpha)
+        layer: layers_lib.from_peft(config["peft_type"], tensors_lib.read(own), alpha)
         for layer, own in tensors.items()
     }
     tree = adapter_trees.assemble(layers, shapes)
@@ -130,11 +133,11 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
     Ours computes what a run computes; theirs is PEFT's formula on the tensors in the file.
     """
     folder = pathlib.Path(folder).expanduser()
-    config = peft_config.read(folder)
+    config = config_lib.read(folder)
     method = records.method(saved.description["method"], str(folder))
     layers = adapter_trees.by_layer(saved)
-    tensors = peft_tensors.aligned(
-        peft_tensors.open_folder(folder, config["peft_type"]), list(layers)
+    tensors = tensors_lib.aligned(
+        tensors_lib.open_folder(folder, config["peft_type"]), list(layers)
     )
     rng = np.random.default_rng(seed)
     found = []
@@ -155,7 +158,7 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
         flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
         theirs = y
         if layer in tensors:
-            theirs = peft_layers.forward(config, peft_tensors.read(tensors[layer]), *flat, ids)
+            theirs = layers_lib.forward(config, tensors_lib.read(tensors[layer]), *flat, ids)
         found.append((np.asarray(ours).reshape(2, 5, -1), theirs.reshape(2, 5, -1)))
     return merging.Gap(
         max(float(np.abs(ours - theirs).max()) for ours, theirs in found),
@@ -165,17 +168,17 @@ def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> 
 
 
 def _describe(
-    config: Mapping[str, Any], tensors: peft_tensors.Tensors, base: Base
+    config: Mapping[str, Any], tensors: tensors_lib.Tensors, base: Base
 ) -> dict[str, Any]:
     """Returns the description that a run of ours with this adapter would have."""
-    kernels = peft_methods.kernels(base.config)
+    kernels = methods_lib.kernels(base.config)
     for layer, own in tensors.items():
         if layer not in kernels:
             raise errors.UserError(
                 f"{next(iter(own.values())).source} is no layer of {base.spec} "
                 f"({t5_sizes.describe(base.config)})."
             )
-    method, gin_lines = peft_methods.method(config, list(tensors), base.config)
+    method, gin_lines = methods_lib.method(config, list(tensors), base.config)
     description = {
         "method": method.describe(),
         "gin": gin_lines,
@@ -203,32 +206,32 @@ def _network(
 
 def _check_settings(method: methods.Method, config: Mapping[str, Any], folder: pathlib.Path):
     """Refuses settings that are not those with which the tensors were written."""
-    found = peft_methods.method_settings(config)
-    for key, value in peft_methods.method_settings(peft_methods.settings(method)).items():
+    found = methods_lib.method_settings(config)
+    for key, value in methods_lib.method_settings(methods_lib.settings(method)).items():
         if found[key] != value:
             raise errors.UserError(
-                f"{folder / peft_config.NAME}: {key} is {found[key]!r}, but "
-                f"{peft_tensors.TENSORS} was written with {value!r}."
+                f"{folder / config_lib.NAME}: {key} is {found[key]!r}, but "
+                f"{tensors_lib.TENSORS} was written with {value!r}."
             )
 
 
 def _check(
     config: Mapping[str, Any],
-    tensors: peft_tensors.Tensors,
+    tensors: tensors_lib.Tensors,
     expected: adapter_trees.Shapes,
     network: t5.T5Config,
     folder: pathlib.Path,
 ) -> None:
     """Refuses layers that are missing or left over, and tensors of another shape."""
-    layers, kernels = adapter_trees.layers_of(expected), peft_methods.kernels(network)
+    layers, kernels = adapter_trees.layers_of(expected), methods_lib.kernels(network)
     for layer, own in tensors.items():
         if layer not in layers:
-            known = sorted({peft_tensors.module_of(one).rpartition(".")[2] for one in layers})
+            known = sorted({tensors_lib.module_of(one).rpartition(".")[2] for one in layers})
             raise errors.UserError(
                 f"{next(iter(own.values())).source} adapts a layer that {config['peft_type']} "
                 f"leaves alone here; expected only {', '.join(known)}."
             )
-        for suffix, fitting in peft_layers.shapes(config, layer, kernels[layer]).items():
+        for suffix, fitting in layers_lib.shapes(config, layer, kernels[layer]).items():
             if own[suffix].shape not in fitting:
                 raise errors.UserError(
                     f"{own[suffix].source} has the shape {own[suffix].shape}; expected "
@@ -236,13 +239,13 @@ def _check(
                 )
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
-        suffix = peft_layers.SUFFIXES[config["peft_type"]][0]
+        suffix = layers_lib.SUFFIXES[config["peft_type"]][0]
         raise errors.UserError(
-            f"{folder / peft_tensors.TENSORS} has no {peft_tensors.key_of(missing[0], suffix)}."
+            f"{folder / tensors_lib.TENSORS} has no {tensors_lib.key_of(missing[0], suffix)}."
         )
 
 
-def _feature_shapes(own: peft_layers.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _feature_shapes(own: layers_lib.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of what a layer reads and returns, as its adapter sees them."""
     if "vectors" in own:
         return own["vectors"].shape, own["vectors"].shape
@@ -255,7 +258,7 @@ def _feature_shapes(own: peft_layers.Arrays) -> tuple[tuple[int, ...], tuple[int
 def _targets(method: methods.Method, places: Any) -> list[str]:
     """Returns names of modules: short ones where a rule is one for all blocks."""
     layers = {place if isinstance(place, str) else place[0] for place in places}
-    modules = {peft_tensors.module_of(layer) for layer in layers}
+    modules = {tensors_lib.module_of(layer) for layer in layers}
     if all(rule.pattern.startswith(".*/") and "/" not in rule.pattern[3:] for rule in method.rules):
         modules = {module.rpartition(".")[2] for module in modules}
     return sorted(modules)

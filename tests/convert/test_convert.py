@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import cli, methods, patching
-from moe_peft.convert import peft, peft_tensors
+from moe_peft.convert.peft import adapters, tensors
 from moe_peft.runtime import digest
 from moe_peft.weights import backbone, exported, hugging_face, merging
 
@@ -88,7 +88,7 @@ def test_adapters_go_to_peft_and_back(toy, files, tmp_path, capsys):
 
 def test_a_folder_of_peft_belongs_to_the_base(files, tmp_path, capsys):
     run(capsys, "--from", files / "lora0.safetensors", "--to", tmp_path / "a")
-    path = tmp_path / "a" / peft_tensors.TENSORS
+    path = tmp_path / "a" / tensors.TENSORS
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)
     assert "--base" in refused(capsys, "--from", tmp_path / "a", "--to", tmp_path / "b.safetensors")
     base, back = files / "base.safetensors", tmp_path / "b.safetensors"
@@ -142,7 +142,7 @@ def test_what_is_there_stays_unless_it_is_the_same_kind(files, tmp_path, capsys)
 
 def test_a_failure_leaves_nothing_behind(files, tmp_path, capsys, monkeypatch):
     far = merging.Gap(1.0, 1.0, 1.0)
-    monkeypatch.setattr(peft, "gap", lambda *args: far)
+    monkeypatch.setattr(adapters, "gap", lambda *args: far)
     error = refused(capsys, "--from", files / "lora0.safetensors", "--to", tmp_path / "a")
     assert "nothing was written" in error
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.convert import averaging, merged, models, peft, places, single_task
+from moe_peft.convert import averaging, merged, models, single_task, targets
+from moe_peft.convert.peft import adapters
 from moe_peft.training import checkpoints
 from moe_peft.weights import backbone, checkpoint_file, exported, formats, records, t5_sizes
 
@@ -44,7 +45,7 @@ class Options:
     seed: int = 0
 
 
-def convert(sources: Sequence[str], to: str, options: Options) -> places.Place:
+def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
     """Writes what `sources` name to `to`, and returns where that is.
 
     One source is converted; several are averaged. What was written is read again and compared
@@ -58,7 +59,7 @@ def convert(sources: Sequence[str], to: str, options: Options) -> places.Place:
     Raises:
       UserError: something is not there, cannot be read or cannot be expressed; nothing is written.
     """
-    found = [places.source(spec) for spec in sources]
+    found = [targets.source(spec) for spec in sources]
     contents = [_open(place, options) for place in found]
     names = [str(place) for place in found]
     if len(contents) > 1:
@@ -74,14 +75,14 @@ def convert(sources: Sequence[str], to: str, options: Options) -> places.Place:
     return _convert_adapter(content, name, to, options)
 
 
-def _open(place: places.Place, options: Options) -> checkpoints.Saved | checkpoint_file.Opened:
-    if place.kind == places.RUN:
+def _open(place: targets.Place, options: Options) -> checkpoints.Saved | checkpoint_file.Opened:
+    if place.kind == targets.RUN:
         return exported.load(place.path, options.step, options.member)
     for name in ("member", "step"):
         if getattr(options, name) is not None:
             raise errors.UserError(f"{place} is no folder of runs, so it has no --{name}.")
     if place.kind == formats.PEFT:
-        saved = peft.read(place.path, _base(options.base) if options.base else None)
+        saved = adapters.read(place.path, _base(options.base) if options.base else None)
         for line in saved.description.get("gin", ()):
             print(line)
         return saved
@@ -102,10 +103,10 @@ def _average(names, contents, options: Options) -> checkpoints.Saved:
     return averaging.average(dict(zip(names, contents, strict=True)), options.weights)
 
 
-def _base(spec: str) -> peft.Base:
+def _base(spec: str) -> adapters.Base:
     """Returns the model that `--base` names, with the fingerprint of its weights."""
-    place = places.source(spec)
-    if place.kind in (places.RUN, formats.PEFT):
+    place = targets.source(spec)
+    if place.kind in (targets.RUN, formats.PEFT):
         raise errors.UserError(f"--base {spec} is in the format {place.kind!r}, no whole model.")
     config = models.open_place(place).config
     shapes = {
@@ -114,32 +115,32 @@ def _base(spec: str) -> peft.Base:
     }
     spec = _backbone_spec(spec)
     loaded = backbone.load(spec, patching.trees.unflatten(shapes), None)
-    return peft.Base(spec, config, loaded.fingerprint)
+    return adapters.Base(spec, config, loaded.fingerprint)
 
 
 def _backbone_spec(base: str) -> str:
     """Returns `--base` as gin's BACKBONE has it: with a prefix."""
     if base.partition(":")[0] in {kind.partition(":")[0] for kind in backbone.KINDS}:
         return base
-    place = places.source(base)
+    place = targets.source(base)
     kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)
     return f"{kind}:{place}"
 
 
-def _convert_adapter(saved, name: str, to: str, options: Options) -> places.Place:
+def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Place:
     if options.task is not None:
         saved = single_task.of(saved, options.task, name)
-    place = places.target(to, formats.PEFT)
+    place = targets.target(to, formats.PEFT)
     if place.kind not in (formats.PEFT, formats.ADAPTERS):
         raise errors.UserError(
             f"{name} is an adapter, which the format {place.kind!r} cannot hold; --merge folds it "
             "into its backbone first."
         )
-    places.check_free(place, options.overwrite)
-    with places.placed(place) as partial:
+    targets.check_free(place, options.overwrite)
+    with targets.placed(place) as partial:
         if place.kind == formats.PEFT:
-            peft.write(saved, partial, name)
-            gap = peft.gap(saved, partial, options.seed)
+            adapters.write(saved, partial, name)
+            gap = adapters.gap(saved, partial, options.seed)
             print(f"every adapted layer on random inputs, ours and PEFT's formula: {gap}")
             if not gap.relative < 1e-5:
                 raise errors.UserError(f"{name}: the layers differ; nothing was written.")
@@ -151,7 +152,7 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> places.Plac
 
 def _check_adapter(saved, partial, kind: str, options: Options) -> None:
     """Reads an adapter again and compares every value."""
-    again = peft.read(partial) if kind == formats.PEFT else exported.load(partial)
+    again = adapters.read(partial) if kind == formats.PEFT else exported.load(partial)
     want = backbone.cast(saved.trainable, options.dtype or "float32")
     want, have = patching.flatten(want), patching.flatten(again.trainable)
     same = {path: np.array_equal(want[path], have.get(path)) for path in want}
@@ -162,11 +163,11 @@ def _check_adapter(saved, partial, kind: str, options: Options) -> None:
         raise errors.UserError(f"{odd[0]} is not what was to be written; nothing was kept.")
 
 
-def _merge(saved, name: str, to: str, options: Options) -> places.Place:
-    place = places.target(to, None)
+def _merge(saved, name: str, to: str, options: Options) -> targets.Place:
+    place = targets.target(to, None)
     if place.kind == formats.PEFT:
         raise errors.UserError("--merge makes a whole model, which PEFT's format cannot hold.")
-    places.check_free(place, options.overwrite)
+    targets.check_free(place, options.overwrite)
     spec = saved.description.get("backbone_spec", "")
     spec = _backbone_spec(options.base) if options.base else spec
     method = records.method(saved.description["method"], name)
@@ -191,25 +192,25 @@ def _merge(saved, name: str, to: str, options: Options) -> places.Place:
     return _write_model(model, place, options, like, result.record)
 
 
-def _convert_model(model, source: places.Place, to: str, options: Options) -> places.Place:
+def _convert_model(model, source: targets.Place, to: str, options: Options) -> targets.Place:
     for name in ("merge", "task", "base"):
         if getattr(options, name):
             raise errors.UserError(f"{source} is a whole model; --{name} is for adapters.")
     other = {formats.HUGGING_FACE: formats.T5X, formats.T5X: formats.HUGGING_FACE}
-    place = places.target(to, other.get(source.kind))
+    place = targets.target(to, other.get(source.kind))
     if place.kind == formats.PEFT:
         raise errors.UserError(f"{source} is a whole model, which PEFT's format cannot hold.")
-    places.check_free(place, options.overwrite)
+    targets.check_free(place, options.overwrite)
     print(f"{source}: {t5_sizes.describe(model.config)}")
     like = model if source.kind == formats.HUGGING_FACE else None
     return _write_model(model, place, options, like)
 
 
-def _write_model(model, place, options: Options, like, record=None) -> places.Place:
+def _write_model(model, place, options: Options, like, record=None) -> targets.Place:
     if options.scan_layers is not None and place.kind != formats.HUGGING_FACE:
         model = model.scanned(options.scan_layers)
     started = time.monotonic()
-    with places.placed(place) as partial:
+    with targets.placed(place) as partial:
         models.write(
             place.kind,
             partial,
@@ -222,7 +223,7 @@ def _write_model(model, place, options: Options, like, record=None) -> places.Pl
         seconds = time.monotonic() - started
         size = sum(leaf.nbytes for leaf in model.leaves.values()) / 1e6
         print(f"{size:.0f} MB in {seconds:.1f} s, {size / max(seconds, 1e-3):.0f} MB/s")
-        written = models.open_place(places.Place(place.kind, partial))
+        written = models.open_place(targets.Place(place.kind, partial))
         gap = models.check_written(model, written, options.dtype, options.seed)
         print(f"read again: all {len(model.leaves)} leaves are the same, bit by bit")
         print(f"logits before and after on a random batch: {gap or 'left out, the model is large'}")

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from moe_peft import adapters, errors, methods, patching
-from moe_peft.convert import peft_config
+from moe_peft.convert.peft import config as config_lib
 from moe_peft.models import t5
 from moe_peft.routing import task_routers
 from moe_peft.weights import t5_sizes
@@ -65,18 +65,18 @@ def settings(method: methods.Method) -> dict[str, Any]:
     """Returns what `adapter_config.json` says of the method, where its layers are apart."""
     adapter = _adapter(method)
     if isinstance(adapter, adapters.IA3):
-        return peft_config.ia3()
+        return config_lib.ia3()
     if isinstance(adapter, adapters.LoRA):
-        return peft_config.lora(adapter.rank, adapter.alpha, adapter.dropout_rate)
+        return config_lib.lora(adapter.rank, adapter.alpha, adapter.dropout_rate)
     num_tasks = _router(adapter).num_tasks
-    return peft_config.poly(adapter.rank, num_tasks, adapter.num_skills, adapter.num_splits)
+    return config_lib.poly(adapter.rank, num_tasks, adapter.num_skills, adapter.num_splits)
 
 
 def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that change numbers, as one compares them."""
     found = {key: config[key] for key in ("r", "n_tasks", "n_skills", "n_splits") if key in config}
     if config["peft_type"] == "LORA":
-        found["lora_alpha"] = peft_config.alpha(config)
+        found["lora_alpha"] = config_lib.alpha(config)
     return {"peft_type": config["peft_type"], **found}
 
 
@@ -95,7 +95,7 @@ def method(
         name = "lora"
         settings = {
             "rank": config["r"],
-            "alpha": peft_config.alpha(config),
+            "alpha": config_lib.alpha(config),
             "dropout_rate": float(config["lora_dropout"]),
             "placement": _placement(layers, network),
         }

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, patching
-from moe_peft.evaluation import fewshot_scores
+from moe_peft.adaptation import data, programs, progress
+from moe_peft.adaptation import group as group_lib
+from moe_peft.adaptation import scores as scores_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import fleet as fleet_lib
-from moe_peft.training import fleet_data, fleet_progress, fleet_run, optimizers, schedules
+from moe_peft.training import optimizers, schedules
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 NUM_RUNS, NUM_ROWS, BATCH, PERIOD, STEPS = 5, 12, 4, 3, 12
-JOBS = [fleet_data.Job(f"task_{run // 2}", run % 2) for run in range(NUM_RUNS)]
+JOBS = [data.Job(f"task_{run // 2}", run % 2) for run in range(NUM_RUNS)]
 
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -105,12 +106,12 @@ def make_fleet(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
         return (abs(wrong) < batch["scale"]).astype("float32"), wrong**2
 
     update = update or update_of(toy, trainable)
-    return fleet_lib.Fleet(update, score, frozen, width, mesh, map_runs)
+    return programs.Fleet(update, score, frozen, width, mesh, map_runs)
 
 
 def runs_of(toy, members):
     tables = [table(toy, run) for run in members]
-    return fleet_run.Runs(
+    return group_lib.Runs(
         [JOBS[run] for run in members],
         {name: np.stack([one[name] for one in tables]) for name in tables[0]},
         lambda steps: np.stack([schedule(run, steps) for run in members]),
@@ -130,17 +131,15 @@ def group(toy, folder, members=range(NUM_RUNS), fleet=None, scorer=None, **setti
 
     def scores(trainables, split):
         found = fleet.score(trainables, [check_chunk(toy, members)], len(members))
-        return [
-            fewshot_scores.Scored(s, float(np.mean(x)), ()) for s, x in zip(*found, strict=True)
-        ]
+        return [scores_lib.Scored(s, float(np.mean(x)), ()) for s, x in zip(*found, strict=True)]
 
     defaults = {"num_steps": STEPS, "batch_size": BATCH, "eval_period": PERIOD}
-    return fleet_run.GroupRun(
+    return group_lib.GroupRun(
         fleet,
         optimizer_of(toy, trees(toy, 0)[1]),
         runs_of(toy, members),
         scorer(scores) if scorer else scores,
-        fleet_run.Settings(**(defaults | settings)),
+        group_lib.Settings(**(defaults | settings)),
         folder,
         Quiet(),
     )
@@ -164,7 +163,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 EVERY_WAY = pytest.mark.parametrize(
-    "map_runs", [jax.vmap, fleet_lib.one_after_another], ids=["together", "one after another"]
+    "map_runs", [jax.vmap, programs.one_after_another], ids=["together", "one after another"]
 )
 
 
@@ -187,7 +186,7 @@ def test_a_fleet_is_its_runs_one_by_one(toy, map_runs, devices):
     for run in range(NUM_RUNS):
         want_losses, want = one_by_one(toy, run, 8)
         np.testing.assert_allclose(losses[run], want_losses, rtol=2e-5)
-        assert_trees_equal(fleet_lib.unstack(states.trainable, run), want.trainable, **TOLERANCE)
+        assert_trees_equal(programs.unstack(states.trainable, run), want.trainable, **TOLERANCE)
         assert states.step[run] == 8
         np.testing.assert_array_equal(states.rng[run], want.rng)
 
@@ -238,8 +237,8 @@ def test_groups_do_not_matter(toy, tmp_path):
     together, standings = go(toy, tmp_path / "all")
     for run in (1, 4):
         alone, (standing,) = go(toy, tmp_path / str(run), [run])
-        got = fleet_lib.unstack(together, run)
-        assert_trees_equal(got, fleet_lib.unstack(alone, 0), **TOLERANCE)
+        got = programs.unstack(together, run)
+        assert_trees_equal(got, programs.unstack(alone, 0), **TOLERANCE)
         assert standing.best_step == standings[run].best_step
         for ours, theirs in zip(standing.curve, standings[run].curve, strict=True):
             assert ours["score"] == theirs["score"]
@@ -257,7 +256,7 @@ class Scripted:
             index = len(self.calls)
             self.calls.append((split, jax.tree.map(np.asarray, trainables)))
             return [
-                fewshot_scores.Scored([score[index]], -loss[index], ())
+                scores_lib.Scored([score[index]], -loss[index], ())
                 for score, loss in zip(self.script, self.losses, strict=True)
             ]
 
@@ -271,10 +270,10 @@ def test_each_run_stops_and_selects_on_its_own(toy, tmp_path):
     assert (first.state, first.steps, first.best_step) == ("stopped early", 9, 6)
     assert (second.state, second.steps, second.best_step) == ("done", 12, 12)
     assert [entry["score"] for entry in first.curve] == [0.1, 0.5, 0.4]
-    kept = fleet_lib.unstack(script.calls[1][1], 0)
-    assert_trees_equal(fleet_lib.unstack(best, 0), kept, rtol=0)
+    kept = programs.unstack(script.calls[1][1], 0)
+    assert_trees_equal(programs.unstack(best, 0), kept, rtol=0)
     # Nothing moved after the run had stopped.
-    third, fourth = (fleet_lib.unstack(call[1], 0) for call in script.calls[2:4])
+    third, fourth = (programs.unstack(call[1], 0) for call in script.calls[2:4])
     assert_trees_equal(third, fourth, rtol=0)
 
 
@@ -305,7 +304,7 @@ def test_the_last_parameters_need_no_evaluation(toy, tmp_path):
     assert script.calls == []
     assert [standing.best_step for standing in standings] == [STEPS, STEPS]
     _, want = one_by_one(toy, 1, STEPS)
-    assert_trees_equal(fleet_lib.unstack(best, 1), want.trainable, **TOLERANCE)
+    assert_trees_equal(programs.unstack(best, 1), want.trainable, **TOLERANCE)
 
 
 def test_a_score_that_is_no_number_is_the_worst(toy, tmp_path):
@@ -363,17 +362,17 @@ def test_what_was_saved_by_other_runs_is_refused(toy, tmp_path):
 def test_settings_that_cannot_work(settings, message):
     defaults = {"num_steps": 1, "batch_size": 1, "eval_period": 1}
     with pytest.raises(errors.UserError, match=message):
-        fleet_run.Settings(**(defaults | settings))
+        group_lib.Settings(**(defaults | settings))
 
 
 def test_groups_fit_memory():
-    assert fleet_lib.group_sizes(33, 12) == [11, 11, 11]
-    assert fleet_lib.group_sizes(33, 16) == [11, 11, 11]
-    assert fleet_lib.group_sizes(5, 3) == [3, 2]
-    assert fleet_lib.group_sizes(3, 100) == [3]
-    assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=600) == 16
-    assert fleet_lib.largest_group(32, needed=1_000, shared=200, available=100) == 0
-    assert fleet_lib.device_memory() > 0
+    assert programs.group_sizes(33, 12) == [11, 11, 11]
+    assert programs.group_sizes(33, 16) == [11, 11, 11]
+    assert programs.group_sizes(5, 3) == [3, 2]
+    assert programs.group_sizes(3, 100) == [3]
+    assert programs.largest_group(32, needed=1_000, shared=200, available=600) == 16
+    assert programs.largest_group(32, needed=1_000, shared=200, available=100) == 0
+    assert programs.device_memory() > 0
 
 
 def test_what_a_fleet_needs_grows_with_its_width(toy):
@@ -389,25 +388,25 @@ def test_what_a_fleet_needs_grows_with_its_width(toy):
 
 
 def test_adapters_are_kept_by_run(toy, tmp_path):
-    stacked = fleet_lib.stack([trees(toy, run)[1] for run in range(3)])
+    stacked = programs.stack([trees(toy, run)[1] for run in range(3)])
     path = tmp_path / "adapters.safetensors"
-    fleet_run.write_adapters(path, stacked, JOBS[:3], {})
-    found = fleet_run.read_adapters(path)
+    group_lib.write_adapters(path, stacked, JOBS[:3], {})
+    found = group_lib.read_adapters(path)
     assert list(found) == JOBS[:3]
     assert_trees_equal(found[JOBS[2]], trees(toy, 2)[1], rtol=0)
 
 
 def test_jobs_have_seeds_of_their_own():
-    jobs = [fleet_data.Job(f"task_{i}", seed) for i in range(50) for seed in range(5)]
+    jobs = [data.Job(f"task_{i}", seed) for i in range(50) for seed in range(5)]
     assert len({job.key_seed for job in jobs}) == len(jobs)
 
 
 def standing(**kwargs):
-    return fleet_run.Standing(**kwargs)
+    return group_lib.Standing(**kwargs)
 
 
 def test_lines_name_every_run_once(capsys):
-    shown = fleet_progress.Lines(10, 2)
+    shown = progress.Lines(10, 2)
     standings = [standing(steps=5), standing(steps=5)]
     shown.update(JOBS[:2], standings)
     assert capsys.readouterr().err == ""
@@ -429,7 +428,7 @@ def test_the_table_shows_every_run():
     import rich.console
 
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
-    shown = fleet_progress.Table(10, 2, console)
+    shown = progress.Table(10, 2, console)
     ended = standing(steps=4, state="stopped early", best_score=0.25)
     shown.update(JOBS[:2], [standing(steps=7), ended], [0.5, None])
     shown.say("a word")
@@ -444,7 +443,7 @@ def train_until_killed(folder):
     toy = sys.modules["training_toy"]
     slow = lambda scorer: lambda *args: (time.sleep(0.05), scorer(*args))[1]
     best, standings = go(toy, folder, scorer=slow, save_seconds=0.0, num_steps=60)
-    fleet_run.write_adapters(folder / "best.safetensors", best, JOBS, {})
+    group_lib.write_adapters(folder / "best.safetensors", best, JOBS, {})
     return [dataclasses.asdict(standing) for standing in standings]
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from moe_peft.evaluation import bootstrap, fewshot_report, fewshot_scores, metrics
+from moe_peft.adaptation import report
+from moe_peft.adaptation import scores as scores_lib
+from moe_peft.evaluation import bootstrap, metrics
 
 GROUPS = {"a_x": "a", "a_y": "a", "b_x": "b"}
 
@@ -21,7 +23,7 @@ def results(table):
         for i, task in enumerate(GROUPS)
         for j, seed in enumerate((13, 42, 58))
     }
-    return fewshot_report.summarize(scores, GROUPS)
+    return report.summarize(scores, GROUPS)
 
 
 def test_spread_is_over_seeds_of_the_mean_over_tasks(table, results):
@@ -50,22 +52,22 @@ def test_groups_and_tasks(table, results):
 
 
 def test_one_seed_has_no_spread():
-    found = fewshot_report.summarize({("t", 0): 0.5}, {"t": "g"})["overall"]["over_seeds"]
+    found = report.summarize({("t", 0): 0.5}, {"t": "g"})["overall"]["over_seeds"]
     assert found == {"mean": 0.5, "median": 0.5, "iqr": None, "std": None}
 
 
 def test_a_missing_run_is_our_mistake():
     with pytest.raises(ValueError, match="1 runs are missing"):
-        fewshot_report.summarize({("t", 0): 0.5, ("u", 1): 0.5, ("t", 1): 0.1}, {"t": "g"})
+        report.summarize({("t", 0): 0.5, ("u", 1): 0.5, ("t", 1): 0.1}, {"t": "g"})
 
 
 def test_scores_come_from_rows():
     rows = [{"task": "t", "seed": 1, "score": s} for s in (0, 1, 1)]
-    assert fewshot_report.run_scores(rows) == {("t", 1): 2 / 3}
+    assert report.run_scores(rows) == {("t", 1): 2 / 3}
 
 
 def test_the_table_names_what_it_shows(results):
-    text = fewshot_report.markdown(results)
+    text = report.markdown(results)
     assert "| mean | median | IQR | std | seed 13 | seed 42 | seed 58 |" in text
     assert "over 3 seeds" in text
     assert "sample (n - 1)" in text
@@ -86,7 +88,7 @@ def test_rows_are_scored_by_their_metric_with_intervals():
         *(row for seed in (1, 2) for row in answered("a_t", seed, ["x", "y", "x", "x"][seed:])),
         *(row for seed in (1, 2) for row in answered("b_t", seed, ["x", "y"], "macro_f1")),
     ]
-    found = fewshot_report.of_rows(rows, bootstrap.Bootstrap(resamples=200))
+    found = report.of_rows(rows, bootstrap.Bootstrap(resamples=200))
     assert found["tasks"]["a_t"]["by_seed"] == {"1": 2 / 3, "2": 1.0}
     one_class = (2 / 3 + 0) / 2  # "y" is a class of its own
     assert found["tasks"]["b_t"]["by_seed"] == pytest.approx({"1": one_class, "2": one_class})
@@ -94,9 +96,9 @@ def test_rows_are_scored_by_their_metric_with_intervals():
     assert [found["groups"][g]["metric"] for g in "ab"] == ["exact_match", "macro_f1"]
     low, high = found["overall"]["mean_interval"]
     assert low < found["overall"]["over_seeds"]["mean"] < high
-    assert fewshot_report.of_rows(rows)["tasks"]["a_t"]["mean_interval"] is None
+    assert report.of_rows(rows)["tasks"]["a_t"]["mean_interval"] is None
     how = {"over": "templates", "resamples": 200, "level": 0.95}
-    text = fewshot_report.markdown({**found, "bootstrap": how})
+    text = report.markdown({**found, "bootstrap": how})
     assert "| seed 1 | seed 2 | interval | metric |" in text
     assert "macro f1 |" in text
     assert "95 % of 200 bootstrap resamples over seeds" in text
@@ -104,8 +106,8 @@ def test_rows_are_scored_by_their_metric_with_intervals():
 
 def test_answers_of_a_run_are_scored_together_or_one_by_one():
     references = [["x", "z"], ["y"]]
-    run = fewshot_scores.of_answers(metrics.get("accuracy"), ["Z", "n"], references)
+    run = scores_lib.of_answers(metrics.get("accuracy"), ["Z", "n"], references)
     assert (run.scores, run.score, run.metric) == ([1.0, 0.0], 0.5, "accuracy")
-    run = fewshot_scores.of_answers(metrics.get("macro_f1"), ["x", "x"], references)
+    run = scores_lib.of_answers(metrics.get("macro_f1"), ["x", "x"], references)
     assert run.scores == [None, None]
     assert run.score == pytest.approx((2 / 3 + 0) / 2)

@@ -8,15 +8,15 @@ from jaxtyping import Float, PyTree
 import numpy as np
 
 from moe_peft import errors, methods, patching
+from moe_peft.adaptation import data
 from moe_peft.methods import transfer
-from moe_peft.training import fleet_data
 from moe_peft.training import start as start_lib
 from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import exported
 
-_NO_JOB = fleet_data.Job("", 0)  # stands for any: frozen leaves are the same for all
+_NO_JOB = data.Job("", 0)  # stands for any: frozen leaves are the same for all
 
-TaskWeights = Callable[[fleet_data.Job], Float[np.ndarray, "n"]]
+TaskWeights = Callable[[data.Job], Float[np.ndarray, "n"]]
 
 
 class Start:
@@ -73,7 +73,7 @@ class Start:
         )
         self.frozen = patching.trees.unflatten({**frozen, **cast})
 
-    def trainables(self, jobs: Sequence[fleet_data.Job]) -> list[PyTree]:
+    def trainables(self, jobs: Sequence[data.Job]) -> list[PyTree]:
         """Initial trainable leaves of every job, float32."""
         return [backbone_lib.cast(self._split(job)[1], "float32") for job in jobs]
 
@@ -82,7 +82,7 @@ class Start:
         """Parameters that train in one run."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._method.split(self._shapes)[1]))
 
-    def _split(self, job: fleet_data.Job) -> tuple[dict, dict]:
+    def _split(self, job: data.Job) -> tuple[dict, dict]:
         rng = jax.random.key(job.key_seed)
         if self._source is None:
             adapters = self._fresh(rng)
@@ -92,7 +92,7 @@ class Start:
             adapters = patching.flatten(found)
         return self._method.split(patching.trees.unflatten({**self._base, **adapters}))
 
-    def _weights(self, job: fleet_data.Job) -> Float[np.ndarray, "n"] | None:
+    def _weights(self, job: data.Job) -> Float[np.ndarray, "n"] | None:
         """Weights of the source's tasks; equal ones where only frozen leaves matter."""
         if self._task_weights is None:
             return None

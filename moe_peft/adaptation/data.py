@@ -8,7 +8,7 @@ from jaxtyping import Int
 import numpy as np
 
 from moe_peft.data import fewshot
-from moe_peft.evaluation import answering
+from moe_peft.evaluation import inference
 from moe_peft.models import few_shot, scoring
 
 Batch = dict[str, np.ndarray]
@@ -127,10 +127,10 @@ def _shape(
         for part in parts
         if len(part)
     )
-    inputs = answering.padded_length(longest("encoder_input_tokens"), limits["inputs"])
+    inputs = inference.padded_length(longest("encoder_input_tokens"), limits["inputs"])
     choices = [c for part in parts for c in part.features.get(fewshot.CHOICES, ())]
     if not (choices and with_choices):
-        targets = answering.padded_length(longest("decoder_target_tokens"), limits["targets"])
+        targets = inference.padded_length(longest("decoder_target_tokens"), limits["targets"])
         return Shape(inputs, targets, 0)
     together = max(sum(map(len, example)) for example in choices)
     return Shape(inputs, 1 << (max(together, 16) - 1).bit_length(), max(map(len, choices)))

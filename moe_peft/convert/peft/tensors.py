@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import pathlib
 
 from moe_peft import errors
-from moe_peft.convert import peft_layers
+from moe_peft.convert.peft import layers
 from moe_peft.weights import leaves, locations, safetensors_files, t5_names
 
 TENSORS = "adapter_model.safetensors"
@@ -21,7 +21,7 @@ def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
         if (folder / _PICKLE).exists():
             locations.refuse_pickle(folder / _PICKLE)
         raise errors.UserError(f"{folder} has no {TENSORS}.")
-    suffixes, found = peft_layers.SUFFIXES[kind], {}
+    suffixes, found = layers.SUFFIXES[kind], {}
     for key, leaf in safetensors_files.open_file(path).items():
         suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
         module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
@@ -40,7 +40,7 @@ def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
     return found
 
 
-def read(tensors: leaves.Leaves) -> peft_layers.Arrays:
+def read(tensors: leaves.Leaves) -> layers.Arrays:
     """Reads the tensors of one layer."""
     return {suffix: leaf.read() for suffix, leaf in tensors.items()}
 

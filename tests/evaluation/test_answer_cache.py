@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_peft import errors
-from moe_peft.evaluation import answering, answers, suites
+from moe_peft.evaluation import answer_cache, inference, questions
 
 RUN = {"parameters_sha256": "abc", "model_dir": "/somewhere"}
 SETTINGS = {"metric": "exact_match", "seed": 0, "average": "tasks", "bootstrap": None}
@@ -14,7 +14,7 @@ ROWS = {"a": [{"task": "a", "score": 1.0}], "b": [{"task": "b", "prediction": "\
 
 
 def opened(folder, run=RUN, settings=SETTINGS):
-    return answers.Answers(folder, "mix", 3, run, settings)
+    return answer_cache.Answers(folder, "mix", 3, run, settings)
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def test_the_same_model_with_the_same_settings_is_not_asked_again(folder):
     again = opened(folder, {**RUN, "model_dir": "/moved"}, {**SETTINGS, "average": "groups"})
     assert {task: again.read(task, f"q-{task}") for task in "abc"} == {**ROWS, "c": None}
     again.write({"c": ("q-c", [])}, 0.25)
-    record = answers.read_record(folder)
+    record = answer_cache.read_record(folder)
     assert set(record["tasks"]) == {"a", "b", "c"}
     assert record["num_tasks"] == 3
     assert record["settings"]["average"] == "groups"
     assert record["seconds"] == again.seconds == pytest.approx(1.8)
-    assert list(answers.read_all(folder, ["b", "a"])) == [*ROWS["b"], *ROWS["a"]]
+    assert list(answer_cache.read_all(folder, ["b", "a"])) == [*ROWS["b"], *ROWS["a"]]
 
 
 @pytest.mark.parametrize(
@@ -46,30 +46,30 @@ def test_the_same_model_with_the_same_settings_is_not_asked_again(folder):
 def test_another_model_or_setting_begins_anew(folder, other):
     new = opened(folder, **other)
     assert new.read("a", "q-a") is None
-    assert answers.read_record(folder)["seconds"] == 1.5  # still there
+    assert answer_cache.read_record(folder)["seconds"] == 1.5  # still there
     new.write({"a": ("q-a", ROWS["a"])}, 1)
-    assert set(answers.read_record(folder)["tasks"]) == {"a"}
+    assert set(answer_cache.read_record(folder)["tasks"]) == {"a"}
 
 
 def test_other_questions_and_changed_files_do_not_count(folder):
     assert opened(folder).read("a", "q-other") is None
-    path = folder / answers.FOLDER / "a.jsonl"
+    path = folder / answer_cache.FOLDER / "a.jsonl"
     path.write_text(path.read_text().replace("1.0", "0.0"))
     assert opened(folder).read("a", "q-a") is None
     with pytest.raises(errors.UserError, match=r"a.jsonl is missing or was changed .* eval` again"):
-        list(answers.read_all(folder, ["a"]))
+        list(answer_cache.read_all(folder, ["a"]))
     path.unlink()
     assert opened(folder).read("a", "q-a") is None
-    (folder / answers.RECORD).write_text("{")
+    (folder / answer_cache.RECORD).write_text("{")
     with pytest.raises(errors.UserError, match=r"evaluation.json cannot be used: .*Remove it"):
         opened(folder)
 
 
 def test_what_a_suite_asks_in_parts():
-    question = answering.Question(np.array([3, 1]), np.array([4, 1]), (np.array([5]),))
+    question = inference.Question(np.array([3, 1]), np.array([4, 1]), (np.array([5]),))
     names = ["a"] * 3 + ["b"] + ["c"] * 2
     rows = [{"task": n, "group": "g", "index": i, "targets": "x"} for i, n in enumerate(names)]
-    suite = suites.Suite([question] * 6, rows, [False] * 6, None, {})
+    suite = questions.Suite([question] * 6, rows, [False] * 6, None, {})
     assert suite.tasks() == {"a": range(3), "b": range(3, 4), "c": range(4, 6)}
     tasks = suite.tasks()
     of = lambda size: [list(part) for part in suite.parts(size)]

@@ -13,21 +13,17 @@ import jax
 
 import moe_peft
 from moe_peft import errors, methods
+from moe_peft.adaptation import answers, group, initial, report
+from moe_peft.adaptation import data as data_lib
+from moe_peft.adaptation import groups as groups_lib
+from moe_peft.adaptation import progress as progress_lib
 from moe_peft.config import gin_files
 from moe_peft.evaluation import bootstrap as bootstrap_lib
-from moe_peft.evaluation import fewshot_report, metrics, suites
+from moe_peft.evaluation import metrics, questions
 from moe_peft.models import encoder_decoder, few_shot, strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
-from moe_peft.training import (
-    fleet_answers,
-    fleet_data,
-    fleet_groups,
-    fleet_progress,
-    fleet_run,
-    fleet_start,
-    optimizers,
-)
+from moe_peft.training import optimizers
 from moe_peft.training import start as start_lib
 
 Count = int | Mapping[str, int]
@@ -62,7 +58,7 @@ def adapt(
     decoding: strategies.Strategy | None = None,
     rank_choices: bool = False,
     length_normalized_choices: bool = True,
-    task_weights: fleet_start.TaskWeights | None = None,
+    task_weights: initial.TaskWeights | None = None,
     eval_batch_size: int = 16,
     group_size: int | None = None,
     frozen_dtype: str = "float32",
@@ -132,15 +128,13 @@ def adapt(
     """
     from moe_peft.data import fewshot, lookup  # Imports TensorFlow.
 
-    settings = fleet_run.Settings(
-        num_steps, batch_size, eval_period, selection, patience, save_seconds
-    )
+    settings = group.Settings(num_steps, batch_size, eval_period, selection, patience, save_seconds)
     has_validation = validation_shots != 0 or validation_split is not None
     _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size)
     lookup.check_vocabulary(mixture, model.config.vocab_size)
     names = [task.name for task in lookup.tasks_of(mixture)]
-    pattern = suites.compile_group(task_group)
-    report_under = {name: suites.group_of(name, pattern) for name in names}
+    pattern = questions.compile_group(task_group)
+    report_under = {name: questions.group_of(name, pattern) for name in names}
     sizes = fewshot.Sizes(shots, validation_shots, wordings)
     own = {task.name: lookup.reporting(task).metric for task in lookup.tasks_of(mixture)}
     metric_of = metrics.of_tasks(metric, own)
@@ -156,14 +150,14 @@ def adapt(
         )
         for name in names
     }
-    data = fleet_data.read(tasks, sizes, seeds, feature_lengths, needs_choices, rank_choices)
+    data = data_lib.read(tasks, sizes, seeds, feature_lengths, needs_choices, rank_choices)
     if selection == "validation":
         _check_validation(data)
 
     loss = loss or encoder_decoder.LossConfig()
     network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
-    first = fleet_data.arrays(data[0].shots, slice(0, batch_size), data[0].shape)
-    start = fleet_start.Start(
+    first = data_lib.arrays(data[0].shots, slice(0, batch_size), data[0].shape)
+    start = initial.Start(
         start_lib.Start(
             network,
             encoder_decoder.EncoderDecoder(model, loss),
@@ -209,15 +203,15 @@ def adapt(
     )
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.opened(model_dir))
-        progress = fleet_progress.make(num_steps, len(data))
+        progress = progress_lib.make(num_steps, len(data))
         stack.callback(progress.close)
-        groups = fleet_groups.Groups(
+        groups = groups_lib.Groups(
             network=network,
             few_shot_loss=few_shot_loss or few_shot.FewShotLoss(1.0, 0.0, 0.0),
             start=start,
             make_optimizer=functools.partial(optimizer.build, group_of=method.learning_rate_group),
             settings=settings,
-            evaluation=fleet_answers.Evaluation(
+            evaluation=answers.Evaluation(
                 metrics=metric_of,
                 decoding=_with_length(decoding, feature_lengths),
                 is_length_normalized=length_normalized_choices,
@@ -233,22 +227,22 @@ def adapt(
         gin_files.write_config(folder)
     rows = [{**row, "group": report_under[row["task"]]} for f in finished for row in f.rows()]
     order = {one.job: place for place, one in enumerate(data)}
-    rows.sort(key=lambda row: (order[fleet_data.Job(row["task"], row["seed"])], row["index"]))
+    rows.sort(key=lambda row: (order[data_lib.Job(row["task"], row["seed"])], row["index"]))
     results = {
         "moe_peft_version": moe_peft.__version__,
         "settings": description,
         "trainable_parameters": start.num_trainable,
         "seconds": round(sum(f.seconds for f in finished), 1),
         "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
-        **fewshot_report.of_rows(rows, bootstrap),
+        **report.of_rows(rows, bootstrap),
         "runs": sorted(
             (run for f in finished for run in f.runs),
-            key=lambda run: order[fleet_data.Job(run["task"], run["seed"])],
+            key=lambda run: order[data_lib.Job(run["task"], run["seed"])],
         ),
     }
     json_files.write_jsonl(folder / "predictions.jsonl", rows)
     json_files.write_json(folder / "results.json", results)
-    table = fewshot_report.markdown(results)
+    table = report.markdown(results)
     json_files.write_text(folder / "table.md", table)
     print(table)
     print(f"Written to {folder}.", file=sys.stderr)
@@ -278,7 +272,7 @@ def _check(settings, seeds, has_validation, metric, decoding, group_size, eval_b
             raise errors.UserError(f"{name} must be at least 1, got {value}.")
 
 
-def _check_validation(data: Sequence[fleet_data.JobData]) -> None:
+def _check_validation(data: Sequence[data_lib.JobData]) -> None:
     for one in data:
         if not len(one.validation):
             raise errors.UserError(

@@ -10,23 +10,17 @@ import pytest
 import seqio
 
 from moe_peft import cli, errors, methods, patching
+from moe_peft.adaptation import adapt as adapt_lib
+from moe_peft.adaptation import data, group, report
+from moe_peft.adaptation import groups as groups_lib
 from moe_peft.data.cldr import suite
-from moe_peft.evaluation import answering, fewshot_report, metrics
+from moe_peft.evaluation import inference, metrics
 from moe_peft.methods import transfer
 from moe_peft.models import few_shot, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
-from moe_peft.training import adapt as adapt_lib
-from moe_peft.training import (
-    checkpoints,
-    fleet_data,
-    fleet_groups,
-    fleet_run,
-    optimizers,
-    schedules,
-    train,
-)
+from moe_peft.training import checkpoints, optimizers, schedules, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -91,7 +85,7 @@ def test_results_can_be_computed_from_predictions(folder):
     assert len(rows) == 2 * 2 * 2 * 4  # tasks, seeds, items, wordings
     groups = {TASK: "weekday", "cldr_month_gl": "month"}
     assert {row["task"]: row["group"] for row in rows} == groups
-    again = fewshot_report.of_rows(rows)
+    again = report.of_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
     assert results["trainable_parameters"] == 2 * 8 * (4 * 3 * 2 + 2 * 3 * 3)
@@ -107,12 +101,10 @@ def test_results_can_be_computed_from_predictions(folder):
 
 
 def test_adapters_of_every_run_are_kept(folder):
-    path, other = sorted(folder.glob("groups/*/" + fleet_groups.ADAPTERS))
-    found = fleet_run.read_adapters(path)
-    jobs = [*found, *fleet_run.read_adapters(other)]
-    assert jobs == [
-        fleet_data.Job(task, seed) for task in ("cldr_month_gl", TASK) for seed in (0, 1)
-    ]
+    path, other = sorted(folder.glob("groups/*/" + groups_lib.ADAPTERS))
+    found = group.read_adapters(path)
+    jobs = [*found, *group.read_adapters(other)]
+    assert jobs == [data.Job(task, seed) for task in ("cldr_month_gl", TASK) for seed in (0, 1)]
     for tree in found.values():
         assert all("/adapter/" in name for name in patching.flatten(tree))
     assert not list(folder.glob("groups/*/progress*"))
@@ -129,7 +121,7 @@ def test_what_is_finished_is_not_computed_again(folder, two_tasks, tmp_path, mon
     def fail(*args):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(fleet_groups.Groups, "_run_group", fail)
+    monkeypatch.setattr(groups_lib.Groups, "_run_group", fail)
     assert json.loads(json.dumps(adapt(again, **two_tasks))) == before
 
 
@@ -161,7 +153,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
     ],
 )
 def test_mistakes_are_one_line_before_anything_compiles(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(fleet_groups.Groups, "run", None)
+    monkeypatch.setattr(groups_lib.Groups, "run", None)
     with pytest.raises(errors.UserError, match=message) as error:
         adapt(tmp_path, **changes)
     assert "\n" not in str(error.value)
@@ -193,7 +185,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
         seen.extend(trainables)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fleet_run.GroupRun, "go", stop)
+    monkeypatch.setattr(group.GroupRun, "go", stop)
     kept = transfer.transferred(methods.lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)
@@ -248,7 +240,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
         "feature_lengths": {"inputs": 56, "targets": 8},
         "save_seconds": 0.0,
     }
-    generate, asked = answering.Answerer.generate, []
+    generate, asked = inference.Answerer.generate, []
 
     def watched(self, params, questions, strategy, progress, seed):
         is_test = len(questions) > 4  # one validation example of four wordings
@@ -259,7 +251,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
             asked.append(seed)
         return generate(self, params, questions, strategy, progress, seed)
 
-    monkeypatch.setattr(answering.Answerer, "generate", watched)
+    monkeypatch.setattr(inference.Answerer, "generate", watched)
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, **settings)
     results = adapt(tmp_path, **settings)

@@ -7,7 +7,8 @@ import gin
 import numpy as np
 import pytest
 
-from moe_peft import cli, errors, soup
+from moe_peft import cli, errors
+from moe_peft.adaptation import soup
 from moe_peft.data import fewshot, lookup
 from moe_peft.tasks import cldr  # noqa: F401  registers the suite
 

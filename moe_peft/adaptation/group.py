@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from moe_peft import errors
-from moe_peft.evaluation import fewshot_scores
-from moe_peft.training import fleet as fleet_lib
-from moe_peft.training import fleet_data, fleet_progress, metrics_writer
+from moe_peft.adaptation import data, programs
+from moe_peft.adaptation import progress as progress_lib
+from moe_peft.adaptation import scores as scores_lib
+from moe_peft.training import metrics_writer
 from moe_peft.weights import backbone
 
 SELECTIONS = ("validation", "reported_split", "last")
@@ -23,7 +24,7 @@ _SECONDS_A_PIECE = 2.0
 _WORST = 1e30
 
 # (stacked trainables on the devices, "validation" or "test") -> one result a run.
-Scorer = Callable[[PyTree, str], Sequence[fewshot_scores.Scored]]
+Scorer = Callable[[PyTree, str], Sequence[scores_lib.Scored]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Runs:
       schedule: steps -> Int[R k b], the rows that each step of each run sees.
     """
 
-    jobs: Sequence[fleet_data.Job]
+    jobs: Sequence[data.Job]
     tables: Mapping[str, np.ndarray]
     schedule: Callable[[range], Int[np.ndarray, "R k b"]]
 
@@ -115,13 +116,13 @@ class GroupRun:
 
     def __init__(
         self,
-        fleet: fleet_lib.Fleet,
+        fleet: programs.Fleet,
         optimizer: optax.GradientTransformation,
         runs: Runs,
         scorer: Scorer,
         settings: Settings,
         folder: pathlib.Path,
-        progress: fleet_progress.Progress,
+        progress: progress_lib.Progress,
     ):
         """Nothing runs yet.
 
@@ -147,7 +148,7 @@ class GroupRun:
         """
         seeds = [job.key_seed for job in self._jobs]
         states = self._fleet.create(trainables, self._optimizer, seeds)
-        best = self._fleet.put(fleet_lib.stack(trainables))
+        best = self._fleet.put(programs.stack(trainables))
         standings, step = [Standing() for _ in self._jobs], 0
         saved = self._load(states, best)
         if saved:
@@ -292,15 +293,15 @@ def _means(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def write_adapters(
-    path: pathlib.Path, trainable: PyTree, jobs: Sequence[fleet_data.Job], metadata: dict[str, Any]
+    path: pathlib.Path, trainable: PyTree, jobs: Sequence[data.Job], metadata: dict[str, Any]
 ) -> None:
     """Writes stacked leaves [R, ...] as safetensors; the metadata says which run is which."""
     runs = [dataclasses.asdict(job) for job in jobs]
     backbone.save(trainable, path, metadata={**metadata, "runs": runs})
 
 
-def read_adapters(path: pathlib.Path) -> dict[fleet_data.Job, PyTree]:
+def read_adapters(path: pathlib.Path) -> dict[data.Job, PyTree]:
     """The trainable tree of every run in a file that `write_adapters` wrote."""
     tree, metadata = backbone.read(path), backbone.read_metadata(path)
-    jobs = [fleet_data.Job(**run) for run in metadata["runs"]]
-    return {job: fleet_lib.unstack(tree, run) for run, job in enumerate(jobs)}
+    jobs = [data.Job(**run) for run in metadata["runs"]]
+    return {job: programs.unstack(tree, run) for run, job in enumerate(jobs)}

@@ -11,12 +11,11 @@ import jax
 from jaxtyping import PyTree
 
 from moe_peft import patching
-from moe_peft.evaluation import answering, fewshot_scores, metrics
+from moe_peft.adaptation import data, group, programs, scores
+from moe_peft.evaluation import inference, metrics
 from moe_peft.models import encoder_decoder, strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files, progress
-from moe_peft.training import fleet as fleet_lib
-from moe_peft.training import fleet_data, fleet_run
 
 _KEPT = "answers_{}.json"
 
@@ -36,11 +35,11 @@ class Evaluation:
 def scorer(
     how: Evaluation,
     network: encoder_decoder.EncoderDecoder,
-    fleet: fleet_lib.Fleet,
-    members: Sequence[fleet_data.JobData],
+    fleet: programs.Fleet,
+    members: Sequence[data.JobData],
     folder: pathlib.Path,
     mesh: jax.sharding.Mesh,
-) -> fleet_run.Scorer:
+) -> group.Scorer:
     """Evaluates the runs of a group one after another.
 
     Args:
@@ -52,24 +51,24 @@ def scorer(
         goes on after an interruption does not ask for them again.
       mesh: devices.
     """
-    answerer = answering.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
+    answerer = inference.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
 
     def ask(trainable, part, seed):
         params = patching.merge(fleet.frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
         inputs = part.features["encoder_input_tokens"]
-        questions = [answering.Question(row[row > 0]) for row in inputs]
+        questions = [inference.Question(row[row > 0]) for row in inputs]
         answers = answerer.generate(params, questions, how.decoding, progress.Silent(), seed)
         return [how.vocabulary.decode(ids.tolist()) for ids in answers]
 
     def score(trainables, split):
         found = []
         for run, one in enumerate(members):
-            part, trainable = getattr(one, split), fleet_lib.unstack(trainables, run)
+            part, trainable = getattr(one, split), programs.unstack(trainables, run)
             answer = functools.partial(ask, trainable, part, one.job.seed)
             path = folder / _KEPT.format(run)
             texts = _kept(path, trainable, answer) if split == "test" else answer()
             accepted = [example.accepted for example in part.examples]
-            found.append(fewshot_scores.of_answers(how.metrics[one.job.task], texts, accepted))
+            found.append(scores.of_answers(how.metrics[one.job.task], texts, accepted))
         return found
 
     return score

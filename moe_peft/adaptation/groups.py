@@ -13,19 +13,14 @@ import numpy as np
 import optax
 
 from moe_peft import errors, patching
-from moe_peft.evaluation import fewshot_scores
+from moe_peft.adaptation import answers, initial, programs, scores
+from moe_peft.adaptation import data as data_lib
+from moe_peft.adaptation import group as group_lib
+from moe_peft.adaptation import progress as progress_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.runtime import json_files
-from moe_peft.training import fleet as fleet_lib
-from moe_peft.training import (
-    fleet_answers,
-    fleet_data,
-    fleet_progress,
-    fleet_run,
-    fleet_start,
-    state,
-)
 from moe_peft.training import start as start_lib
+from moe_peft.training import state
 from moe_peft.training import step as step_lib
 
 FOLDER = "groups"
@@ -73,17 +68,17 @@ class Groups:
 
     network: encoder_decoder.EncoderDecoder
     few_shot_loss: few_shot.FewShotLoss
-    start: fleet_start.Start
+    start: initial.Start
     make_optimizer: Callable[[PyTree], optax.GradientTransformation]
-    settings: fleet_run.Settings
-    evaluation: fleet_answers.Evaluation
+    settings: group_lib.Settings
+    evaluation: answers.Evaluation
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
-    progress: fleet_progress.Progress
+    progress: progress_lib.Progress
 
     def run(
         self,
-        data: Sequence[fleet_data.JobData],
+        data: Sequence[data_lib.JobData],
         description: Mapping[str, Any],
         group_size: int | None,
     ) -> list[Finished]:
@@ -96,7 +91,7 @@ class Groups:
         """
         by_job = {one.job: one for one in data}
         by_key = _by_key(data)
-        fleets: dict[Any, fleet_lib.Fleet] = {}
+        fleets: dict[Any, programs.Fleet] = {}
         plan = self._read_plan(description)
         if plan is None:
             plan = self._plan(by_key, group_size, fleets)
@@ -116,7 +111,7 @@ class Groups:
             found.append(Finished(folder, record["seconds"], record["runs"]))
         return found
 
-    def _read_plan(self, description) -> list[list[fleet_data.Job]] | None:
+    def _read_plan(self, description) -> list[list[data_lib.Job]] | None:
         path = self.folder / FOLDER / _PLAN
         if not path.exists():
             return None
@@ -130,9 +125,9 @@ class Groups:
                     f"{self.folder} holds an adaptation with other settings: {difference}. Choose "
                     "another MODEL_DIR, or go back to those settings."
                 )
-        return [[fleet_data.Job(**job) for job in group] for group in record["groups"]]
+        return [[data_lib.Job(**job) for job in group] for group in record["groups"]]
 
-    def _plan(self, by_key, group_size, fleets) -> list[list[fleet_data.Job]]:
+    def _plan(self, by_key, group_size, fleets) -> list[list[data_lib.Job]]:
         """Groups of jobs of one shape each; `fleets` gets what was compiled to find out."""
         plan = []
         for key, members in by_key.items():
@@ -140,16 +135,16 @@ class Groups:
             if largest is None:
                 fleets[key], largest = self._largest_fleet(members)
             jobs = [one.job for one in members]
-            for size in fleet_lib.group_sizes(len(jobs), largest):
+            for size in programs.group_sizes(len(jobs), largest):
                 plan.append(jobs[:size])
                 jobs = jobs[size:]
         return plan
 
-    def _largest_fleet(self, members) -> tuple[fleet_lib.Fleet, int]:
+    def _largest_fleet(self, members) -> tuple[programs.Fleet, int]:
         """The fleet of as many runs as fit, compiled, and their number."""
         size = len(members)
         shared = state.num_bytes(self.start.frozen)
-        available = fleet_lib.device_memory()
+        available = programs.device_memory()
         while True:
             fleet = self._fleet(members[0], size)
             started = time.monotonic()
@@ -160,20 +155,20 @@ class Groups:
             )
             if needed <= available:
                 return fleet, size
-            fits = fleet_lib.largest_group(size, needed, shared, available)
+            fits = programs.largest_group(size, needed, shared, available)
             if fits < 1 or size == 1:
                 raise errors.UserError(
                     f"One run needs more memory than there is: {needed / size / 1e9:.1f} GB of "
                     f"{available / 1e9:.1f} GB. Use smaller batches, or frozen_dtype='bfloat16'."
                 )
-            size = max(fleet_lib.group_sizes(size, min(fits, size - 1)))
+            size = max(programs.group_sizes(size, min(fits, size - 1)))
 
     def _abstract(self, fleet, members):
         """Shapes of the arguments of `advance` for the largest group."""
         (trainable,) = self.start.trainables([members[0].job])
         optimizer = self.make_optimizer(trainable)
         one_state = jax.eval_shape(lambda tree: state.create(tree, optimizer, 0), trainable)
-        table = fleet_data.tables(members[:1], _num_rows(members))
+        table = data_lib.tables(members[:1], _num_rows(members))
         rows = np.zeros((1, self.settings.eval_period, self.settings.batch_size), np.int32)
         stacked = lambda leaf: fleet.abstract(leaf.shape, leaf.dtype)
         of_one = lambda leaf: fleet.abstract(leaf.shape[1:], leaf.dtype)
@@ -183,28 +178,28 @@ class Groups:
             of_one(rows),
         )
 
-    def _fleet(self, one: fleet_data.JobData, width: int) -> fleet_lib.Fleet:
+    def _fleet(self, one: data_lib.JobData, width: int) -> programs.Fleet:
         model = few_shot.FewShotModel(
             self.network, self.few_shot_loss, max(one.shape.num_choices, 1)
         )
         (trainable,) = self.start.trainables([one.job])
         update = step_lib.make_update(model, self.make_optimizer(trainable), patching.merge)
-        score = fewshot_scores.score_rows(
+        score = scores.score_rows(
             self.network, one.eval_shape.num_choices, self.evaluation.is_length_normalized
         )
-        return fleet_lib.Fleet(update, score, self.start.frozen, width, self.mesh)
+        return programs.Fleet(update, score, self.start.frozen, width, self.mesh)
 
     def _run_group(self, folder, members, fleet, num_rows) -> None:
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         scorer = self._scorer(fleet, members, folder)
         trainables = self.start.trainables([one.job for one in members])
-        group = fleet_run.GroupRun(
+        group = group_lib.GroupRun(
             fleet,
             self.make_optimizer(trainables[0]),
-            fleet_run.Runs(
+            group_lib.Runs(
                 [one.job for one in members],
-                fleet_data.tables(members, num_rows),
+                data_lib.tables(members, num_rows),
                 lambda steps: np.stack(
                     [one.schedule(self.settings.batch_size, steps) for one in members]
                 ),
@@ -233,27 +228,25 @@ class Groups:
                 }
             )
         jobs = [one.job for one in members]
-        fleet_run.write_adapters(folder / ADAPTERS, fleet.get(best, len(jobs)), jobs, {})
+        group_lib.write_adapters(folder / ADAPTERS, fleet.get(best, len(jobs)), jobs, {})
         json_files.write_jsonl(folder / _PREDICTIONS, rows)
         seconds = round(group.seconds_before + time.monotonic() - started, 1)
         json_files.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
         group.forget()
-        fleet_answers.forget(folder)
+        answers.forget(folder)
 
-    def _scorer(self, fleet, members, folder) -> fleet_run.Scorer:
+    def _scorer(self, fleet, members, folder) -> group_lib.Scorer:
         shape, size = members[0].eval_shape, self.evaluation.batch_size
-        kept = {"validation": list(fleet_data.chunks([m.validation for m in members], shape, size))}
+        kept = {"validation": list(data_lib.chunks([m.validation for m in members], shape, size))}
         if self.evaluation.decoding is not None and not shape.num_choices:
-            return fleet_answers.scorer(
-                self.evaluation, self.network, fleet, members, folder, self.mesh
-            )
+            return answers.scorer(self.evaluation, self.network, fleet, members, folder, self.mesh)
 
         def score(trainables, split):
             parts = [getattr(one, split) for one in members]
-            chunks = kept.get(split) or fleet_data.chunks(parts, shape, size)
+            chunks = kept.get(split) or data_lib.chunks(parts, shape, size)
             rows = fleet.score(trainables, chunks, len(members))
             return [
-                fewshot_scores.of_run(
+                scores.of_run(
                     tuple(values[run] for values in rows),
                     part.is_cut,
                     [example.answer_choices for example in part.examples],
@@ -264,27 +257,27 @@ class Groups:
         return score
 
 
-def _key(one: fleet_data.JobData) -> tuple[fleet_data.Shape, fleet_data.Shape]:
+def _key(one: data_lib.JobData) -> tuple[data_lib.Shape, data_lib.Shape]:
     return one.shape, one.eval_shape
 
 
-def _by_key(data: Sequence[fleet_data.JobData]) -> dict[Any, list[fleet_data.JobData]]:
-    found: dict[Any, list[fleet_data.JobData]] = {}
+def _by_key(data: Sequence[data_lib.JobData]) -> dict[Any, list[data_lib.JobData]]:
+    found: dict[Any, list[data_lib.JobData]] = {}
     for one in data:
         found.setdefault(_key(one), []).append(one)
     return found
 
 
-def _num_rows(members: Sequence[fleet_data.JobData]) -> int:
+def _num_rows(members: Sequence[data_lib.JobData]) -> int:
     """Rows of every table, so that one program serves all groups of a shape."""
     return max(len(one.shots) for one in members)
 
 
-def _as_json(jobs: Sequence[fleet_data.Job]) -> list[dict[str, Any]]:
+def _as_json(jobs: Sequence[data_lib.Job]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(job) for job in jobs]
 
 
-def _rows(one: fleet_data.JobData, scored: fewshot_scores.Scored) -> Iterator[dict[str, Any]]:
+def _rows(one: data_lib.JobData, scored: scores.Scored) -> Iterator[dict[str, Any]]:
     for index, example in enumerate(one.test.examples):
         yield {
             **dataclasses.asdict(one.job),

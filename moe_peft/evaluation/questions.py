@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.evaluation import answering
+from moe_peft.evaluation import inference
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ class Suite:
       own_metrics: task to the metric that its benchmark reports, None where nobody says.
     """
 
-    questions: list[answering.Question]
+    questions: list[inference.Question]
     rows: list[Row]
     is_cut: list[bool]
     vocabulary: Any
@@ -111,7 +111,7 @@ def read(
         for i, example in enumerate(batch.examples):
             features = {name: value[i] for name, value in batch.features.items()}
             choices = example.answer_choices if with_choices else ()
-            question = answering.Question(
+            question = inference.Question(
                 inputs=_unpad(features["encoder_input_tokens"]),
                 targets=_unpad(features["decoder_target_tokens"]),
                 choices=tuple(encoding.with_end(encode(choice), limit) for choice in choices),

@@ -20,7 +20,7 @@ import numpy as np
 from moe_peft import errors
 
 if TYPE_CHECKING:  # Data readers import TensorFlow.
-    from moe_peft.training import fleet_data
+    pass
 
 Encoder = Callable[[Sequence[str]], Float[np.ndarray, "b d"]]
 # From the texts of all training tasks to an encoder, which may have learnt from them.
