@@ -77,5 +77,5 @@ setuptools.setup(
     package_data={"": ["*.gin", "*.safetensors", "*.md", "*.json", "*.tsv"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["moe-peft = moe_peft.cli:main"]},
+    entry_points={"console_scripts": ["moe-peft = moe_peft.cli.main:main"]},
 )

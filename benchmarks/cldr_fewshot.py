@@ -21,7 +21,7 @@ import time
 
 import measure
 
-from moe_peft.analysis import pareto
+from moe_peft.reports import compare_adapted
 
 # Variant to the multi-task run it starts from; both name experiment files.
 VARIANTS = {
@@ -53,7 +53,7 @@ def call(verb: str, folder: pathlib.Path, *arguments: str) -> float:
     started = time.monotonic()
     with open(folder / "log.txt", "a") as log:
         subprocess.run(
-            [*(sys.executable, "-m", "moe_peft.cli", verb), *arguments],
+            [*(sys.executable, "-m", "moe_peft", verb), *arguments],
             stdout=log,
             stderr=log,
             check=True,
@@ -159,13 +159,13 @@ def main() -> None:
     record = {v: collect(v, options.seeds, root) for v in options.variants}
     title = f"cldr_new: exact match after adaptation, {len(options.seeds)} seeds of both phases"
     rows = [
-        pareto.Row(
+        compare_adapted.Row(
             variant, found["trainable"], tuple(found["scores"]), statistics.fmean(found["seconds"])
         )
         for variant, found in record.items()
     ]
-    pareto.show(rows, title)
-    for path in pareto.write(rows, title, root / "cldr_fewshot"):
+    compare_adapted.show(rows, title)
+    for path in compare_adapted.write(rows, title, root / "cldr_fewshot"):
         print(f"wrote {path}")
     alignment = {
         name: [mean_alignment(root / f"seed{seed}" / "alignment" / name) for seed in options.seeds]

@@ -26,7 +26,7 @@ MIXTURES = ("cldr_train", "cldr_heldout")
 def command(verb: str, method: str, seed: int, folder: pathlib.Path, extra: list[str]) -> list[str]:
     """The command line of one run."""
     return [
-        *(sys.executable, "-m", "moe_peft.cli", verb),
+        *(sys.executable, "-m", "moe_peft", verb),
         *("--gin_file", f"experiments/cldr/{method}.gin"),
         f"--gin.MODEL_DIR={folder}",
         f"--gin.SEED={seed}",

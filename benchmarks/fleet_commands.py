@@ -28,7 +28,7 @@ def adapt(folder: pathlib.Path, options: argparse.Namespace, *more: str) -> tupl
     started = time.perf_counter()
     subprocess.run(
         [
-            *(sys.executable, "-m", "moe_peft.cli", "adapt"),
+            *(sys.executable, "-m", "moe_peft", "adapt"),
             *("--gin_file", f"experiments/cldr/fewshot/{options.variant}.gin"),
             *(f"--gin.MODEL_DIR={folder}", "--gin.SEEDS=(0,)", *source, *more),
         ],

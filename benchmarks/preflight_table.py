@@ -23,16 +23,15 @@ import pathlib
 import sys
 from typing import Any
 
-from moe_peft.partitioning import surroundings
+from moe_peft.preflight import surroundings
 
 surroundings.without_devices(os.environ)
 
 import jax
 
-from moe_peft import cli, errors
-from moe_peft.commands import preflight_programs, preflight_search, preflight_view
-from moe_peft.partitioning import flight as flight_lib
-from moe_peft.partitioning import targets
+from moe_peft import errors
+from moe_peft.cli import main as main_lib
+from moe_peft.preflight import compiled, hardware, programs, search, view
 from moe_peft.runtime import json_files
 
 SIZES = ("770m", "3b", "11b")
@@ -63,17 +62,17 @@ class Case:
     method: str
     target: str
 
-    def experiment(self) -> preflight_programs.Experiment:
+    def experiment(self) -> programs.Experiment:
         """Reads its settings."""
         file, bindings = METHODS[self.method]
         files = (f"experiments/mov/{self.size}/common.gin", f"methods/{file}.gin")
-        return cli.configure("preflight", files, bindings)()
+        return main_lib.configure("preflight", files, bindings)()
 
-    def planned(self) -> tuple[preflight_programs.Experiment, flight_lib.Setting, str]:
+    def planned(self) -> tuple[programs.Experiment, compiled.Setting, str]:
         """The experiment, its setting by the rule, and a digest of all that decides the outcome."""
         experiment = self.experiment()
-        target = targets.find(self.target)
-        setting = preflight_search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
+        target = hardware.find(self.target)
+        setting = search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
         place = {"name": target.name, "chip": dataclasses.asdict(target.chip)}
         place |= {"count": target.count, "shape": target.shape}
         decides = [experiment.describe(), dataclasses.asdict(setting), place]
@@ -84,9 +83,9 @@ class Case:
         """Compiles it, once in a process; the row of the table."""
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
         experiment, setting, digest = self.planned()
-        target = targets.find(self.target)
+        target = hardware.find(self.target)
         found = experiment.compile(target, target.devices(), setting, is_quick=True)
-        print(f"{self.size} {self.method} {self.target}, {setting}:", preflight_view.summary(found))
+        print(f"{self.size} {self.method} {self.target}, {setting}:", view.summary(found))
         sys.stdout.flush()
         row = dataclasses.asdict(self) | found.to_json()
         return row | {

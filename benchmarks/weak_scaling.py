@@ -13,25 +13,24 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
-from moe_peft.partitioning import surroundings
+from moe_peft.preflight import surroundings
 
 surroundings.without_devices(os.environ)
 
-from moe_peft import cli
-from moe_peft.partitioning import flight as flight_lib
-from moe_peft.partitioning import targets
+from moe_peft.cli import main as main_lib
+from moe_peft.preflight import compiled, hardware
 from moe_peft.runtime import json_files
 
 LIMIT = 0.05
 
 
-def compile_for(target: targets.Target, options: argparse.Namespace) -> flight_lib.Flight:
+def compile_for(target: hardware.Target, options: argparse.Namespace) -> compiled.Flight:
     """The step on all chips of a slice."""
     rows = options.rows_per_chip * target.count
     bindings = (f"BATCH_SIZE={rows}", *options.gin)
-    experiment = cli.configure("preflight", [options.gin_file], bindings)()
+    experiment = main_lib.configure("preflight", [options.gin_file], bindings)()
     data = target.count // (options.model * options.fsdp)
-    setting = flight_lib.Setting(data, options.fsdp, options.model, 1, "full")
+    setting = compiled.Setting(data, options.fsdp, options.model, 1, "full")
     return experiment.compile(target, target.devices(), setting, is_quick=True)
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.targets:
-        found = compile_for(targets.find(name), options)
+        found = compile_for(hardware.find(name), options)
         sent = sum(each.num_bytes for each in found.collectives.values())
         rows.append({"sent": sent, **found.to_json()})
         kinds = ", ".join(f"{k} {c.num_bytes / 1e6:.1f} MB" for k, c in found.collectives.items())

@@ -6,7 +6,7 @@ import gin
 import pytest
 import safetensors.numpy
 
-from moe_peft import cli
+from moe_peft.cli import main
 
 SETTINGS = """
 include 'models/tiny.gin'
@@ -38,7 +38,7 @@ def test_every_command(tmp_path, capsys):
     def run(command, method, *flags):
         flags = (*files, "--gin_file", f"methods/{method}.gin", *flags)
         folder = tmp_path / method
-        assert cli.main([command, *flags, f"--gin.MODEL_DIR={folder}"]) == 0, capsys.readouterr()
+        assert main.main([command, *flags, f"--gin.MODEL_DIR={folder}"]) == 0, capsys.readouterr()
         return folder
 
     frozen = run("eval", "frozen")
@@ -53,7 +53,7 @@ def test_every_command(tmp_path, capsys):
     # The resolved settings are complete: one file instead of three.
     gin.clear_config()
     resolved = ["--gin_file", str(mov / "config.gin"), "--gin.TRAIN_STEPS=3"]
-    assert cli.main(["train", *resolved]) == 0
+    assert main.main(["train", *resolved]) == 0
     assert "going on from step 2" in capsys.readouterr().err
 
     (tmp_path / "questions.txt").write_text("Name the month May in German.\n")
@@ -67,7 +67,7 @@ def test_every_command(tmp_path, capsys):
     leaves = safetensors.numpy.load_file(exported)
     assert leaves["encoder/layers_0/attention/key/adapter/vectors"].shape == (10, 4, 8)
 
-    assert cli.main(["compare", str(frozen), str(mov), "--out", str(tmp_path / "out")]) == 0
+    assert main.main(["compare", str(frozen), str(mov), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "cldr_month_de.png").is_file()
     table = (tmp_path / "out" / "cldr_month_de.md").read_text()
     assert "frozen" in table
@@ -95,18 +95,18 @@ def test_sentence_routing_trains_evaluates_and_answers(tmp_path, monkeypatch):
     (tmp_path / "settings.gin").write_text(SETTINGS + method + encoder + optimizer)
     (tmp_path / "questions.txt").write_text("Name the month May in German.\nAnd June?\n")
     flags = ["--gin_file", str(tmp_path / "settings.gin"), f"--gin.MODEL_DIR={tmp_path}/run"]
-    assert cli.main(["train", *flags]) == 0
-    assert cli.main(["eval", *flags]) == 0
+    assert main.main(["train", *flags]) == 0
+    assert main.main(["eval", *flags]) == 0
     answers = tmp_path / "answers.jsonl"
     files = (f"--gin.INPUTS={tmp_path}/questions.txt", f"--gin.OUTPUTS={answers}")
-    assert cli.main(["infer", *flags, *files]) == 0
+    assert main.main(["infer", *flags, *files]) == 0
     assert len(answers.read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
 def test_another_method_in_the_same_folder_is_refused(tmp_path, capsys):
     (tmp_path / "settings.gin").write_text(SETTINGS)
-    for method, code in (("ia3", 0), ("mov", cli.USER_ERROR)):
+    for method, code in (("ia3", 0), ("mov", main.USER_ERROR)):
         flags = [
             str(tmp_path / "settings.gin"),
             "optimizers/adafactor.gin",
@@ -114,7 +114,7 @@ def test_another_method_in_the_same_folder_is_refused(tmp_path, capsys):
         ]
         arguments = [word for flag in flags for word in ("--gin_file", flag)]
         arguments.append(f"--gin.MODEL_DIR={tmp_path}/run")
-        assert cli.main(["train", *arguments]) == code
+        assert main.main(["train", *arguments]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert "method" in last
     assert "'ia3' in the checkpoint and 'mov' here" in last

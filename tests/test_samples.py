@@ -3,7 +3,7 @@
 import gin
 import pytest
 
-from moe_peft import cli
+from moe_peft.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def _clean_gin():
 def run(command, experiment, sample, folder, *bindings):
     flags = ["--gin_file", f"experiments/{experiment}.gin", "--gin_file", f"samples/{sample}.gin"]
     flags += [f"--gin.{binding}" for binding in (f"MODEL_DIR={folder}", *bindings)]
-    assert cli.main([command, *flags]) == 0
+    assert main.main([command, *flags]) == 0
 
 
 SHORT = ("TRAIN_STEPS=2", "T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1")

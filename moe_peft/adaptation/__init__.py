@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Few-shot adaptation: one run a task and seed, all of them together."""

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Settings: gin files, what is checked before they run, the names they agree on."""

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""What every long-running process needs: files, locks, signals, processes, progress, memory."""

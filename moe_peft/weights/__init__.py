@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Weights on disk, in every format: opened, named, described, written."""

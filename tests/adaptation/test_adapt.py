@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import seqio
 
-from moe_peft import cli, errors, methods, patching
+from moe_peft import errors, methods, patching
 from moe_peft.adaptation import adapt as adapt_lib
 from moe_peft.adaptation import data, group, report
 from moe_peft.adaptation import groups as groups_lib
+from moe_peft.cli import main
 from moe_peft.data.cldr import suite
 from moe_peft.evaluation import inference, metrics
 from moe_peft.methods import transfer
@@ -225,7 +226,7 @@ def test_choices_train_and_rank(tmp_path):
 
 def test_the_command_line_knows_it(capsys):
     flags = ["--gin_file", "runs/fewshot.gin", "--gin_file", "models/tiny.gin"]
-    assert cli.main(["adapt", *flags, "--gin.SHOTS=abc"]) == cli.USER_ERROR
+    assert main.main(["adapt", *flags, "--gin.SHOTS=abc"]) == main.USER_ERROR
     assert "moe-peft adapt:" in capsys.readouterr().err
     gin.clear_config()
 

@@ -7,8 +7,9 @@ import gin
 import numpy as np
 import pytest
 
-from moe_peft import cli, errors
+from moe_peft import errors
 from moe_peft.adaptation import soup
+from moe_peft.cli import main
 from moe_peft.data import fewshot, lookup
 from moe_peft.tasks import cldr  # noqa: F401  registers the suite
 
@@ -140,6 +141,6 @@ def test_gin_file_is_complete():
     files += ["methods/transferred.gin", "runs/soup.gin", "optimizers/adamw_mhr.gin"]
     settings = ["BACKBONE=random:0", "MODEL_DIR=/nowhere", "SOURCE=/run", "BATCH_SIZE=8"]
     settings += ["TRAIN_STEPS=2", "SHOTS=8", "SOURCE_MIXTURE=cldr_train", "WORDINGS=4"]
-    cli.configure("adapt", files, settings)
+    main.configure("adapt", files, settings)
     weights = gin.query_parameter("adapt.task_weights").scoped_configurable_fn()
     assert callable(weights)

@@ -5,7 +5,8 @@ import dataclasses
 import gin
 import pytest
 
-from moe_peft import cli, errors
+from moe_peft import errors
+from moe_peft.cli import main
 from moe_peft.config import checks, gin_files
 
 
@@ -191,7 +192,7 @@ def test_resolved_scopes_are_followed(tmp_path):
 def test_resolved_text_runs_again_after_a_method_was_replaced(tmp_path):
     """What a later file made obsolete is not written: by itself nothing would read it."""
     files = ["experiments/cldr/mov.gin", "methods/poly.gin", "optimizers/adafactor_mhr.gin"]
-    cli.configure("train", files, ["MODEL_DIR='x'"])
+    main.configure("train", files, ["MODEL_DIR='x'"])
     text = gin_files.resolved_text()
     assert "mov.num_experts" not in text
     assert "adamw." not in text
@@ -199,5 +200,5 @@ def test_resolved_text_runs_again_after_a_method_was_replaced(tmp_path):
     again = tmp_path / "config.gin"
     again.write_text(text)
     gin.clear_config()
-    cli.configure("train", [str(again)])
+    main.configure("train", [str(again)])
     assert gin_files.resolved_text() == text

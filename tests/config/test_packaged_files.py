@@ -5,8 +5,9 @@ import re
 import gin
 import pytest
 
-from moe_peft import cli, experiments
+from moe_peft.cli import main
 from moe_peft.config import gin_files
+from moe_peft.experiments import files as files_lib
 
 ROOT = gin_files.packaged_folder()
 
@@ -46,7 +47,7 @@ def test_folder_cannot_hide_the_gin_library():
 
 @pytest.mark.parametrize("name", names("models"))
 def test_model_plans(name):
-    plan = cli.configure("plan", [name, "methods/ia3.gin"], [SCANNED])()
+    plan = main.configure("plan", [name, "methods/ia3.gin"], [SCANNED])()
     assert plan.base > 0
     assert plan.trainable > 0
     if plan.nominal_size is not None:
@@ -58,7 +59,7 @@ def test_method_plans_and_holds_no_size(name, tmp_path):
     macros = tmp_path / "macros.gin"
     macros.write_text("NUM_TASKS = 5\nVARIANT = 'z'\n")
     base = "methods/mhr.gin" if name == "methods/transferred.gin" else "models/tiny.gin"
-    plan = cli.configure("plan", ["models/tiny.gin", str(macros), base, name])()
+    plan = main.configure("plan", ["models/tiny.gin", str(macros), base, name])()
     assert plan.target_method == ("mhr_z" if name == "methods/transferred.gin" else None)
     assert plan.trainable + plan.frozen == plan.base + plan.adapters
     assert (plan.trainable == 0) == (name == "methods/frozen.gin")
@@ -67,20 +68,20 @@ def test_method_plans_and_holds_no_size(name, tmp_path):
 
 @pytest.mark.parametrize("name", names("optimizers"))
 def test_optimizer_is_complete(name):
-    cli.configure("train", [*TINY, "runs/train.gin", name], RUN)
+    main.configure("train", [*TINY, "runs/train.gin", name], RUN)
     assert gin.query_parameter("%OPTIMIZER").scoped_configurable_fn().name
 
 
 @pytest.mark.parametrize("name", names("data"))
 def test_data_names_a_mixture(name):
-    cli.configure("plan", [*TINY, name])
+    main.configure("plan", [*TINY, name])
     assert isinstance(gin.query_parameter("%MIXTURE"), str)
     assert set(gin.query_parameter("%FEATURE_LENGTHS")) == {"inputs", "targets"}
 
 
 @pytest.mark.parametrize("name", names("monitors"))
 def test_monitors_watch_training(name):
-    cli.configure("train", [*TINY, "runs/train.gin", "optimizers/adamw.gin", name], RUN)
+    main.configure("train", [*TINY, "runs/train.gin", "optimizers/adamw.gin", name], RUN)
     watching = gin.query_parameter("train.monitors")
     expected = name.removeprefix("monitors/").removesuffix(".gin").split("_and_")
     assert len(watching) == len(expected)
@@ -105,7 +106,7 @@ def test_monitors_watch_training(name):
 def test_reports_of_the_benchmarks(files, want):
     benchmark = files[0].split("_")[-1]
     data = ["models/tiny.gin", "methods/ia3.gin", f"data/{benchmark}"]
-    cli.configure("eval", [files[0], *data, *files[1:]], [*RUN[:1], *RUN[3:], "VOCABULARY=bytes"])
+    main.configure("eval", [files[0], *data, *files[1:]], [*RUN[:1], *RUN[3:], "VOCABULARY=bytes"])
     made = gin.get_configurable("evaluation.Evaluator")()
     settings = made.settings
     names = ("metric", "rank_choices", "average", "split")
@@ -125,7 +126,7 @@ def commands_of(name):
     head = (ROOT / name).read_text().split("\ninclude", 1)[0].replace("\\\n#", "")
     for line in head.splitlines():
         if "moe-peft " in line and name in line:
-            yield experiments.CommandLine.parse(line[line.index("moe-peft ") :])
+            yield files_lib.CommandLine.parse(line[line.index("moe-peft ") :])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -137,15 +138,15 @@ def test_experiment_says_what_it_is_and_its_commands_parse(name, tmp_path):
     commands = list(commands_of(name))
     assert commands
     for line in commands:
-        cli.configure(line.command, line.gin_files, line.bindings)
+        main.configure(line.command, line.gin_files, line.bindings)
         if sample := re.search(r"samples/\w+\.gin", head):
             line = line.on_samples(sample[0], tmp_path)
-            cli.configure(line.command, line.gin_files, line.bindings)
+            main.configure(line.command, line.gin_files, line.bindings)
 
 
 def plan(name):
     large = [SCANNED] if "/cldr/" not in name else []
-    return cli.configure("plan", [name], large)()
+    return main.configure("plan", [name], large)()
 
 
 @pytest.mark.parametrize("name", FIRST_OF_TABLE)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_peft import cli, methods, patching
+from moe_peft import methods, patching
+from moe_peft.cli import main
 from moe_peft.convert.peft import adapters, tensors
 from moe_peft.runtime import digest
 from moe_peft.weights import backbone, exported, hugging_face, merging
@@ -50,14 +51,14 @@ def files(toy, tmp_path_factory):
 
 def run(capsys, *arguments):
     """Runs the command; returns what it printed."""
-    code = cli.main(["convert", *map(str, arguments)])
+    code = main.main(["convert", *map(str, arguments)])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return captured.out
 
 
 def refused(capsys, *arguments):
-    assert cli.main(["convert", *map(str, arguments)]) == cli.USER_ERROR
+    assert main.main(["convert", *map(str, arguments)]) == main.USER_ERROR
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error

@@ -4,7 +4,7 @@ import gin
 import numpy as np
 import pytest
 
-from moe_peft import cli
+from moe_peft.cli import main
 from moe_peft.training import checkpoints
 from moe_peft.weights import backbone
 
@@ -34,7 +34,7 @@ def run_folder(monkeypatch):
 
 def test_export_writes_trained_leaves_and_metadata(run_folder, tmp_path, capsys):
     path = tmp_path / "mov.safetensors"
-    assert cli.main(["export", f"--gin.MODEL_DIR={run_folder}", f"--gin.OUTPUTS={path}"]) == 0
+    assert main.main(["export", f"--gin.MODEL_DIR={run_folder}", f"--gin.OUTPUTS={path}"]) == 0
     np.testing.assert_array_equal(backbone.read(path)["encoder"]["adapter"]["vectors"], [0, 1, 2])
     assert backbone.read_metadata(path) == {"method": {"name": "mov"}, "step": 7}
     assert str(path) in capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_export_writes_trained_leaves_and_metadata(run_folder, tmp_path, capsys)
 
 def test_missing_run_and_wrong_name_are_one_line(tmp_path, capsys):
     flags = [f"--gin.MODEL_DIR={tmp_path}/nowhere", f"--gin.OUTPUTS={tmp_path}/a.safetensors"]
-    assert cli.main(["export", *flags]) == cli.USER_ERROR
+    assert main.main(["export", *flags]) == main.USER_ERROR
     assert "nowhere" in capsys.readouterr().err
-    assert cli.main(["export", flags[0], "--gin.OUTPUTS=a.bin"]) == cli.USER_ERROR
+    assert main.main(["export", flags[0], "--gin.OUTPUTS=a.bin"]) == main.USER_ERROR
     assert "expected *.safetensors" in capsys.readouterr().err

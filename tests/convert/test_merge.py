@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import cli, methods, patching
+from moe_peft import methods, patching
+from moe_peft.cli import main
 from moe_peft.models import encoder_decoder
 from moe_peft.training import checkpoints
 from moe_peft.training import start as start_lib
@@ -25,7 +26,7 @@ def _clean_gin():
 
 @functools.cache
 def start(method_name):
-    cli.configure("plan", ["models/tiny.gin", "methods/ia3.gin"], TINY[:2])
+    main.configure("plan", ["models/tiny.gin", "methods/ia3.gin"], TINY[:2])
     module = gin.query_parameter("%MODEL").scoped_configurable_fn()
     gin.clear_config()
     method = methods.poly(3, num_skills=2) if method_name == "poly" else methods.get(method_name)()
@@ -68,7 +69,7 @@ def merge(method_name, path, *flags):
         "full": ["METHOD=@methods.full()"],
     }[method_name]
     settings = [*TINY, *settings, "MODEL_DIR=/run", f"OUTPUTS={path}", *flags]
-    return cli.main(["merge", "--gin_file", "models/tiny.gin", *(f"--gin.{s}" for s in settings)])
+    return main.main(["merge", "--gin_file", "models/tiny.gin", *(f"--gin.{s}" for s in settings)])
 
 
 @pytest.mark.parametrize(("method_name", "task"), [("lora", None), ("poly", 2)])
@@ -102,7 +103,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_mistakes_are_one_line_and_leave_nothing(words, tmp_path, capsys):
     method_name, name, flags = REFUSED[words]
-    assert merge(method_name, tmp_path / name, *flags) == cli.USER_ERROR
+    assert merge(method_name, tmp_path / name, *flags) == main.USER_ERROR
     error = capsys.readouterr().err
     assert words.removeprefix("TASK ") in error
     assert error.count("\n") == 1
@@ -111,6 +112,6 @@ def test_mistakes_are_one_line_and_leave_nothing(words, tmp_path, capsys):
 
 def test_weights_that_are_not_finite_are_not_written(run_of, tmp_path, capsys):
     run_of("lora", spoil=np.nan)
-    assert merge("lora", tmp_path / "a.safetensors") == cli.USER_ERROR
+    assert merge("lora", tmp_path / "a.safetensors") == main.USER_ERROR
     assert "nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

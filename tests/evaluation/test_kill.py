@@ -9,7 +9,14 @@ import time
 import pytest
 
 EVAL = [
-    *(sys.executable, "-m", "moe_peft.cli", "eval", "--gin_file", "experiments/cldr/frozen.gin"),
+    *(
+        sys.executable,
+        "-m",
+        "moe_peft.cli.main",
+        "eval",
+        "--gin_file",
+        "experiments/cldr/frozen.gin",
+    ),
     "--gin.Evaluator.decoding=@decoding.Greedy()",
     "--gin.Evaluator.max_examples_per_task=16",
     "--gin.EVAL_BATCH_SIZE=8",  # one a device: four parts

@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from moe_peft import cli, errors
+from moe_peft import errors
+from moe_peft.cli import main
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import processes
 
@@ -56,8 +57,8 @@ def test_flags_of_another_form(text, message):
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
     monkeypatch.setenv(processes.VARIABLE, "h:1,2,0")
-    code = cli.main(["eval", "--gin_file", "experiments/cldr/mov.gin"])
-    assert code == cli.USER_ERROR
+    code = main.main(["eval", "--gin_file", "experiments/cldr/mov.gin"])
+    assert code == main.USER_ERROR
     assert "eval works in one process, and MOE_PEFT_DISTRIBUTED" in capsys.readouterr().err
 
 

@@ -67,7 +67,7 @@ def backbone(tmp_path_factory):
     if importlib.util.find_spec("t5x") is None:
         pytest.skip("T5X is not installed; docs/t5x.md says how")
     folder = tmp_path_factory.mktemp("backbone") / "cldr_tiny"
-    python("moe_peft.cli", "convert", "--from", "embedded:cldr_tiny", "--to", f"t5x:{folder}")
+    python("moe_peft", "convert", "--from", "embedded:cldr_tiny", "--to", f"t5x:{folder}")
     return folder / "checkpoint_0"
 
 

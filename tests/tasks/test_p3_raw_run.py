@@ -5,7 +5,7 @@ import json
 import gin
 import pytest
 
-from moe_peft import cli
+from moe_peft.cli import main
 
 SETTINGS = {
     "p3.configured.source": "raw",
@@ -28,7 +28,7 @@ def test_train_and_zero_shot_from_raw_files(tmp_path):
     flags += [f"--gin.{name}={value}" for name, value in SETTINGS.items()]
     flags += [f"--gin.MODEL_DIR={tmp_path}"]
     for command in ("train", "eval"):
-        assert cli.main([command, *flags]) == 0
+        assert main.main([command, *flags]) == 0
         gin.clear_config()
     (answers,) = (tmp_path / "eval").glob("*/predictions/p3_storycloze.jsonl")
     stories = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]

@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
-from moe_peft import cli
+from moe_peft.cli import main
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training.monitors import alignment, routing
 
@@ -63,7 +63,7 @@ def test_monitored_runs(tmp_path):
 
     def train(name, *flags):
         files = ("--gin_file", str(tmp_path / "settings.gin"))
-        assert cli.main(["train", *files, f"--gin.MODEL_DIR={tmp_path / name}", *flags]) == 0
+        assert main.main(["train", *files, f"--gin.MODEL_DIR={tmp_path / name}", *flags]) == 0
         gin.clear_config()
         return tmp_path / name
 
@@ -85,6 +85,6 @@ def test_monitored_runs(tmp_path):
     for name in ("monitors/alignment.jsonl", "monitors/routing.jsonl", metrics_writer.FILE_NAME):
         assert (killed / name).read_bytes() == (watched / name).read_bytes()
 
-    assert cli.main(["report", str(killed), "--out", str(tmp_path / "out")]) == 0
+    assert main.main(["report", str(killed), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "mhr_routing_tree.png").is_file()
     gin.clear_config()

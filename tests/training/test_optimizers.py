@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import cli, errors
+from moe_peft import errors
+from moe_peft.cli import main
 from moe_peft.training import optimizers
 
 RNG = np.random.default_rng(0)
@@ -291,7 +292,7 @@ def test_logits_follow_the_adapters_schedule_to_one_tenth(name):
     files = ["models/tiny.gin", "methods/ia3.gin", "data/cldr.gin", "runs/train.gin"]
     bindings = ["BACKBONE=random:0", "BATCH_SIZE=8", "TRAIN_STEPS=100", "MODEL_DIR=/nowhere"]
     try:
-        cli.configure("train", [*files, f"optimizers/{name}.gin"], bindings)
+        main.configure("train", [*files, f"optimizers/{name}.gin"], bindings)
         optimizer = gin.query_parameter("%OPTIMIZER").scoped_configurable_fn()
     finally:
         gin.clear_config()

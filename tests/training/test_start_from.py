@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_peft import cli, methods, patching
+from moe_peft import methods, patching
+from moe_peft.cli import main
 from moe_peft.methods import transfer
 from moe_peft.training import checkpoints
 
@@ -47,7 +48,7 @@ def settings(tmp_path_factory):
 
 
 def run(verb, settings, folder, *flags):
-    return cli.main([verb, "--gin_file", str(settings), f"--gin.MODEL_DIR={folder}", *flags])
+    return main.main([verb, "--gin_file", str(settings), f"--gin.MODEL_DIR={folder}", *flags])
 
 
 MULTITASK = ("--gin.train.method=%METHOD", "--gin.train.start_from=None")

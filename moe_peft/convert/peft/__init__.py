@@ -1,1 +1,1 @@
-"""TODO room."""
+"""PEFT's adapter folders, read and written."""

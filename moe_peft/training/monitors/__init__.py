@@ -1,1 +1,1 @@
-"""TODO room."""
+"""What a run watches besides its loss."""

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from moe_peft import cli
+from moe_peft.cli import main
 from moe_peft.data import samples
 from moe_peft.data.checking import check, fingerprints, parts
 from moe_peft.data.crossfit import files as crossfit_files
@@ -178,7 +178,7 @@ def test_memory_is_that_of_fingerprints(monkeypatch):
 
 
 def run(capsys, *arguments):
-    code = cli.main(["data", "check", *map(str, arguments)])
+    code = main.main(["data", "check", *map(str, arguments)])
     return code, capsys.readouterr()
 
 
@@ -211,7 +211,7 @@ def test_command(root, capsys):
 def test_command_mistakes(tmp_path, capsys, arguments, message):
     folder = [] if arguments[0] == "/nowhere" else [tmp_path]
     code, printed = run(capsys, *folder, *arguments)
-    assert code == cli.USER_ERROR
+    assert code == main.USER_ERROR
     (line,) = printed.err.splitlines()
     assert re.search(message, line)
 
@@ -223,5 +223,5 @@ def test_a_benchmark_that_was_asked_for_must_be_there(root, capsys):
     (root / "crossfit").rename(root / "other")
     assert run(capsys, root, "--no_hashes")[0] == 0
     code, printed = run(capsys, root, "--benchmark", "crossfit")
-    assert code == cli.USER_ERROR
+    assert code == main.USER_ERROR
     assert "no folder" in printed.err

@@ -1,0 +1,52 @@
+"""`preflight`: compiles programs for hardware one does not have, and says whether they fit."""
+
+import dataclasses
+import json
+
+from moe_peft import errors
+from moe_peft.models import t5
+from moe_peft.preflight import compiled, hardware, programs, search, view
+
+
+def run(
+    experiment: programs.Experiment,
+    target: hardware.Target,
+    program: str,
+    mesh: str,
+    microbatches: int,
+    remat: str,
+    price: float | None,
+    is_search: bool,
+    is_quick: bool,
+    as_json: bool,
+) -> int:
+    """The command; 1 if the program, or every one that was tried, does not fit."""
+    errors.check_one_of("--program", program, programs.PROGRAMS)
+    errors.check_one_of("--remat", remat, t5.REMAT_POLICIES)
+    if is_search:
+        flights = search.search(experiment, target, program, is_quick=is_quick)
+    else:
+        setting = _setting(experiment, target, program, mesh, microbatches, remat)
+        flights = [
+            experiment.compile(target, target.devices(), setting, program, is_quick=is_quick)
+        ]
+    if as_json:
+        print(json.dumps([flight.to_json() for flight in flights], indent=1))
+    elif is_search:
+        view.show_ranked(flights)
+    else:
+        view.show(flights[0], program, price, target)
+    return int(not any(flight.fits for flight in flights))
+
+
+def _setting(experiment, target, program, mesh, microbatches, remat) -> compiled.Setting:
+    """As the flags say; evaluation computes nothing again."""
+    if mesh == "auto":
+        rows, weights = experiment.rows(program), experiment.weight_bytes()
+        setting = search.by_rule(rows, weights, target)
+        microbatches = setting.num_microbatches if program == "train" else 1
+    else:
+        shape = search.parse_mesh(mesh, target.count)
+        setting = compiled.Setting(*shape, microbatches, remat)
+    remat = remat if program == "train" else "none"
+    return dataclasses.replace(setting, num_microbatches=microbatches, remat_policy=remat)

@@ -1,0 +1,183 @@
+"""A program compiled for hardware one does not have, and what it will need there."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from moe_peft.partitioning import hlo_cost
+from moe_peft.preflight import hardware
+
+_DOES_NOT_FIT = "exceed"  # in what the TPU compiler says of a program that is too large
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+_TEMPORARIES = re.compile(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Of TPU compilers: a third of the time or less, memory and communication some per cent higher.
+_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What may be changed to make a program fit.
+
+    Attributes:
+      data, fsdp, model: sizes of the mesh.
+      num_microbatches: parts of a batch, one after another.
+      remat_policy: of `T5Config`.
+    """
+
+    data: int
+    fsdp: int
+    model: int
+    num_microbatches: int
+    remat_policy: str
+
+    def __str__(self) -> str:
+        mesh = f"data {self.data} x fsdp {self.fsdp} x model {self.model}"
+        return f"{mesh}, {self.num_microbatches} micro-batches, remat {self.remat_policy}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function that is to be compiled.
+
+    Attributes:
+      function: jitted.
+      arguments: shapes with their shardings.
+      mesh: of those.
+      loops: how often a loop of unknown length runs.
+      read_again: bytes of arguments on a device that each round of such a loop reads.
+    """
+
+    function: Any
+    arguments: Sequence[Any]
+    mesh: jax.sharding.Mesh
+    loops: int = 1
+    read_again: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """What is known of one compiled program; bytes and operations are of one chip.
+
+    Attributes:
+      setting: of it.
+      target: name of the hardware.
+      capacity: memory of a chip.
+      memory: planned; None where the compiler refused the program.
+      needed: bytes; the peak, or what the compiler asked for when it refused. 0 if it did not say.
+      refused: what the compiler said then.
+      operations: of matrix products.
+      bytes_accessed: of the chip's memory; loops counted once, as the compiler reports it.
+      collectives: by kind.
+      bounds: seconds that arithmetic, memory (each argument read) and links need at least; the
+        network between slices is not among them.
+      compile_seconds: tracing included.
+    """
+
+    setting: Setting
+    target: str
+    capacity: float
+    memory: hlo_cost.Memory | None
+    needed: float
+    refused: str
+    operations: float
+    bytes_accessed: float
+    collectives: Mapping[str, hlo_cost.Collective]
+    bounds: Mapping[str, float]
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory suffices."""
+        return self.memory is not None and self.needed <= self.capacity
+
+    @property
+    def seconds(self) -> float:
+        """A step takes at least that long (roofline)."""
+        return max(self.bounds.values(), default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self) | {"fits": self.fits, "seconds_at_least": self.seconds}
+
+
+def compiled(
+    what: Program, target: hardware.Target, setting: Setting, *, is_quick: bool = False
+) -> Flight:
+    """Compiles a program for a target.
+
+    Args:
+      what: the program, on a mesh of the target's devices.
+      target: hardware.
+      setting: that the program was made with.
+      is_quick: asks a TPU's compiler for its least effort.
+    """
+    started = time.monotonic()
+    options = _LEAST_EFFORT if is_quick and target.shape else None
+    with jax.set_mesh(what.mesh):
+        traced = what.function.trace(*what.arguments)
+        operations = hlo_cost.operations(traced, what.loops) / target.count
+        try:
+            executable, refused = traced.lower().compile(compiler_options=options), ""
+        except jax.errors.JaxRuntimeError as error:
+            if _DOES_NOT_FIT not in str(error).lower():
+                raise
+            executable, refused = None, " ".join(str(error).split())[:400]
+    memory, collectives, accessed = None, {}, 0.0
+    needed = needed_memory(refused, bytes_of_device(what.arguments))
+    bounds = {"arithmetic": operations / target.chip.flops}
+    if executable is not None:
+        memory = hlo_cost.memory(executable)
+        needed = memory.peak
+        collectives = hlo_cost.collectives(executable.as_text())
+        costs = executable.cost_analysis() or {}
+        accessed = float(costs.get("bytes accessed", 0.0))
+        read = memory.arguments + (what.loops - 1) * what.read_again
+        bounds["memory"] = max(read, accessed) / target.chip.bandwidth
+        bounds["links"] = sent_by_links(collectives) / target.chip.link
+    return Flight(
+        setting,
+        target.name,
+        target.chip.memory,
+        memory,
+        needed,
+        refused,
+        operations,
+        accessed,
+        collectives,
+        bounds,
+        time.monotonic() - started,
+    )
+
+
+def sent_by_links(collectives: Mapping[str, hlo_cost.Collective]) -> int:
+    """Bytes that a chip sends over its own links; not those between slices."""
+    inside = (each for kind, each in collectives.items() if kind != hlo_cost.BETWEEN_SLICES)
+    return sum(each.num_bytes for each in inside)
+
+
+def needed_memory(refusal: str, arguments: int) -> float:
+    """Bytes that a compiler asked for when it refused a program; 0 where it did not say.
+
+    Args:
+      refusal: what it said.
+      arguments: bytes that come on top where it speaks of temporaries alone.
+
+    >>> needed_memory("Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 0) / 2**30
+    20.5
+    """
+    for pattern, more in ((_USED, 0), (_TEMPORARIES, arguments)):
+        if found := pattern.search(refusal):
+            return float(found[1]) * _UNITS[found[2]] + more
+    return 0.0
+
+
+def bytes_of_device(tree: Any) -> int:
+    """Bytes that a device holds of arrays or shapes with their shardings."""
+    part = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(part, jax.tree.leaves(tree)))

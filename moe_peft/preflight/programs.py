@@ -1,0 +1,202 @@
+"""What `preflight` compiles: the programs of training and evaluation, from shapes alone."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from moe_peft import errors, methods, patching
+from moe_peft.evaluation import inference
+from moe_peft.models import encoder_decoder, strategies
+from moe_peft.partitioning import layout as layout_lib
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.preflight import compiled, hardware
+from moe_peft.training import optimizers, start
+from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
+
+PROGRAMS = ("train", "eval", "decode")
+
+
+@gin.configurable("preflight", module="commands")
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What `moe-peft train` and `eval` would run, from the same gin files; see `training.train`.
+
+    Attributes (others are those of `training.train`):
+      embedding_dim: width of sentence embeddings, for methods that route by them.
+      pack: whether training packs; None for what the files say of `train.pack`.
+      eval_batch_size: rows of a batch of evaluation.
+      rank_choices: whether evaluation scores choices; None for what the files say of
+        `Evaluator.rank_choices`. Choices of an example stand in a row as long as targets.
+      num_choices: of an example.
+      decoding: of "decode"; by default greedy.
+    """
+
+    model: nn.Module = gin.REQUIRED
+    method: methods.Method = gin.REQUIRED
+    optimizer: optimizers.Optimizer = gin.REQUIRED
+    feature_lengths: Mapping[str, int] = gin.REQUIRED
+    batch_size: int = gin.REQUIRED
+    frozen_dtype: str = "bfloat16"
+    embedding_dim: int = 384
+    loss: encoder_decoder.LossConfig | None = None
+    pack: bool | None = None
+    eval_batch_size: int = 64
+    rank_choices: bool | None = None
+    num_choices: int = 4
+    decoding: strategies.Strategy = strategies.Greedy()
+
+    def compile(
+        self,
+        target: hardware.Target,
+        devices: Sequence,
+        setting: compiled.Setting,
+        program: str = "train",
+        *,
+        is_quick: bool = False,
+    ) -> compiled.Flight:
+        """Compiles one of `PROGRAMS`.
+
+        Raises:
+          UserError: the setting does not suit the experiment.
+        """
+        if program != "train" and setting.num_microbatches > 1:
+            raise errors.UserError(f"--microbatches belong to training, not to {program}.")
+        mesh = mesh_lib.make_mesh(setting.data, setting.fsdp, setting.model, devices=devices)
+        mesh_lib.check_batch_size(self.rows(program), setting.num_microbatches, mesh)
+        if program == "train":
+            made = self.train_program(mesh, setting)
+        else:
+            made = self.eval_program(mesh, is_decoding=program == "decode")
+        return compiled.compiled(made, target, setting, is_quick=is_quick)
+
+    def rows(self, program: str) -> int:
+        """Of a batch of a program."""
+        return self.batch_size if program == "train" else self.eval_batch_size
+
+    def describe(self) -> dict[str, Any]:
+        """What decides how the programs come out, as json types."""
+        return start.as_json(
+            {
+                "model": start.describe_model(self.model),
+                "method": self.method.describe(),
+                "optimizer": self.optimizer.describe(),
+                "loss": dataclasses.asdict(self.loss or encoder_decoder.LossConfig()),
+                "batch": self._train_batch(),
+                "frozen_dtype": self.frozen_dtype,
+            }
+        )
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """(frozen, trainable) bytes of one whole copy."""
+        begin = self._start(self.model, self._train_batch())
+        return tuple(map(state_lib.num_bytes, self._trees(begin)))
+
+    def train_program(self, mesh: jax.sharding.Mesh, setting: compiled.Setting) -> compiled.Program:
+        """The jitted step with the shapes of state, frozen weights and batch."""
+        begin = self._start(self._network(setting.remat_policy), self._train_batch())
+        axes, layout = begin.logical_axes(), layout_lib.Layout(mesh)
+        frozen, trainable = self._trees(begin)
+        group_of = self.method.learning_rate_group
+        transform = self.optimizer.build(trainable, group_of)
+        state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), trainable)
+        places = layout.like(state, layout.shardings(trainable, axes), trainable)
+        step = step_lib.make_train_step(
+            begin.model,
+            transform,
+            patching.merge,
+            setting.num_microbatches,
+            self.optimizer.learning_rates(trainable, group_of),
+            layout=layout,
+            out_shardings=(places, layout.everywhere),
+        )
+        weights = _at(frozen, layout.shardings(frozen, axes))
+        batch = _batch_at(begin.batch_shapes, mesh)
+        return compiled.Program(step, (_at(state, places), weights, batch), mesh)
+
+    def eval_program(self, mesh: jax.sharding.Mesh, *, is_decoding: bool) -> compiled.Program:
+        """What `moe-peft eval` runs for a full batch: choices, exact match, or decoding."""
+        shapes = self._batch(self.eval_batch_size, is_packed=False)
+        begin = self._start(self._network("none"), shapes)
+        params = patching.merge(*self._trees(begin))
+        params = _at(params, layout_lib.Layout(mesh).shardings(params, begin.logical_axes()))
+        jitted, length = inference.programs(begin.model, mesh), self.feature_lengths["targets"]
+        if is_decoding:
+            shapes = {name: size for name, size in shapes.items() if "decoder" not in name}
+            strategy = dataclasses.replace(self.decoding, max_decode_length=length)
+            step = jax.jit(lambda params, batch: jitted.predict(params, batch, strategy))
+            again = compiled.bytes_of_device(params["decoder"])
+            return compiled.Program(step, (params, _batch_at(shapes, mesh)), mesh, length, again)
+        is_ranking = self.rank_choices
+        if is_ranking is None:
+            is_ranking = _in_files("Evaluator.rank_choices", False)
+        if not is_ranking:
+            return compiled.Program(jitted.exact_match, (params, _batch_at(shapes, mesh)), mesh)
+        shapes["decoder_segment_ids"] = shapes["decoder_target_tokens"]
+        step = jax.jit(lambda params, batch: jitted.choose(params, batch, self.num_choices, False))
+        return compiled.Program(step, (params, _batch_at(shapes, mesh)), mesh)
+
+    def _network(self, remat_policy: str) -> nn.Module:
+        """The model with scanned layers."""
+        config = dataclasses.replace(self.model.config, scan_layers=True, remat_policy=remat_policy)
+        return self.model.clone(config=config)
+
+    def _start(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]):
+        loss = self.loss or encoder_decoder.LossConfig()
+        network = encoder_decoder.EncoderDecoder(self.method.patch(module), loss, self.method)
+        return start.Start(network, None, self.method, shapes)
+
+    def _trees(self, begin: start.Start):
+        """Shapes of (frozen, trainable) as they are stored."""
+        init = lambda rng: begin.model.init(rng, begin.batch_shapes)
+        frozen, trainable = self.method.split(jax.eval_shape(init, jax.random.key(0)))
+        dtype = jnp.dtype(self.frozen_dtype)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen), trainable
+
+    def _train_batch(self) -> dict[str, tuple[int, ...]]:
+        is_packed = _in_files("train.pack", False) if self.pack is None else self.pack
+        return self._batch(self.batch_size, is_packed)
+
+    def _batch(self, rows: int, is_packed: bool) -> dict[str, tuple[int, ...]]:
+        inputs, targets_ = self.feature_lengths["inputs"], self.feature_lengths["targets"]
+        shapes = {
+            "encoder_input_tokens": (rows, inputs),
+            "decoder_input_tokens": (rows, targets_),
+            "decoder_target_tokens": (rows, targets_),
+            # A step that does not look at these does not get them either.
+            "task_ids": (rows,),
+            "sentence_embeddings": (rows, self.embedding_dim),
+        }
+        if is_packed:
+            for side, length in (("encoder", inputs), ("decoder", targets_)):
+                shapes |= {
+                    f"{side}_{name}": (rows, length) for name in ("segment_ids", "positions")
+                }
+        return shapes
+
+
+def _in_files(name: str, default: Any) -> Any:
+    """What gin says of a parameter that another command reads."""
+    try:
+        return gin.query_parameter(name)
+    except ValueError:
+        return default
+
+
+def _batch_at(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    place = mesh_lib.batch_sharding(mesh)
+    kind = lambda name: jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32
+    return {
+        name: jax.ShapeDtypeStruct(shape, kind(name), sharding=place)
+        for name, shape in shapes.items()
+    }
+
+
+def _at(tree, shardings):
+    give = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.tree.map(give, tree, shardings)

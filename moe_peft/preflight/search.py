@@ -1,0 +1,97 @@
+"""Meshes, micro-batches and remat policies: reads them, and tries which of them make a step fit."""
+
+from collections.abc import Sequence
+import itertools
+import math
+import sys
+
+from moe_peft import errors
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.preflight import compiled, hardware, programs, view
+
+
+def meshes(count: int) -> list[tuple[int, int, int]]:
+    """(data, fsdp, model) of so many devices, powers of two, `model` at most 16."""
+    found = []
+    for model, fsdp in itertools.product([1, 2, 4, 8, 16], [1, 2, 4, 8, 16, 32, 64, 128, 256]):
+        if count % (model * fsdp) == 0:
+            found.append((count // (model * fsdp), fsdp, model))
+    return found
+
+
+def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
+    """Reads "data=4,model=4"; data is what the others leave over unless it is given.
+
+    Raises:
+      UserError: another form, or the product is not the number of devices.
+    """
+    sizes = {"fsdp": 1, "model": 1}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        errors.check_one_of("An axis of --mesh", name.strip(), mesh_lib.AXES)
+        if not size.isdecimal() or not int(size):
+            raise errors.UserError(f"--mesh is {text!r}; expected sizes, as in data=4,model=4.")
+        sizes[name.strip()] = int(size)
+    data = sizes.get("data", max(count // (sizes["fsdp"] * sizes["model"]), 1))
+    if data * sizes["fsdp"] * sizes["model"] != count:
+        raise errors.UserError(
+            f"--mesh {text!r} is {data} x {sizes['fsdp']} x {sizes['model']}, but the target has "
+            f"{count} devices."
+        )
+    return data, sizes["fsdp"], sizes["model"]
+
+
+def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Setting:
+    """A mesh and micro-batches to begin with, without compiling anything.
+
+    As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
+    are along `data`, or inside a slice along `fsdp` where a copy of the weights, and of the
+    gradients of what trains, would fill more than half of a chip. At a time a chip takes one row
+    for every two gigabytes that it has, rounded down to a power of two.
+
+    Args:
+      batch_size: rows.
+      weights: bytes that are frozen, bytes that train.
+      target: hardware.
+    """
+    shards = math.gcd(batch_size, target.count)
+    model = target.count // shards
+    frozen, trainable = weights
+    is_split = (frozen + 2 * trainable) / model > target.chip.memory / 2
+    at_a_time = 2 ** int(math.log2(target.chip.memory / 2e9))
+    parts = max(batch_size // shards // at_a_time, 1)
+    fsdp = shards // target.slices if is_split else 1
+    data = shards // fsdp
+    return compiled.Setting(data, fsdp, model, parts, "full")
+
+
+def search(
+    experiment: programs.Experiment,
+    target: hardware.Target,
+    program: str = "train",
+    policies: Sequence[str] = ("minimal", "full"),
+    microbatches: Sequence[int] = (1, 2, 4),
+    *,
+    is_quick: bool = False,
+) -> list[compiled.Flight]:
+    """Compiles what may fit, and ranks it: what fits first, by the bound on the step's time.
+
+    For every mesh, less and less memory is asked for until the step fits. Evaluation has neither
+    micro-batches nor anything to compute again.
+    """
+    if program != "train":
+        policies, microbatches = ("none",), (1,)
+    devices, found = target.devices(), []
+    for shape in meshes(target.count):
+        for parts, policy in itertools.product(microbatches, policies):
+            setting = compiled.Setting(*shape, parts, policy)
+            try:
+                flight = experiment.compile(target, devices, setting, program, is_quick=is_quick)
+            except errors.UserError as error:
+                print(f"{setting}: {error}", file=sys.stderr, flush=True)
+                break
+            found.append(flight)
+            print(f"{setting}: {view.summary(flight)}", file=sys.stderr, flush=True)
+            if flight.fits:
+                break
+    return sorted(found, key=lambda flight: (not flight.fits, flight.seconds))

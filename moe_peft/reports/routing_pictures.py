@@ -1,0 +1,314 @@
+"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+import re
+
+from jaxtyping import Float
+from matplotlib import figure, patches
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from moe_peft import errors
+from moe_peft.reports import run_folder, style
+from moe_peft.training.monitors import task_routing
+
+Weights = Mapping[str, Float[np.ndarray, "n p s"]]
+
+NUM_SELECTORS, NUM_SPLITS = 8, 4  # shown unless others are asked for
+_BLOCKS_PER_ROW = 4
+_NAMED_TASKS = 48  # as many are still labelled one by one beside a heatmap
+
+_MEANING = {
+    "entropy": "entropy, as a share of log(skills)",
+    "sparsity": "weights below half an equal share",
+    "max_weight": "largest weight of a task",
+}
+
+
+def choose(
+    weights: Weights, layers: str | None = None, splits: Sequence[int] | None = None
+) -> dict[str, Float[np.ndarray, "n p s"]]:
+    """Returns the selectors and splits that are to be drawn.
+
+    Args:
+      weights: of all selectors.
+      layers: regular expression found in the selectors' names; None takes some that are evenly
+        spread over the model.
+      splits: numbers; None takes the first few.
+
+    Raises:
+      UserError: none is left.
+    """
+    names = list(weights)
+    if layers is None:
+        places = np.linspace(0, len(names) - 1, min(len(names), NUM_SELECTORS)).round().astype(int)
+        chosen = [names[place] for place in places]
+    else:
+        try:
+            chosen = [name for name in names if re.search(layers, name)]
+        except re.error as error:
+            raise errors.UserError(f"{layers!r} is no regular expression: {error}.") from error
+        if not chosen:
+            raise errors.UserError(
+                f"No selector is called {layers!r}.{errors.near(layers, names)} There are "
+                f"{len(names)}: {', '.join(names[:3])}, ..."
+            )
+    num_splits = next(iter(weights.values())).shape[1]
+    splits = range(min(num_splits, NUM_SPLITS)) if splits is None else splits
+    outside = [split for split in splits if not 0 <= split < num_splits]
+    if outside or not splits:
+        raise errors.UserError(
+            f"The selectors have the splits 0 to {num_splits - 1}; got {list(splits)}."
+        )
+    return {name: weights[name][:, list(splits)] for name in chosen}
+
+
+def draw_weights(
+    weights: Weights,
+    tasks: run_folder.Tasks,
+    title: str,
+    path: pathlib.Path | str,
+    splits: Sequence[int] | None = None,
+) -> None:
+    """Writes small multiples: tasks down, skills across, a strip for each split of each selector.
+
+    Args:
+      weights: of the selectors to be shown, see `choose`.
+      tasks: in the order of the weights' rows.
+      title: above the picture.
+      path: a .png, .pdf or .svg file.
+      splits: numbers of the splits in `weights`; None for 0, 1, ...
+    """
+    order = tasks.by_group()
+    num_tasks, num_splits, num_skills = next(iter(weights.values())).shape
+    splits = list(range(num_splits)) if splits is None else list(splits)
+    num_columns = min(len(weights), _BLOCKS_PER_ROW)
+    num_rows = -(-len(weights) // num_columns)
+    block_width = max(0.055 * num_skills, 0.28) * num_splits + 0.25  # inches
+    places, names = _task_labels(tasks, order)
+    label_width, bar_width = 0.15 + 0.065 * max(map(len, names)), 0.8
+    height = num_rows * (min(max(0.12 * num_tasks, 2.0), 5.0) + 0.75) + 0.7
+    width = max(num_columns * block_width + label_width + bar_width, 6.0)
+    fig = figure.Figure(figsize=(width, height), layout="constrained")
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
+    left, right = fig.subfigures(1, 2, width_ratios=[width - bar_width, bar_width])
+    widths = [block_width + label_width] + [block_width] * (num_columns - 1)
+    blocks = left.subfigures(num_rows, num_columns, squeeze=False, width_ratios=widths)
+    # Equal shares are no darker than the middle of the scale.
+    top = max(2 / num_skills, *(float(np.max(each)) for each in weights.values()))
+    for number, (name, found) in enumerate(weights.items()):
+        block = blocks[number // num_columns][number % num_columns]
+        block.suptitle(_two_lines(name), fontsize=8, color=style.INK)
+        strips = block.subplots(1, num_splits, squeeze=False, sharey=True)[0]
+        for place, axes in enumerate(strips):
+            image = axes.imshow(
+                found[order, place],
+                aspect="auto",
+                interpolation="nearest",
+                cmap="Blues",
+                vmin=0.0,
+                vmax=top,
+            )
+            axes.set_xticks([])
+            axes.tick_params(length=0, colors=style.INK, labelleft=False)
+            if num_splits > 1:
+                axes.set_xlabel(str(splits[place]), fontsize=7, color=style.INK, labelpad=2)
+            for spine in axes.spines.values():
+                spine.set_color("#bbbbbb")
+            _separate_groups(axes, tasks, order)
+        strips[0].set_yticks([])
+        if number % num_columns == 0:
+            strips[0].set_yticks(places, names, fontsize=8 if len(names) < num_tasks else 6.5)
+            strips[0].tick_params(labelleft=True)
+    for spare in range(len(weights), num_rows * num_columns):
+        blocks[spare // num_columns][spare % num_columns].set_visible(False)
+    bar = fig.colorbar(image, cax=right.add_axes((0.1, 0.25, 0.16, 0.5)))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7, colors=style.INK)
+    bar.ax.axhline(1 / num_skills, color="#d55e00", linewidth=1.5)
+    bar.set_label("weight", fontsize=8, color=style.INK)
+    what = "Skills stand side by side" + (", in a strip for each split" if num_splits > 1 else "")
+    fig.supxlabel(
+        f"{what}; the mark at the scale is an equal share, 1/{num_skills}.",
+        x=0.01,
+        ha="left",
+        fontsize=8,
+        color=style.INK,
+    )
+    style.save(fig, path)
+
+
+def distances(weights: Weights) -> Float[np.ndarray, "pairs"]:
+    """Returns how differently two tasks route, in [0, 1], for every pair (as `pdist` orders them).
+
+    The share of weight that one task puts on other skills than the other does (total variation
+    distance), averaged over selectors and splits.
+    """
+    total = sum(
+        distance.pdist(np.asarray(each, np.float64).reshape(len(each), -1), "cityblock")
+        for each in weights.values()
+    )
+    return total / (2 * sum(each.shape[1] for each in weights.values()))
+
+
+def draw_tree(
+    weights: Weights, tasks: run_folder.Tasks, title: str, path: pathlib.Path | str
+) -> list[str]:
+    """Writes a dendrogram of tasks by routing and returns the leaves' names from top to bottom.
+
+    Average linkage of `distances`. A leaf's square and the branches of one group only are in the
+    group's colour.
+
+    Args:
+      weights: of all selectors that count.
+      tasks: at least two, in the order of the weights' rows.
+      title: above the picture.
+      path: a .png, .pdf or .svg file.
+    """
+    if len(tasks.names) < 2:
+        raise errors.UserError("A tree of tasks needs at least two of them.")
+    linkage = hierarchy.linkage(distances(weights), "average", optimal_ordering=True)
+    colors = style.by_name(sorted(set(tasks.groups)))
+    inside = _groups_of_branches(linkage, tasks.groups)
+    fig = figure.Figure(figsize=(7.0, 1.5 + 0.105 * len(tasks.names)), layout="constrained")
+    axes = fig.add_subplot()
+    drawn = hierarchy.dendrogram(
+        linkage,
+        orientation="left",
+        labels=list(tasks.names),
+        ax=axes,
+        link_color_func=lambda node: (
+            colors[next(iter(inside[node]))] if len(inside[node]) == 1 else style.GREY
+        ),
+    )
+    for line in axes.collections:
+        line.set_linewidth(0.9)
+    leaves = drawn["leaves"]
+    # Leaves stand at 5, 15, ...; their squares lie between the tree and the names.
+    axes.scatter(
+        np.full(len(leaves), 1.008),
+        10 * np.arange(len(leaves)) + 5,
+        c=[colors[tasks.groups[leaf]] for leaf in leaves],
+        s=14,
+        marker="s",
+        clip_on=False,
+        transform=axes.get_yaxis_transform(),
+    )
+    axes.tick_params(axis="y", labelsize=6.5, length=0, pad=9, labelcolor=style.INK)
+    axes.tick_params(axis="x", labelsize=8, length=0, colors=style.INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+    axes.set_xlabel(
+        "difference of routing: share of weight on other skills, mean over selectors",
+        fontsize=8,
+        color=style.INK,
+    )
+    handles = [patches.Patch(color=color, label=name) for name, color in colors.items()]
+    legend = fig.legend(
+        handles=handles,
+        title=title,
+        title_fontsize=11,
+        alignment="left",
+        loc="outside upper left",
+        ncols=min(len(handles), 6),
+        frameon=False,
+        fontsize=8,
+        labelcolor=style.INK,
+    )
+    legend.get_title().set_color(style.INK)
+    style.save(fig, path)
+    return [tasks.names[leaf] for leaf in reversed(leaves)]
+
+
+def draw_course(
+    runs: Mapping[str, Sequence[Mapping[str, object]]], title: str, path: pathlib.Path | str
+) -> None:
+    """Writes entropy, sparsity and largest weight over training, one line a run.
+
+    Lines are means over selectors, bands reach from the tenth to the ninetieth percentile of them.
+
+    Args:
+      runs: records of `routing_course`, by the run's label.
+      title: above the picture.
+      path: a .png, .pdf or .svg file.
+    """
+    fig = figure.Figure(figsize=(9.6, 3.6), layout="constrained")
+    all_axes = fig.subplots(1, len(task_routing.STATISTICS))
+    colors = style.by_name(list(runs))
+    for axes, name in zip(all_axes, task_routing.STATISTICS, strict=True):
+        for label, records in runs.items():
+            steps = [record["step"] for record in records]
+            values = np.stack([record[name] for record in records])
+            low, high = np.percentile(values, [10, 90], axis=1)
+            axes.fill_between(steps, low, high, color=colors[label], alpha=0.18, linewidth=0)
+            marker = "o" if len(steps) == 1 else None
+            means = values.mean(axis=1)
+            axes.plot(steps, means, color=colors[label], linewidth=1.8, label=label, marker=marker)
+        style.clean(axes)
+        axes.set_title(_MEANING[name], fontsize=9, color=style.INK, loc="left")
+        axes.set_xlabel("step", fontsize=8, color=style.INK)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(*_readable(*axes.get_ylim()))
+        axes.ticklabel_format(useOffset=False)
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
+    fig.legend(
+        *all_axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(runs), 4),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=style.INK,
+        title="line: mean over selectors, band: 10th to 90th percentile",
+        title_fontsize=8,
+    )
+    style.save(fig, path)
+
+
+def _readable(bottom: float, top: float) -> tuple[float, float]:
+    """Limits of shares that do not blow up a hair's breadth: a tenth at least, within 0 to 1."""
+    middle, half = (bottom + top) / 2, max((top - bottom) / 2, 0.05)
+    middle = np.clip(middle, half, 1.0 - half)
+    return max(middle - half, 0.0) - 0.002, min(middle + half, 1.0) + 0.002
+
+
+def _two_lines(name: str) -> str:
+    """ "encoder/layers_0/attention/query" as "encoder 0" above "attention query"."""
+    head = re.match(r"((?:encoder|decoder)(?:/[a-z]+_\d+)?)/?(.*)", name)
+    if head is None:
+        return name
+    first, rest = head.groups()
+    first = first.replace("/layers_", " ").replace("/", " ")
+    rest = rest.replace("encoder_decoder_attention", "cross-attention")
+    return f"{first}\n{rest.replace('/', ' ').replace('_attention', '-attention')}"
+
+
+def _separate_groups(axes, tasks: run_folder.Tasks, order: np.ndarray) -> None:
+    for _, _, end in group_spans(tasks, order)[:-1]:
+        axes.axhline(end - 0.5, color=style.INK, linewidth=0.5)
+
+
+def _task_labels(tasks: run_folder.Tasks, order: np.ndarray) -> tuple[list[float], list[str]]:
+    """(places, names) of every task, or where they are many of the groups."""
+    if len(order) <= _NAMED_TASKS:
+        return list(range(len(order))), [tasks.names[place] for place in order]
+    spans = group_spans(tasks, order)
+    names = [f"{name} ({end - start})" for name, start, end in spans]
+    return [(start + end - 1) / 2 for _, start, end in spans], names
+
+
+def group_spans(tasks: run_folder.Tasks, order: np.ndarray) -> list[tuple[str, int, int]]:
+    """Returns (group, first place, place after the last) of each group in an order by group."""
+    groups = [tasks.groups[place] for place in order]
+    starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+    ends = [*starts[1:], len(groups)]
+    return [(groups[start], start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _groups_of_branches(linkage: np.ndarray, groups: Sequence[str]) -> list[set[str]]:
+    """Groups below each node: leaves first, then the branches in the order of `linkage`."""
+    inside = [{group} for group in groups]
+    for left, right, _, _ in linkage:
+        inside.append(inside[int(left)] | inside[int(right)])
+    return inside

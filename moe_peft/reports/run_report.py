@@ -1,0 +1,154 @@
+"""Pictures of everything that runs have data for.
+
+    moe-peft report results/lora results/mhr --out results
+
+reads checkpoints and the records of monitors; no gin file is needed.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_peft import errors
+from moe_peft.reports import run_folder
+from moe_peft.training import checkpoints
+from moe_peft.training.monitors import alignment, routing, task_routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run and what it has data for.
+
+    Attributes:
+      folder: of the run.
+      label: what it is called.
+      saved: its checkpoint.
+      weights: of its task routing, by selector; empty if it has none.
+      alignment: records of gradient alignment.
+      course: records of the course of routing.
+    """
+
+    folder: pathlib.Path
+    label: str
+    saved: checkpoints.Saved
+    weights: dict[str, np.ndarray]
+    alignment: list[dict[str, Any]]
+    course: list[dict[str, Any]]
+
+
+def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list[Source]:
+    """Reads runs.
+
+    Args:
+      folders: of the runs.
+      step: which checkpoint of each; None takes the newest.
+
+    Raises:
+      UserError: a folder has no such checkpoint, or nothing that could be drawn.
+    """
+    folders = [pathlib.Path(folder) for folder in folders]
+    saved = [checkpoints.load_trainable(folder, step) for folder in folders]
+    found = []
+    labels = run_folder.labels(folders, saved)
+    for folder, label, each in zip(folders, labels, saved, strict=True):
+        records = alignment.records(folder), routing.records(folder)
+        found.append(Source(folder, label, each, _weights(each), *records))
+        if not found[-1].weights and not any(records):
+            raise errors.UserError(
+                f"There is nothing to draw of {folder}: the method "
+                f"{each.description['method']['name']!r} has no learned task routing, and no "
+                "monitor ran. For gradient alignment, train with --gin_file monitors/alignment.gin."
+            )
+    return found
+
+
+def write(
+    folders: Sequence[pathlib.Path | str],
+    out: pathlib.Path | str,
+    *,
+    step: int | None = None,
+    group: str | None = None,
+    layers: str | None = None,
+    splits: Sequence[int] | None = None,
+) -> list[pathlib.Path]:
+    """Draws what runs have data for and returns the pictures' paths.
+
+    Args:
+      folders: of the runs; those with a course of training share its pictures.
+      out: folder to write into.
+      step: checkpoint whose routing is drawn; None takes the newest.
+      group: as `Evaluator.task_group`; None takes that of each run.
+      layers: see `routing_pictures.choose`.
+      splits: see `routing_pictures.choose`.
+
+    Raises:
+      UserError: see `load`; or layers or splits are asked for and no run has them.
+    """
+    from moe_peft.reports import alignment_pictures, routing_pictures  # Import matplotlib.
+
+    sources, out = load(folders, step), pathlib.Path(out)
+    if (layers or splits) and not any(source.weights for source in sources):
+        names = ", ".join(repr(source.label) for source in sources)
+        raise errors.UserError(
+            f"There are no layers and splits to choose from: {names} has no learned task routing."
+        )
+    paths: list[pathlib.Path] = []
+
+    def path(name: str) -> pathlib.Path:
+        paths.append(out / f"{name}.png")
+        return paths[-1]
+
+    for source in sources:
+        at = f"{source.label}, step {source.saved.step:,}"
+        if source.weights:
+            chosen = routing_pictures.choose(source.weights, layers, splits)
+            num_tasks = len(next(iter(chosen.values())))
+            tasks = run_folder.tasks(source.folder, source.saved, num_tasks, group)
+            routing_pictures.draw_weights(
+                chosen,
+                tasks,
+                f"Weights of {num_tasks} tasks over skills: {at}",
+                path(f"{source.label}_routing_weights"),
+                splits,
+            )
+            if num_tasks > 1:
+                routing_pictures.draw_tree(
+                    source.weights,
+                    tasks,
+                    f"{num_tasks} tasks by routing: {at}",
+                    path(f"{source.label}_routing_tree"),
+                )
+        if source.alignment:
+            names = source.alignment[-1]["tasks"]
+            records = [each for each in source.alignment if each["tasks"] == names]
+            tasks = run_folder.named(names, group or run_folder.task_group(source.folder))
+            alignment_pictures.draw_matrices(
+                records,
+                tasks,
+                f"Gradient alignment of tasks: {source.label}",
+                path(f"{source.label}_alignment"),
+            )
+    courses = {source.label: source.course for source in sources if source.course}
+    if courses:
+        title = "Task routing over training"
+        routing_pictures.draw_course(courses, title, path("routing_course"))
+    aligned = {source.label: source.alignment for source in sources if source.alignment}
+    if aligned:
+        title = "Gradient alignment over training"
+        alignment_pictures.draw_course(aligned, title, path("alignment_course"))
+    return paths
+
+
+def _weights(saved: checkpoints.Saved) -> dict[str, np.ndarray]:
+    """The weights of every selector; empty where there is no learned task routing."""
+    if not task_routing.is_in(saved.trainable):
+        return {}
+    rounds = task_routing.is_straight_through(saved.description["method"])
+    logits = task_routing.logits(saved.trainable)
+    return {
+        name: jax.device_get(task_routing.weights(each, rounds)) for name, each in logits.items()
+    }

@@ -1,0 +1,136 @@
+"""The command line: help at once, settings from gin, results on standard output."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import gin
+import pytest
+
+import moe_peft
+from moe_peft.cli import commands, main
+from moe_peft.config import checks, gin_files
+from moe_peft.runtime import host_memory
+
+TINY_MOV = ("--gin_file", "models/tiny.gin", "--gin_file", "methods/mov.gin")
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+    yield
+    gin.clear_config()
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from moe_peft import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'jax', 'tensorflow', 'gin', 'rich'} & set(sys.modules))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert time.monotonic() - started < 5  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_help_of_every_command_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"moe-peft {command} --gin_file" in shown
+    assert "--gin.NAME=VALUE" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--gin_fil", "x"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(arguments)
+    assert ended.value.code == main.USER_ERROR
+    assert "usage: moe-peft" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--version"])
+    assert capsys.readouterr().out.strip() == moe_peft.__version__
+
+
+def test_plan_from_another_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["plan", *TINY_MOV, "--json", "--gin.mov.num_experts=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # 2 + 2 layers of width 32, 4 heads of 8, feed-forward 64: per expert 3 x 2 x 2 vectors
+    # of 32 with kernels of 8 in attention, and 4 feed-forward vectors and kernels of 64.
+    assert found["trainable"] == 3 * (12 * (32 + 8) + 4 * (64 + 64))
+    assert found["method"]["name"] == "mov"
+    assert found["nominal_percent"] is None
+
+
+def test_plan_shows_tables(capsys):
+    assert main.main(["plan", *TINY_MOV]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Method mov", "encoder/layers_*/attention/key", "expert heads kv", "trainable"):
+        assert text in shown
+
+
+def test_search_paths_and_own_files_come_before_packaged_ones(tmp_path, monkeypatch, capsys):
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "two.gin").write_text("include 'methods/mov.gin'\nmov.num_experts = 2")
+    (tmp_path / "models").mkdir()
+    packaged = (gin_files.packaged_folder() / "models" / "tiny.gin").read_text()
+    (tmp_path / "models" / "tiny.gin").write_text(packaged + "\nT5Config.num_heads = 8\n")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--gin_file", "models/tiny.gin", "--gin_file", "two.gin", "--gin_search_paths=extra")
+    assert main.main(["plan", *flags, "--json"]) == 0
+    leaves = json.loads(capsys.readouterr().out)["leaves"]
+    assert any(leaf["shape"] == [2, 8, 8] for leaf in leaves)
+
+
+def test_files_lists_what_can_be_named(capsys):
+    assert main.main(["files"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"models/tiny.gin", "methods/mov.gin", "runs/train.gin"} <= set(listed)
+    assert main.main(["files", "--folder"]) == 0
+    (folder,) = capsys.readouterr().out.split()
+    assert (pathlib.Path(folder) / "methods" / "mov.gin").is_file()
+
+
+def test_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_run", interrupt)
+    assert main.main(["train"]) == main.INTERRUPTED
+    assert capsys.readouterr().err == "moe-peft train: interrupted.\n"
+
+
+def test_commands_that_compute_run_their_programs_inline(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(host_memory, "run_programs_inline", lambda: asked.append(True))
+    assert main.main(["plan", "--gin_file", "missing.gin"]) == main.USER_ERROR
+    assert not asked
+    assert main.main(["train", "--gin_file", "missing.gin"]) == main.USER_ERROR
+    assert asked
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main, "_run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main.main(["train"])
+
+
+def test_documentation_lists_every_agreed_macro():
+    page = gin_files.packaged_folder().parent / "docs" / "configuration.md"
+    if not page.is_file():
+        pytest.skip("not a checkout")
+    text = page.read_text()
+    for name, meaning in checks.MACROS.items():
+        assert f"| `{name}` | {meaning} |" in text
