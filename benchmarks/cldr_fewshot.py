@@ -21,7 +21,7 @@ import time
 
 import measure
 
-from moe_peft.reports import compare_adapted
+from moe_peft.reports import compare_adapted, pareto
 
 # Variant to the multi-task run it starts from; both name experiment files.
 VARIANTS = {
@@ -159,7 +159,7 @@ def main() -> None:
     record = {v: collect(v, options.seeds, root) for v in options.variants}
     title = f"cldr_new: exact match after adaptation, {len(options.seeds)} seeds of both phases"
     rows = [
-        compare_adapted.Row(
+        pareto.Row(
             variant, found["trainable"], tuple(found["scores"]), statistics.fmean(found["seconds"])
         )
         for variant, found in record.items()

@@ -24,6 +24,7 @@ import numpy as np
 
 from moe_peft import patching
 from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.weights import saved_run
 
 TRAINER = pathlib.Path(__file__).parent / "kill_test_run.py"
 
@@ -68,7 +69,7 @@ def run_with_kills(
             break
         process.send_signal(number)
         process.wait()
-        reached.append((checkpoints.steps(folder) or [0])[-1])
+        reached.append((saved_run.steps(folder) or [0])[-1])
         print(f"kill {len(reached)}: newest checkpoint is of step {reached[-1]}", flush=True)
     code = process.wait()
     if code:

@@ -25,6 +25,7 @@ from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
 from moe_peft.training import optimizers
 from moe_peft.training import start as start_lib
+from moe_peft.weights import identity
 
 Count = int | Mapping[str, int]
 
@@ -169,10 +170,10 @@ def adapt(
         frozen_dtype,
         task_weights,
     )
-    description = start_lib.as_json(
+    description = identity.as_json(
         {
             "method": method.describe(),
-            "model": start_lib.describe_model(model),
+            "model": identity.describe_model(model),
             "backbone_spec": backbone,
             "backbone": {"fingerprint": start.fingerprint, "frozen_dtype": frozen_dtype},
             "source": {"folder": source, "step": start.source_step},

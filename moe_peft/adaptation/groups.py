@@ -19,9 +19,9 @@ from moe_peft.adaptation import group as group_lib
 from moe_peft.adaptation import progress as progress_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.runtime import json_files
-from moe_peft.training import start as start_lib
 from moe_peft.training import state
 from moe_peft.training import step as step_lib
+from moe_peft.weights import identity
 
 FOLDER = "groups"
 ADAPTERS = "adapters.safetensors"
@@ -117,7 +117,7 @@ class Groups:
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
         for part in _PARTS:
-            difference = start_lib.first_difference(
+            difference = identity.first_difference(
                 record["description"][part], description[part], part
             )
             if difference:

@@ -12,7 +12,7 @@ from moe_peft.adaptation import data
 from moe_peft.methods import transfer
 from moe_peft.training import start as start_lib
 from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import exported
+from moe_peft.weights import exported, identity
 
 _NO_JOB = data.Job("", 0)  # stands for any: frozen leaves are the same for all
 
@@ -53,7 +53,7 @@ class Start:
         _check(method, source)
         saved = exported.load(_existing(source)) if source else None
         if saved:
-            start_lib.check_source(method, saved.description, str(source))
+            identity.check_source(method, saved.description, str(source))
         shapes = start.base_shapes()
         loaded = backbone_lib.load(
             backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)

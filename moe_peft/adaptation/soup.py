@@ -20,6 +20,9 @@ import numpy as np
 from moe_peft import errors
 
 if TYPE_CHECKING:  # Data readers import TensorFlow.
+    from moe_peft.adaptation import data
+
+if TYPE_CHECKING:  # Data readers import TensorFlow.
     pass
 
 Encoder = Callable[[Sequence[str]], Float[np.ndarray, "b d"]]
@@ -232,7 +235,7 @@ def task_weights(
     shots: int | Mapping[str, int],
     wordings: int | Mapping[str, int] = 1,
     neighbours: Neighbours | None = None,
-) -> Callable[["fleet_data.Job"], Float[np.ndarray, " n"]]:
+) -> Callable[["data.Job"], Float[np.ndarray, " n"]]:
     """Returns a run's task and seed -> weights of the source's tasks, for `adapt.task_weights`.
 
     A new task is known by the shots of the run alone, all their wordings.
@@ -250,7 +253,7 @@ def task_weights(
     lookup.get(source_mixture)
     sources = functools.cache(lambda: Sources(source_mixture, num_tasks, settings))
 
-    def weights(job: "fleet_data.Job") -> Float[np.ndarray, " n"]:
+    def weights(job: "data.Job") -> Float[np.ndarray, " n"]:
         (task,) = lookup.tasks_of(job.task)
         number = len(_rows(task, None))
         drawn = fewshot.draw(job.task, number, sizes, job.seed)

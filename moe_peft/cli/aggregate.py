@@ -16,9 +16,9 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.adaptation import report as report_lib
-from moe_peft.evaluation import aggregation, answer_cache, metrics, questions
+from moe_peft.evaluation import aggregation, answer_cache, metrics, questions, table
 from moe_peft.evaluation import bootstrap as bootstrap_lib
-from moe_peft.reports import compare, compare_adapted
+from moe_peft.reports import compare_adapted
 from moe_peft.runtime import json_files
 
 RESULTS, TABLE, PREDICTIONS = "results.json", "table.md", "predictions.jsonl"
@@ -96,11 +96,11 @@ def aggregate(folder: pathlib.Path, changes: Changes, out: pathlib.Path | None) 
                 f"{folder} holds no answers (eval/*/{answer_cache.RECORD}, or {RESULTS} and "
                 f"{PREDICTIONS}); make them with `moe-peft eval` or `moe-peft adapt`."
             )
-    for place, content, table in tables:
-        print(table)
+    for place, content, text in tables:
+        print(text)
         if out is not None:
             json_files.write_json(out / place / RESULTS, content)
-            json_files.write_text(out / place / TABLE, table)
+            json_files.write_text(out / place / TABLE, text)
             print(f"Written to {out / place}.", file=sys.stderr)
 
 
@@ -126,8 +126,8 @@ def _evaluations(folder: pathlib.Path, changes: Changes) -> Iterator[_Table]:
             "settings": settings,
             "results": aggregation.aggregate(rows, settings["average"], how).to_json(),
         }
-        run = compare.Run(record["run"]["method"]["name"], content)
-        yield path.parent.relative_to(folder), content, compare.markdown([run])
+        run = table.Run(record["run"]["method"]["name"], content)
+        yield path.parent.relative_to(folder), content, table.markdown([run])
 
 
 def _adaptation(folder: pathlib.Path, changes: Changes) -> _Table:

@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (errors.UserError, OSError) as error:
-        from moe_peft.config import gin_files as config_gin_files
+        from moe_peft.config import gin_files
 
-        print(f"moe-peft {args.command}: {config_gin_files.one_line(error)}", file=sys.stderr)
+        print(f"moe-peft {args.command}: {gin_files.one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"moe-peft {args.command}: interrupted.", file=sys.stderr)
@@ -73,9 +73,10 @@ def _say_skipped(before: collections.Counter[tuple[str, str]]) -> None:
 
 
 def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
-
     if args.command == "files":
-        folder = config_gin_files.packaged_folder()
+        from moe_peft.config import gin_files
+
+        folder = gin_files.packaged_folder()
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
         print(folder if args.folder else "\n".join(found))
         return 0
@@ -157,12 +158,13 @@ def _preflight(experiment, args: argparse.Namespace) -> int:
 
 def _compare(folders: Sequence[str], out: str) -> None:
     """Shows folders of adaptations as parameters against score, others as tables by group."""
+    from moe_peft.evaluation import table
     from moe_peft.reports import compare, compare_adapted
 
     adapted = [folder for folder in folders if compare_adapted.is_adaptation(folder)]
     evaluated = [folder for folder in folders if folder not in adapted]
     for runs in compare.load(evaluated).values():
-        compare.show(runs)
+        table.show(runs)
         _say_written(compare.write(runs, out))
     for mixture, (title, rows) in compare_adapted.load(adapted).items():
         compare_adapted.show(rows, title)

@@ -94,11 +94,6 @@ def check(
     _check_used(config, roots, is_partial)
 
 
-def signature(configurable: gin_config.Configurable) -> inspect.Signature:
-    """The signature of the wrapped function or class."""
-    return inspect.signature(configurable.wrapped)
-
-
 def references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
     """Every `@name`, `@name()` and `%MACRO` inside a value."""
     if isinstance(value, gin_config.ConfigurableReference):
@@ -312,7 +307,7 @@ def _check_required(config: gin_files.Config, root: str) -> None:
         if selector.startswith("gin."):
             continue
         configurable = gin_config._REGISTRY[selector]
-        for name, parameter in signature(configurable).parameters.items():
+        for name, parameter in gin_files.signature(configurable).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             needed = parameter.default is gin.REQUIRED or (

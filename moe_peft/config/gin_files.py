@@ -2,7 +2,7 @@
 
 gin itself accepts much that is wrong: a macro nobody reads, a binding of a function the run never
 calls, a string where a number belongs. `load` therefore walks the statements of every file once,
-remembers where each value was written, and `gin_checks` looks at the whole before anything runs.
+remembers where each value was written, and `checks` looks at the whole before anything runs.
 
 Files are looked up in the working directory, in `--gin_search_paths`, and in the `gin/` folder that
 comes with the package.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import difflib
 import importlib
+import inspect
 import pathlib
 import re
 from typing import Any
@@ -284,11 +285,14 @@ def configurable_names() -> list[str]:
     return sorted({*names, *(name.rsplit(".", 1)[-1] for name in names)})
 
 
+def signature(configurable: gin_config.Configurable) -> inspect.Signature:
+    """The signature of the wrapped function or class."""
+    return inspect.signature(configurable.wrapped)
+
+
 def parameters(configurable: gin_config.Configurable) -> list[str]:
     """Names of the parameters gin may set."""
-    from moe_peft.config import checks
-
-    names = list(checks.signature(configurable).parameters)
+    names = list(signature(configurable).parameters)
     allowed = configurable.allowlist or names
     denied = configurable.denylist or ()
     return [name for name in names if name in allowed and name not in denied]

@@ -8,9 +8,8 @@ import numpy as np
 
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import checkpoints
 from moe_peft.training import start as start_lib
-from moe_peft.weights import leaves, merging, scan_layout
+from moe_peft.weights import leaves, merging, saved_run, scan_layout
 
 Arrays = dict[str, np.ndarray]
 Layers = dict[str, Arrays]
@@ -32,7 +31,7 @@ def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def by_layer(saved: checkpoints.Saved) -> Layers:
+def by_layer(saved: saved_run.Saved) -> Layers:
     """Returns {"encoder/layers_0/attention/key": {"lora_a": array, ...}}, float32.
 
     Routers that several layers share are left out.

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.training import checkpoints, start
+from moe_peft.weights import identity, saved_run
 
 
 def average(
-    members: Mapping[str, checkpoints.Saved], weights: Sequence[float] | None = None
-) -> checkpoints.Saved:
+    members: Mapping[str, saved_run.Saved], weights: Sequence[float] | None = None
+) -> saved_run.Saved:
     """Returns `sum_i w_i leaf_i` of every leaf, in float32.
 
     Args:
@@ -42,7 +42,7 @@ def average(
     }
     description.pop("member", None)
     tree = patching.trees.unflatten(mean)
-    return checkpoints.Saved(first.step, tree, {}, {"description": description})
+    return saved_run.Saved(first.step, tree, {}, {"description": description})
 
 
 def _checked_weights(number: int, weights: Sequence[float] | None) -> list[float]:
@@ -64,7 +64,7 @@ def _check_same(first: str, one: Mapping, name: str, other: Mapping) -> None:
         values = [description.get(part) for description in (one, other)]
         for key in path:
             values = [(value or {}).get(key) for value in values]
-        difference = start.first_difference(*values, ".".join((part, *path)))
+        difference = identity.first_difference(*values, ".".join((part, *path)))
         if difference:
             difference = difference.replace("in the checkpoint", f"in {first}")
             difference = difference.replace("here", f"in {name}")

@@ -10,8 +10,15 @@ import numpy as np
 from moe_peft import errors, patching
 from moe_peft.convert import averaging, merged, models, single_task, targets
 from moe_peft.convert.peft import adapters
-from moe_peft.training import checkpoints
-from moe_peft.weights import backbone, checkpoint_file, exported, formats, records, t5_sizes
+from moe_peft.weights import (
+    backbone,
+    checkpoint_file,
+    exported,
+    formats,
+    records,
+    saved_run,
+    t5_sizes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +73,7 @@ def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
         name, content = " and ".join(names), _average(names, contents, options)
     else:
         (name,), (content,) = names, contents
-    if isinstance(content, checkpoints.Saved) and _trains_all(content):
+    if isinstance(content, saved_run.Saved) and _trains_all(content):
         content = models.open_saved(content, name)
     if isinstance(content, checkpoint_file.Opened):
         return _convert_model(content, found[0], to, options)
@@ -75,7 +82,7 @@ def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
     return _convert_adapter(content, name, to, options)
 
 
-def _open(place: targets.Place, options: Options) -> checkpoints.Saved | checkpoint_file.Opened:
+def _open(place: targets.Place, options: Options) -> saved_run.Saved | checkpoint_file.Opened:
     if place.kind == targets.RUN:
         return exported.load(place.path, options.step, options.member)
     for name in ("member", "step"):
@@ -90,13 +97,13 @@ def _open(place: targets.Place, options: Options) -> checkpoints.Saved | checkpo
     return exported.load(place.path) if is_adapter else models.open_place(place)
 
 
-def _trains_all(saved: checkpoints.Saved) -> bool:
+def _trains_all(saved: saved_run.Saved) -> bool:
     return saved.description["method"]["name"] == "full"
 
 
-def _average(names, contents, options: Options) -> checkpoints.Saved:
+def _average(names, contents, options: Options) -> saved_run.Saved:
     for name, content in zip(names, contents, strict=True):
-        if not isinstance(content, checkpoints.Saved):
+        if not isinstance(content, saved_run.Saved):
             raise errors.UserError(f"{name} is no adapter; --average takes adapters.")
     if len(set(names)) < len(names):
         raise errors.UserError(f"--average names {', '.join(names)}: one of them twice.")

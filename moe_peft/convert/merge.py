@@ -7,9 +7,8 @@ import gin
 
 from moe_peft import errors, methods
 from moe_peft.convert import merged as merged_lib
-from moe_peft.training import start
 from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import exported
+from moe_peft.weights import exported, identity
 
 
 @gin.register(module="commands")
@@ -65,5 +64,5 @@ def merge(
         seed=seed,
     )
     print(f"logits before and after on a random batch: {merged.gap}")
-    metadata = {**merged.record, "model": start.describe_model(model)}
-    return backbone_lib.save(merged.params, path, dtype, start.as_json(metadata))
+    metadata = {**merged.record, "model": identity.describe_model(model)}
+    return backbone_lib.save(merged.params, path, dtype, identity.as_json(metadata))

@@ -9,9 +9,9 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods
 from moe_peft.models import encoder_decoder
-from moe_peft.training import checkpoints, restore
+from moe_peft.training import restore
 from moe_peft.training import start as start_lib
-from moe_peft.weights import merging
+from moe_peft.weights import identity, merging, saved_run
 
 _SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
 # Of the largest logit: rounding of float32, and of activations in bfloat16.
@@ -44,7 +44,7 @@ def merge(
     network: nn.Module,
     method: methods.Method,
     backbone: str,
-    saved: checkpoints.Saved,
+    saved: saved_run.Saved,
     where: str,
     *,
     task: int | None = None,
@@ -83,7 +83,7 @@ def merge(
             f"{allowed:g}; nothing was written. Are the run's weights finite?"
         )
     record = {
-        "merged": start_lib.as_json(method.describe()),
+        "merged": identity.as_json(method.describe()),
         "task": task,
         "step": saved.step,
         "model_dir": where,

@@ -11,7 +11,6 @@ import jax
 from moe_peft import errors
 from moe_peft.convert import targets
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import checkpoints
 from moe_peft.weights import (
     backbone,
     checkpoint_file,
@@ -21,6 +20,7 @@ from moe_peft.weights import (
     merging,
     records,
     safetensors_files,
+    saved_run,
     t5_sizes,
     t5x_files,
 )
@@ -40,7 +40,7 @@ def open_file(path: pathlib.Path) -> checkpoint_file.Opened:
     return checkpoint_file.Opened(str(path), config, found)
 
 
-def open_saved(saved: checkpoints.Saved, where: str) -> checkpoint_file.Opened:
+def open_saved(saved: saved_run.Saved, where: str) -> checkpoint_file.Opened:
     """Returns the model of a run that trained all of it."""
     config = records.network(saved.description, where).config
     return checkpoint_file.Opened(where, config, leaves.flatten(saved.trainable))

@@ -11,11 +11,10 @@ from moe_peft.adapters import poly
 from moe_peft.convert import adapter_trees
 from moe_peft.patching import granularity
 from moe_peft.routing import task_routers
-from moe_peft.training import checkpoints, start
-from moe_peft.weights import merging, records
+from moe_peft.weights import identity, merging, records, saved_run
 
 
-def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
+def of(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
     """Returns the LoRA or the (IA)3 that the adapter is for one task.
 
     The modules are averaged with the weights of the task, as every batch does it. Splits disappear:
@@ -57,12 +56,12 @@ def of(saved: checkpoints.Saved, task: int, where: str) -> checkpoints.Saved:
     plain = _plain(modules[0], method)
     description = {
         **saved.description,
-        "method": start.as_json(plain.describe()),
+        "method": identity.as_json(plain.describe()),
         "task": task,
         "task_of": saved.description["method"],
     }
     tree = adapter_trees.assemble(layers, adapter_trees.shapes_of(plain, network))
-    return checkpoints.Saved(saved.step, tree, {}, {"description": description})
+    return saved_run.Saved(saved.step, tree, {}, {"description": description})
 
 
 def _weights(

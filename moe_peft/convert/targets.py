@@ -10,8 +10,7 @@ import shutil
 from etils import epath
 
 from moe_peft import errors
-from moe_peft.training import checkpoints
-from moe_peft.weights import backbone, exported, formats
+from moe_peft.weights import backbone, exported, formats, saved_run
 
 RUN = "run"
 _KINDS = (RUN, *formats.FORMATS)
@@ -124,4 +123,4 @@ def _split(spec: str) -> tuple[str | None, str]:
 
 
 def _is_run(path: str) -> bool:
-    return bool(checkpoints.steps(path)) or exported.is_adaptation(pathlib.Path(path))
+    return bool(saved_run.steps(path)) or exported.is_adaptation(pathlib.Path(path))

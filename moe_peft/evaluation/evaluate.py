@@ -11,10 +11,9 @@ import gin
 import jax
 
 from moe_peft import methods
-from moe_peft.evaluation import answer_cache, questions, restore
+from moe_peft.evaluation import answer_cache, questions, restore, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.reports import compare
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 
@@ -92,9 +91,9 @@ def evaluate(
             "results": evaluator.results(rows).to_json(),
         }
         json_files.write_json(folder / "results.json", found[mixture])
-        runs = [compare.Run(method.name, found[mixture])]
-        json_files.write_text(folder / "table.md", compare.markdown(runs))
-        compare.show(runs)
+        runs = [table.Run(method.name, found[mixture])]
+        json_files.write_text(folder / "table.md", table.markdown(runs))
+        table.show(runs)
         if found[mixture]["num_cut_targets"]:
             print(
                 f"WARNING: {sum(suite.is_cut)} of {len(rows)} targets are longer than "

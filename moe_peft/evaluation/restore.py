@@ -13,6 +13,7 @@ from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import restore as restore_lib
 from moe_peft.training import start as start_lib
+from moe_peft.weights import identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def restore(
         start, backbone, model_dir if trainable else None, step, frozen_dtype, start_from
     )
     run = {
-        "method": start_lib.as_json(method.describe()),
+        "method": identity.as_json(method.describe()),
         "backbone": backbone,
         "model_dir": str(model_dir),
         "step": step,

@@ -1,1 +1,1 @@
-"""What a run needs, before it runs: parameters, memory, operations, on hardware that is not here."""
+"""What a run needs, before it runs: parameters, memory, operations, on absent hardware too."""

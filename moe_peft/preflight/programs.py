@@ -18,6 +18,7 @@ from moe_peft.preflight import compiled, hardware
 from moe_peft.training import optimizers, start
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
+from moe_peft.weights import identity
 
 PROGRAMS = ("train", "eval", "decode")
 
@@ -81,9 +82,9 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """What decides how the programs come out, as json types."""
-        return start.as_json(
+        return identity.as_json(
             {
-                "model": start.describe_model(self.model),
+                "model": identity.describe_model(self.model),
                 "method": self.method.describe(),
                 "optimizer": self.optimizer.describe(),
                 "loss": dataclasses.asdict(self.loss or encoder_decoder.LossConfig()),

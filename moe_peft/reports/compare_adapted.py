@@ -13,13 +13,13 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
 
 from moe_peft import errors
-from moe_peft.reports import compare
+from moe_peft.evaluation import table as table_lib
+from moe_peft.reports import pareto
 
 RESULTS = "results.json"
 
@@ -32,52 +32,12 @@ _MUST_AGREE = {
 _COLUMNS = ("variant", "trained", "mean", "std", "median", "IQR", "seeds", "seconds")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One variant.
-
-    Attributes:
-      name: of the variant.
-      trainable: parameters it trains for a new task.
-      scores: one for each seed, averages over tasks, in [0, 1].
-      seconds: wall time of the adaptation of all tasks and seeds, if known.
-    """
-
-    name: str
-    trainable: int
-    scores: tuple[float, ...]
-    seconds: float | None = None
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return float(np.mean(self.scores))
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds (divided by their number less one); None for one."""
-        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
-
-    @property
-    def median(self) -> float:
-        """Over seeds."""
-        return float(np.median(self.scores))
-
-    @property
-    def iqr(self) -> float | None:
-        """Third less first quartile over seeds, linearly interpolated; None for one seed."""
-        if len(self.scores) == 1:
-            return None
-        first, third = np.percentile(self.scores, [25, 75])
-        return float(third - first)
-
-
 def is_adaptation(folder: pathlib.Path | str) -> bool:
     """Whether a folder holds the results of an adaptation."""
     return (pathlib.Path(folder) / RESULTS).is_file()
 
 
-def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[Row]]]:
+def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[pareto.Row]]]:
     """Returns {mixture: (title, rows)} of the adaptations in some folders, in their order.
 
     A row is called by its method; where two of a mixture share it, by their folders.
@@ -102,21 +62,7 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[Row
     return tables
 
 
-def front(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows that no other one equals with fewer parameters or beats with as many.
-
-    By parameters, so that scores rise. Of rows with equal means and parameters all are kept.
-    """
-
-    def beats(one: Row, other: Row) -> bool:
-        as_good = one.trainable <= other.trainable and one.mean >= other.mean
-        return as_good and (one.trainable, one.mean) != (other.trainable, other.mean)
-
-    best = [row for row in rows if not any(beats(other, row) for other in rows)]
-    return sorted(best, key=lambda row: row.trainable)
-
-
-def cells(row: Row) -> list[str]:
+def cells(row: pareto.Row) -> list[str]:
     """Returns what the table shows of a row: scores in per cent."""
     percent = lambda share: "-" if share is None else f"{100 * share:.1f}"
     return [
@@ -131,12 +77,14 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def show(rows: Sequence[Row], title: str, console: rich.console.Console | None = None) -> None:
+def show(
+    rows: Sequence[pareto.Row], title: str, console: rich.console.Console | None = None
+) -> None:
     """Prints the table, best mean first; the front is bold."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    best = front(rows)
+    best = pareto.front(rows)
     for row in _sorted(rows):
         table.add_row(*cells(row), style="bold" if row in best else "")
     console = console or rich.console.Console()
@@ -144,12 +92,12 @@ def show(rows: Sequence[Row], title: str, console: rich.console.Console | None =
     console.print(table)
 
 
-def markdown(rows: Sequence[Row], title: str) -> str:
+def markdown(rows: Sequence[pareto.Row], title: str) -> str:
     """The same table for a document."""
     lines = [f"### {title}", "", "Mean, sample standard deviation, median and interquartile range"]
     lines[-1] += " are over seeds, in per cent. The Pareto front is in bold."
     lines += ["", "| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
-    best = front(rows)
+    best = pareto.front(rows)
     for row in _sorted(rows):
         name, *numbers = cells(row)
         name = f"**{name}**" if row in best else name
@@ -157,13 +105,13 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     return "\n".join(lines)
 
 
-def to_json(rows: Sequence[Row], title: str) -> dict[str, Any]:
+def to_json(rows: Sequence[pareto.Row], title: str) -> dict[str, Any]:
     """What the table shows, in numbers: shares in [0, 1]."""
-    best = front(rows)
+    best = pareto.front(rows)
     return {"title": title, "rows": [_as_json(row) | {"front": row in best} for row in rows]}
 
 
-def write(rows: Sequence[Row], title: str, stem: pathlib.Path | str) -> list[pathlib.Path]:
+def write(rows: Sequence[pareto.Row], title: str, stem: pathlib.Path | str) -> list[pathlib.Path]:
     """Writes <stem>.md, .json and .png; returns their paths."""
     from moe_peft.reports import pareto_picture  # Imports matplotlib.
     from moe_peft.runtime import json_files
@@ -176,11 +124,11 @@ def write(rows: Sequence[Row], title: str, stem: pathlib.Path | str) -> list[pat
     return paths
 
 
-def _sorted(rows: Sequence[Row]) -> list[Row]:
+def _sorted(rows: Sequence[pareto.Row]) -> list[pareto.Row]:
     return sorted(rows, key=lambda row: -row.mean)
 
 
-def _as_json(row: Row) -> Mapping[str, Any]:
+def _as_json(row: pareto.Row) -> Mapping[str, Any]:
     computed = {name: getattr(row, name) for name in ("mean", "std", "median", "iqr")}
     return {**dataclasses.asdict(row), **computed}
 
@@ -192,9 +140,9 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
         raise errors.UserError(f"{path} cannot be read: {error}.") from error
 
 
-def _row(name: str, content: Mapping[str, Any]) -> Row:
+def _row(name: str, content: Mapping[str, Any]) -> pareto.Row:
     scores = tuple(content["overall"]["by_seed"].values())
-    return Row(name, content["trainable_parameters"], scores, content["seconds"])
+    return pareto.Row(name, content["trainable_parameters"], scores, content["seconds"])
 
 
 def _check_alike(first, other) -> None:
@@ -216,5 +164,5 @@ def _check_alike(first, other) -> None:
 
 def _title(content: Mapping[str, Any]) -> str:
     settings, tasks = content["settings"], content["overall"]["num_tasks"]
-    data, metric = settings["data"], compare.metric_title(settings["evaluation"])
+    data, metric = settings["data"], table_lib.metric_title(settings["evaluation"])
     return f"{data['mixture']}: {metric} after adaptation, {data['shots']} shots, {tasks} tasks"

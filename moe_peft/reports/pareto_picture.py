@@ -7,12 +7,12 @@ import re
 from matplotlib import figure, ticker
 import numpy as np
 
-from moe_peft.reports import compare_adapted, labels, style
+from moe_peft.reports import labels, pareto, style
 
 _MARKERS = "os^Dvp*"
 
 
-def draw(rows: Sequence[compare_adapted.Row], title: str, path: pathlib.Path | str) -> None:
+def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> None:
     """Writes the picture: points are means over seeds, bars one standard deviation each way.
 
     Args:
@@ -27,7 +27,7 @@ def draw(rows: Sequence[compare_adapted.Row], title: str, path: pathlib.Path | s
     places = _side_by_side(trained)
     for row, x in zip(trained, places, strict=True):
         _point(axes, row, x, list(dict.fromkeys(map(_family, trained))).index(_family(row)))
-    corners = _stairs(compare_adapted.front(trained))
+    corners = _stairs(pareto.front(trained))
     axes.plot(*np.reshape(corners, (-1, 2)).T, color=style.INK, linewidth=1, alpha=0.5, zorder=2)
     for row in untrained:
         axes.axhline(100 * row.mean, color=style.GREY, linewidth=1, linestyle="--", zorder=1)
@@ -64,7 +64,7 @@ def draw(rows: Sequence[compare_adapted.Row], title: str, path: pathlib.Path | s
     style.save(fig, path)
 
 
-def _point(axes, row: compare_adapted.Row, x: float, number: int) -> None:
+def _point(axes, row: pareto.Row, x: float, number: int) -> None:
     axes.errorbar(
         x,
         100 * row.mean,
@@ -80,7 +80,7 @@ def _point(axes, row: compare_adapted.Row, x: float, number: int) -> None:
     )
 
 
-def _side_by_side(rows: Sequence[compare_adapted.Row]) -> list[float]:
+def _side_by_side(rows: Sequence[pareto.Row]) -> list[float]:
     """Where points stand: at their parameters, or a little aside if they would hide another."""
     if not rows:
         return []
@@ -101,12 +101,12 @@ def _side_by_side(rows: Sequence[compare_adapted.Row]) -> list[float]:
     return [x for x, _, _ in found]
 
 
-def _family(row: compare_adapted.Row) -> str:
+def _family(row: pareto.Row) -> str:
     """ "mhr" of "mhr-z": variants of one method look alike."""
     return re.split(r"[-_ ]", row.name)[0].lower()
 
 
-def _stairs(best: Sequence[compare_adapted.Row]) -> list[tuple[float, float]]:
+def _stairs(best: Sequence[pareto.Row]) -> list[tuple[float, float]]:
     """Corners of the front: a score is reached from its number of parameters on."""
     corners = []
     for row in best:

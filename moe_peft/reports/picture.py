@@ -6,10 +6,11 @@ import pathlib
 from matplotlib import figure, ticker
 import numpy as np
 
-from moe_peft.reports import compare, style
+from moe_peft.evaluation import table
+from moe_peft.reports import style
 
 
-def draw(runs: Sequence[compare.Run], path: pathlib.Path | str) -> None:
+def draw(runs: Sequence[table.Run], path: pathlib.Path | str) -> None:
     """Writes the picture: bars are means over templates, short lines medians.
 
     Args:
@@ -52,7 +53,7 @@ def draw(runs: Sequence[compare.Run], path: pathlib.Path | str) -> None:
     axes.margins(y=0.08)
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
     style.clean(axes)
-    style.title(axes, compare.title(runs).replace(", per cent", ""))
+    style.title(axes, table.title(runs).replace(", per cent", ""))
     fig.legend(
         loc="outside lower center",
         ncols=min(len(runs), 3),
@@ -65,11 +66,11 @@ def draw(runs: Sequence[compare.Run], path: pathlib.Path | str) -> None:
     style.save(fig, path)
 
 
-def _colors(runs: Sequence[compare.Run]) -> list[str]:
+def _colors(runs: Sequence[table.Run]) -> list[str]:
     trained = [run for run in runs if run.trainable]
     by_name = {run.name: style.COLORS[i % len(style.COLORS)] for i, run in enumerate(trained)}
     return [by_name.get(run.name, style.GREY) for run in runs]
 
 
-def _size(run: compare.Run) -> str:
+def _size(run: table.Run) -> str:
     return run.size() if run.trainable else "nothing trained"

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.training import checkpoints
+from moe_peft.weights import saved_run
 
 CONFIG = "config.gin"
 OTHER = "other"  # group of tasks that the expression does not match
@@ -33,7 +33,7 @@ class Tasks:
         return np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
 
 
-def labels(folders: Sequence[pathlib.Path], saved: Sequence[checkpoints.Saved]) -> list[str]:
+def labels(folders: Sequence[pathlib.Path], saved: Sequence[saved_run.Saved]) -> list[str]:
     """Returns what runs are called: by method; where two share it, by folder; else by path."""
     by_method = [each.description["method"]["name"] for each in saved]
     paths = [folder.absolute() for folder in folders]
@@ -48,7 +48,7 @@ def labels(folders: Sequence[pathlib.Path], saved: Sequence[checkpoints.Saved]) 
 
 
 def tasks(
-    folder: pathlib.Path, saved: checkpoints.Saved, num_tasks: int, group: str | None = None
+    folder: pathlib.Path, saved: saved_run.Saved, num_tasks: int, group: str | None = None
 ) -> Tasks:
     """Returns the tasks of a run's logits.
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from moe_peft import errors
 from moe_peft.reports import run_folder
-from moe_peft.training import checkpoints
 from moe_peft.training.monitors import alignment, routing, task_routing
+from moe_peft.weights import saved_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source:
 
     folder: pathlib.Path
     label: str
-    saved: checkpoints.Saved
+    saved: saved_run.Saved
     weights: dict[str, np.ndarray]
     alignment: list[dict[str, Any]]
     course: list[dict[str, Any]]
@@ -51,7 +51,7 @@ def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list
       UserError: a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
-    saved = [checkpoints.load_trainable(folder, step) for folder in folders]
+    saved = [saved_run.load_trainable(folder, step) for folder in folders]
     found = []
     labels = run_folder.labels(folders, saved)
     for folder, label, each in zip(folders, labels, saved, strict=True):
@@ -143,7 +143,7 @@ def write(
     return paths
 
 
-def _weights(saved: checkpoints.Saved) -> dict[str, np.ndarray]:
+def _weights(saved: saved_run.Saved) -> dict[str, np.ndarray]:
     """The weights of every selector; empty where there is no learned task routing."""
     if not task_routing.is_in(saved.trainable):
         return {}

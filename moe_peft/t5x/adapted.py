@@ -17,7 +17,7 @@ from t5x import models as t5x_models
 from moe_peft import errors, methods, patching, routing
 from moe_peft.models import encoder_decoder
 from moe_peft.t5x import features, saving, trainable
-from moe_peft.training import start
+from moe_peft.weights import identity
 
 Batch = Mapping[str, Array]
 
@@ -57,8 +57,8 @@ def model(
 
 def _read(path: str, method: methods.Method) -> dict[str, Array]:
     saved = saving.read(path)
-    start.check_same_run(
-        saved.description, {"method": start.as_json(method.describe())}, path, ("method",)
+    identity.check_same_run(
+        saved.description, {"method": identity.as_json(method.describe())}, path, ("method",)
     )
     return {name: jnp.asarray(leaf) for name, leaf in patching.flatten(saved.trainable).items()}
 

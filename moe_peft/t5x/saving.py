@@ -13,13 +13,12 @@ from t5x import state_utils
 
 from moe_peft import errors, methods, patching
 from moe_peft.runtime import digest, processes
-from moe_peft.training import checkpoints
-from moe_peft.weights import exported, t5x_files
+from moe_peft.weights import exported, saved_run, t5x_files
 
 FOLDER = "adapters"
 
 
-def write(saved: checkpoints.Saved, path: epath.Path) -> epath.Path:
+def write(saved: saved_run.Saved, path: epath.Path) -> epath.Path:
     """Writes what `read` reads; the path may be in a bucket (gs://)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -29,7 +28,7 @@ def write(saved: checkpoints.Saved, path: epath.Path) -> epath.Path:
     return partial.replace(path)
 
 
-def read(path: str) -> checkpoints.Saved:
+def read(path: str) -> saved_run.Saved:
     """Adapters of a file, which may be in a bucket."""
     given = epath.Path(path)
     if not given.exists():
@@ -74,7 +73,7 @@ class Adapters:
         }
         description = self._description(params)
         if processes.is_first():
-            saved = checkpoints.Saved(
+            saved = saved_run.Saved(
                 step, patching.trees.unflatten(trained), {}, {"description": description}
             )
             path = write(saved, epath.Path(self.model_dir) / FOLDER / f"step_{step}.safetensors")

@@ -6,8 +6,6 @@ weights are never saved; their fingerprint is.
 """
 
 from collections.abc import Mapping
-import dataclasses
-import errno
 import logging
 import os
 import pathlib
@@ -23,32 +21,10 @@ import orbax.checkpoint as ocp
 from moe_peft import errors, patching
 from moe_peft.runtime import digest, processes
 from moe_peft.training import state as state_lib
+from moe_peft.weights import saved_run
 
-FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
 _ITEMS = ("trainable", "position")
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """One checkpoint as read from disk.
-
-    Attributes:
-      step: updates made.
-      trainable: nested dict of NumPy arrays.
-      position: {"opt_state": {"0000": leaf, ...}, "rng": raw key}; empty if it was not asked for.
-      record: the json part; `record["description"]` says what the run is.
-    """
-
-    step: int
-    trainable: PyTree
-    position: Mapping[str, Any]
-    record: Mapping[str, Any]
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        """What the run is: method, backbone, model, data, optimiser."""
-        return self.record["description"]
 
 
 class Checkpoints:
@@ -60,7 +36,7 @@ class Checkpoints:
     def __init__(self, model_dir: pathlib.Path | str, keep: int):
         if keep < 1:
             raise errors.UserError(f"At least one checkpoint must be kept, got keep={keep}.")
-        self._folder = pathlib.Path(model_dir) / FOLDER
+        self._folder = pathlib.Path(model_dir) / saved_run.FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -127,33 +103,15 @@ class _Explained:
             return
         for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
-        left = ", ".join(str(step) for step in steps(self._folder.parent)) or "none"
+        left = ", ".join(str(step) for step in saved_run.steps(self._folder.parent)) or "none"
         raise errors.UserError(
-            f"Cannot write a checkpoint to {self._folder}: {_reason(error)}. Checkpoints there: "
-            f"steps {left}. Make room or mend the folder, then run the same command to go on."
+            f"Cannot write a checkpoint to {self._folder}: {saved_run.reason(error)}. Checkpoints "
+            f"there: steps {left}. Make room or mend the folder, then run the "
+            "same command to go on."
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """The system's words for a full disk or a refused write, else the error's first line."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
-        words = errno.errorcode[code]
-        described = os.strerror(code)
-        if getattr(error, "errno", None) == code or described in text or words in text:
-            return described
-    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
-
-
-def steps(model_dir: pathlib.Path | str) -> list[int]:
-    """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
-    folder = pathlib.Path(model_dir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
-def load_newest(model_dir: pathlib.Path | str) -> Saved | None:
+def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
     """Returns the newest undamaged checkpoint, or None where the run has no checkpoint yet.
 
     Damaged newer ones are reported on standard error and moved to `model_dir`/checkpoints_damaged.
@@ -162,11 +120,11 @@ def load_newest(model_dir: pathlib.Path | str) -> Saved | None:
       UserError: there are checkpoints, but every one is damaged.
     """
     damaged = {}
-    for step in reversed(steps(model_dir)):
+    for step in reversed(saved_run.steps(model_dir)):
         try:
-            saved = _read(pathlib.Path(model_dir), step, _ITEMS)
+            saved = saved_run.read(pathlib.Path(model_dir), step, _ITEMS)
         except Exception as error:  # Whatever a damaged file makes the reader raise.
-            damaged[step] = _reason(error)
+            damaged[step] = saved_run.reason(error)
             continue
         for bad_step, reason in damaged.items():
             moved = _move_aside(pathlib.Path(model_dir), bad_step)
@@ -180,41 +138,14 @@ def load_newest(model_dir: pathlib.Path | str) -> Saved | None:
     if damaged:
         newest, reason = next(iter(damaged.items()))
         raise errors.UserError(
-            f"All {len(damaged)} checkpoints in {pathlib.Path(model_dir) / FOLDER} are damaged "
-            f"(step {newest}: {reason}). Choose another MODEL_DIR, or remove them to start anew."
+            f"All {len(damaged)} checkpoints in {pathlib.Path(model_dir) / saved_run.FOLDER} are "
+            f"damaged (step {newest}: {reason}). Choose another MODEL_DIR, or "
+            "remove them to start anew."
         )
     return None
 
 
-def load_trainable(model_dir: pathlib.Path | str, step: int | None = None) -> Saved:
-    """Returns the trained leaves of a run, for evaluation, export or as a backbone.
-
-    Args:
-      model_dir: folder of the run.
-      step: which checkpoint; None takes the newest.
-
-    Raises:
-      UserError: no such run, no such step, or the checkpoint is damaged.
-    """
-    found = steps(model_dir)
-    if not found:
-        raise errors.UserError(f"There is no training checkpoint in {model_dir}.")
-    if step is not None and step not in found:
-        raise errors.UserError(
-            f"{model_dir} has no checkpoint of step {step}; it has steps "
-            f"{', '.join(str(other) for other in found)}."
-        )
-    chosen = found[-1] if step is None else step
-    try:
-        return _read(pathlib.Path(model_dir), chosen, ("trainable",))
-    except Exception as error:
-        raise errors.UserError(
-            f"The checkpoint of step {chosen} in {model_dir} is damaged ({_reason(error)}). "
-            f"Checkpoints there: steps {', '.join(str(other) for other in found)}."
-        ) from error
-
-
-def restore(saved: Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
+def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
     """Returns `fresh` with the saved values, on the same devices.
 
     Raises:
@@ -264,35 +195,10 @@ def _numbered(opt_state: PyTree) -> dict[str, Any]:
     return {f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
 
 
-def _read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
-    """Reads one checkpoint; raises any exception if it is incomplete or its digests differ."""
-    # Every process reads for itself; orbax's default is to wait for all of them in between.
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
-    )
-    options = ocp.CompositeOptions(multiprocessing_options=alone)
-    handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
-    wanted = {name: ocp.args.StandardRestore() for name in items}
-    with reader:
-        found = reader.restore(
-            (model_dir / FOLDER / str(step)).absolute(),
-            ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted),
-        )
-    record = found["record"]
-    for name in items:
-        if digest.of_tree(found[name]) != record["digests"][name]:
-            raise ValueError(f"the values of {name} are not those that were saved")
-    if record["step"] != step:
-        raise ValueError(f"it is of step {record['step']}")
-    return Saved(step, found["trainable"], found.get("position") or {}, record)
-
-
 def _move_aside(model_dir: pathlib.Path, step: int) -> pathlib.Path:
     folder = model_dir / DAMAGED_FOLDER
     folder.mkdir(exist_ok=True)
     number = sum(1 for _ in folder.glob(f"{step}-*"))
     target = folder / f"{step}-{number}"
-    (model_dir / FOLDER / str(step)).rename(target)
+    (model_dir / saved_run.FOLDER / str(step)).rename(target)
     return target

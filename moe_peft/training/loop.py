@@ -20,7 +20,7 @@ from moe_peft.training import logbook as logbook_lib
 from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training.monitors import base
-from moe_peft.weights import backbone
+from moe_peft.weights import backbone, saved_run
 
 _AGREEMENT_PERIOD = 10  # steps after which several processes ask each other whether to stop
 
@@ -111,7 +111,7 @@ class Run:
                 return self._loop(state, first_step, batches)
             except logbook_lib.NonFiniteError as error:
                 self._checkpoints.wait()
-                kept = checkpoints.steps(folder)
+                kept = saved_run.steps(folder)
                 last = f"that of step {kept[-1]}" if kept else "none"
                 raise logbook_lib.NonFiniteError(
                     f"{error} The last good checkpoint is {last}, in {folder}."

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from moe_peft import errors, patching
-from moe_peft.training import checkpoints
 from moe_peft.training import start as start_lib
-from moe_peft.weights import exported
+from moe_peft.weights import exported, identity, saved_run
 
 
 def load(
@@ -54,7 +53,7 @@ def load(
 def of_saved(
     start: start_lib.Start,
     backbone: str,
-    saved: checkpoints.Saved,
+    saved: saved_run.Saved,
     where: str,
     frozen_dtype: str = "float32",
 ) -> PyTree:
@@ -76,10 +75,10 @@ def of_saved(
         source = start_lib.Source.load(start.method, origin["folder"], origin["step"])
     trees = start.trees(backbone, 0, frozen_dtype, source)
     current = {
-        "method": start_lib.as_json(start.method.describe()),
+        "method": identity.as_json(start.method.describe()),
         "backbone": {**saved.description["backbone"], "fingerprint": trees.fingerprint},
     }
-    start_lib.check_same_run(saved.description, current, where, ("method", "backbone"))
+    identity.check_same_run(saved.description, current, where, ("method", "backbone"))
     want = {path: leaf.shape for path, leaf in patching.flatten(trees.trainable).items()}
     have = {path: leaf.shape for path, leaf in patching.flatten(saved.trainable).items()}
     if want != have:

@@ -23,6 +23,7 @@ from moe_peft.training import start as start_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
+from moe_peft.weights import identity, saved_run
 
 
 @gin.register(module="training")
@@ -219,7 +220,7 @@ def fit(
         )
         layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
-        num_old = len(checkpoints.steps(folder))
+        num_old = len(saved_run.steps(folder))
         run_folder.check_space(
             folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
         )
@@ -242,7 +243,7 @@ def fit(
         state = processes.put(state, places)
         changed = ""
         if saved:
-            start_lib.check_same_run(saved.description, description, folder)
+            identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
             changed = start_lib.optimizer_changes(saved.description, description)
 
@@ -269,4 +270,4 @@ def fit(
 
 def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
     """Returns the settings of the network and of the objective."""
-    return {**start_lib.describe_model(model), "loss": dataclasses.asdict(loss)}
+    return {**identity.describe_model(model), "loss": dataclasses.asdict(loss)}

@@ -20,8 +20,7 @@ import safetensors.numpy
 
 from moe_peft import errors, patching
 from moe_peft.runtime import digest
-from moe_peft.training import checkpoints
-from moe_peft.weights import checkpoint_file, formats, leaves, scan_layout, t5_sizes
+from moe_peft.weights import checkpoint_file, formats, leaves, saved_run, scan_layout, t5_sizes
 
 KINDS = (
     "random:SEED",
@@ -299,7 +298,7 @@ def _from_run(spec: str, text: str) -> PyTree:
     folder, _, step = text.partition("@")
     if step and not step.isdigit():
         raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
-    saved = checkpoints.load_trainable(folder, int(step) if step else None)
+    saved = saved_run.load_trainable(folder, int(step) if step else None)
     if saved.description["method"].get("name") != "full":
         raise errors.UserError(
             f"Backbone {spec!r} is a run of the method {saved.description['method'].get('name')!r}"

@@ -9,8 +9,7 @@ import jax
 import safetensors
 
 from moe_peft import errors
-from moe_peft.training import checkpoints
-from moe_peft.weights import backbone
+from moe_peft.weights import backbone, saved_run
 
 _GROUPS = "groups"
 _MAX_NAMED = 5
@@ -18,7 +17,7 @@ _MAX_NAMED = 5
 
 def load(
     source: pathlib.Path | str, step: int | None = None, member: str | None = None
-) -> checkpoints.Saved:
+) -> saved_run.Saved:
     """Returns the trained leaves and the description of what trained them.
 
     Args:
@@ -35,13 +34,13 @@ def load(
     if member is not None:
         raise errors.UserError(f"{source} is no adaptation, so it has no run {member!r}.")
     if not path.is_file():
-        return checkpoints.load_trainable(source, step)
+        return saved_run.load_trainable(source, step)
     description = dict(read_description(path))
     saved_step = description.pop("step", 0)
     if step not in (None, saved_step):
         raise errors.UserError(f"{path} holds step {saved_step}, not step {step}.")
     tree = backbone.read(path)
-    return checkpoints.Saved(saved_step, tree, {}, {"description": description})
+    return saved_run.Saved(saved_step, tree, {}, {"description": description})
 
 
 def is_adaptation(path: pathlib.Path) -> bool:
@@ -69,7 +68,7 @@ def read_description(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def save(
-    saved: checkpoints.Saved, path: pathlib.Path | str, dtype: str | None = "float32"
+    saved: saved_run.Saved, path: pathlib.Path | str, dtype: str | None = "float32"
 ) -> pathlib.Path:
     """Writes what `load` reads; see `backbone.save`. docs/interop.md has the schema."""
     metadata = {**saved.description, "step": saved.step}
@@ -83,7 +82,7 @@ def _metadata(path: pathlib.Path) -> dict[str, Any]:
         raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
-def _load_member(folder: pathlib.Path, member: str | None) -> checkpoints.Saved:
+def _load_member(folder: pathlib.Path, member: str | None) -> saved_run.Saved:
     plan = json.loads((folder / _GROUPS / "plan.json").read_text(encoding="utf-8"))
     places = {
         f"{job['task']}:{job['seed']}": (folder / _GROUPS / f"{number:03}", place)
@@ -102,4 +101,4 @@ def _load_member(folder: pathlib.Path, member: str | None) -> checkpoints.Saved:
     run = json.loads((group / "finished.json").read_text(encoding="utf-8"))["runs"][place]
     tree = jax.tree.map(lambda leaf: leaf[place], backbone.read(group / "adapters.safetensors"))
     description = {**plan["description"], "member": member}
-    return checkpoints.Saved(run["chosen_step"], tree, {}, {"description": description})
+    return saved_run.Saved(run["chosen_step"], tree, {}, {"description": description})

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_peft import adapters, errors, methods, patching, routing
 from moe_peft.models import t5
-from moe_peft.training import start
+from moe_peft.weights import identity
 
 _ADAPTERS = {
     cls.__name__: cls
@@ -33,13 +33,15 @@ def method(described: Mapping[str, Any], where: str) -> methods.Method:
     """
     try:
         made = _method(described, where)
-        same = start.as_json(made.describe()) == described
+        same = identity.as_json(made.describe()) == described
     except (KeyError, TypeError, AttributeError) as error:
         raise errors.UserError(
             f"{where}: the record of the method lacks or has too much of {error}."
         ) from error
     if not same:
-        difference = start.first_difference(described, start.as_json(made.describe()), "method")
+        difference = identity.first_difference(
+            described, identity.as_json(made.describe()), "method"
+        )
         raise errors.UserError(f"{where}: this version cannot make its method again: {difference}.")
     return made
 

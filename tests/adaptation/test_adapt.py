@@ -21,7 +21,8 @@ from moe_peft.models import few_shot, strategies, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
-from moe_peft.training import checkpoints, optimizers, schedules, train
+from moe_peft.training import optimizers, schedules, train
+from moe_peft.weights import saved_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -190,7 +191,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
     kept = transfer.transferred(methods.lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)
-    want = checkpoints.load_trainable(source).trainable
+    want = saved_run.load_trainable(source).trainable
     for tree in seen:
         for path, leaf in patching.flatten(tree).items():
             np.testing.assert_array_equal(leaf, patching.flatten(want)[path])

@@ -7,7 +7,7 @@ import pytest
 
 from moe_peft.adaptation import report as report_lib
 from moe_peft.cli import main
-from moe_peft.evaluation import aggregation, answer_cache
+from moe_peft.evaluation import aggregation, answer_cache, table
 from moe_peft.reports import compare
 from moe_peft.runtime import json_files
 
@@ -72,9 +72,7 @@ def test_nothing_changes_unless_asked(folder, capsys, tmp_path):
     assert "WARNING" not in out.err
     assert not (folder / "eval" / "p3" / "results.json").exists()
     (runs,) = compare.load([tmp_path / "out"]).values()
-    assert (
-        compare.markdown(runs) + "\n" == (tmp_path / "out/eval/p3/table.md").read_text() == out.out
-    )
+    assert table.markdown(runs) + "\n" == (tmp_path / "out/eval/p3/table.md").read_text() == out.out
 
 
 def test_groups_rules_and_intervals(folder, capsys, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from moe_peft.cli import main
 from moe_peft.training import checkpoints
-from moe_peft.weights import backbone
+from moe_peft.weights import backbone, saved_run
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _clean_gin():
 
 @pytest.fixture
 def run_folder(monkeypatch):
-    saved = checkpoints.Saved(
+    saved = saved_run.Saved(
         step=7,
         trainable={"encoder": {"adapter": {"vectors": np.arange(3, dtype=np.float32)}}},
         position={},

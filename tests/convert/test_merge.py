@@ -12,7 +12,7 @@ from moe_peft.cli import main
 from moe_peft.models import encoder_decoder
 from moe_peft.training import checkpoints
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone, merging
+from moe_peft.weights import backbone, identity, merging, saved_run
 
 TINY = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "BACKBONE=random:0"]
 SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
@@ -51,9 +51,9 @@ def run_of(monkeypatch):
     def pretend(method_name, spoil=1.0):
         made = trees(method_name)
         trainable = jax.tree.map(lambda leaf: spoil * leaf, made.trainable)
-        method = start_lib.as_json(start(method_name).method.describe())
+        method = identity.as_json(start(method_name).method.describe())
         record = {"method": method, "backbone": {"fingerprint": made.fingerprint}}
-        saved = checkpoints.Saved(7, trainable, {}, {"description": record})
+        saved = saved_run.Saved(7, trainable, {}, {"description": record})
         monkeypatch.setattr(checkpoints, "load_trainable", lambda *args: saved)
         monkeypatch.setattr(start_lib.Start, "trees", lambda *args, **kwargs: made)
         return patching.merge(made.frozen, trainable)

@@ -12,8 +12,7 @@ from moe_peft import errors, methods
 from moe_peft.convert.peft import adapters
 from moe_peft.convert.peft import config as config_lib
 from moe_peft.convert.peft import tensors as tensors_lib
-from moe_peft.training import start
-from moe_peft.weights import records
+from moe_peft.weights import identity, records
 
 NAMES = ("lora", "qv", "ia3", "mhr8")
 CASES = [(name, "t5_1_1") for name in NAMES]
@@ -77,11 +76,11 @@ IMPORTS = {
 @pytest.mark.parametrize("name", IMPORTS)
 def test_a_foreign_folder_is_a_method_of_ours(toy, folders, name):
     saved = adapters.read(folders / name, base(toy))
-    assert saved.description["method"] == start.as_json(IMPORTS[name]().describe())
+    assert saved.description["method"] == identity.as_json(IMPORTS[name]().describe())
     assert saved.description["backbone"]["fingerprint"] == "of the toy"
     gin.parse_config(["import moe_peft.methods", *saved.description["gin"]])
     described = gin.query_parameter("%METHOD").scoped_configurable_fn().describe()
-    assert start.as_json(described) == saved.description["method"]
+    assert identity.as_json(described) == saved.description["method"]
     assert adapters.gap(saved, folders / name).relative < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Tiny networks with trained adapters, as `checkpoints.Saved`."""
+"""Tiny networks with trained adapters, as `saved_run.Saved`."""
 
 import functools
 
@@ -8,9 +8,7 @@ import numpy as np
 from moe_peft import methods, patching
 from moe_peft.convert import adapter_trees
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import checkpoints
-from moe_peft.training import start as start_lib
-from moe_peft.weights import merging, t5_sizes
+from moe_peft.weights import identity, merging, saved_run, t5_sizes
 
 SIZES = {"vocab_size": 32, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24}
 LAYOUTS = {
@@ -40,12 +38,12 @@ def saved(method, tree, layout="t5_1_1", **description):
     """A tree as what a run of the method would have saved."""
     described = {
         "method": method.describe(),
-        "model": start_lib.describe_model(network(layout)),
+        "model": identity.describe_model(network(layout)),
         "backbone": {"fingerprint": "of the toy", "frozen_dtype": "float32"},
         "backbone_spec": "random:0",
         **description,
     }
-    return checkpoints.Saved(7, tree, {}, {"description": start_lib.as_json(described)})
+    return saved_run.Saved(7, tree, {}, {"description": identity.as_json(described)})
 
 
 def trained(method, layout="t5_1_1", seed=0):

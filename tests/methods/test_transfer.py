@@ -10,7 +10,7 @@ import pytest
 from moe_peft import errors, methods, patching
 from moe_peft.methods import transfer
 from moe_peft.models import encoder_decoder, t5
-from moe_peft.training import start as start_lib
+from moe_peft.weights import identity
 
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -185,7 +185,7 @@ def test_sources_that_do_not_fit():
     new = transfer.transferred(poly(), "z")
     saved = {"method": poly(num_skills=3).describe()}
     with pytest.raises(errors.UserError, match=r"run in /r .*num_skills is 3 in the checkpoint"):
-        start_lib.check_source(new, saved, "/r")
-    start_lib.check_source(new, {"method": poly().describe()}, "/r")
+        identity.check_source(new, saved, "/r")
+    identity.check_source(new, {"method": poly().describe()}, "/r")
     with pytest.raises(errors.UserError, match="does not say what it takes from /r"):
-        start_lib.check_source(poly(), saved, "/r")
+        identity.check_source(poly(), saved, "/r")

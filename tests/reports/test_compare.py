@@ -7,7 +7,7 @@ import pytest
 import rich.console
 
 from moe_peft import errors
-from moe_peft.evaluation import aggregation
+from moe_peft.evaluation import aggregation, table
 from moe_peft.reports import compare, picture
 from moe_peft.runtime import json_files
 
@@ -62,17 +62,17 @@ def folders(tmp_path):
 def test_table_shows_mean_and_median_of_every_group_and_all(folders):
     (runs,) = compare.load(folders).values()
     # frozen: templates 1/4, 0, 0; mov: 4/4, 3/4, 2/4.
-    assert compare.rows(runs) == [
+    assert table.rows(runs) == [
         ["date", "2", "8.3 / 0.0", "75.0 / 75.0"],
         ["unit", "2", "8.3 / 0.0", "75.0 / 75.0"],
         ["all tasks", "4", "8.3 / 0.0", "75.0 / 75.0"],
     ]
     out = io.StringIO()
-    compare.show(runs, rich.console.Console(file=out, width=100))
+    table.show(runs, rich.console.Console(file=out, width=100))
     shown = out.getvalue()
     for text in ("suite: exact match", "48 examples", "mov", "75.0/75.0", "74,880"):
         assert text in shown
-    lines = compare.markdown(runs).splitlines()
+    lines = table.markdown(runs).splitlines()
     assert "| date | 2 | 8.3 / 0.0 | 75.0 / 75.0 |" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

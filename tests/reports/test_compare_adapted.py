@@ -12,14 +12,14 @@ import rich.console
 from moe_peft import errors
 from moe_peft.adaptation import report
 from moe_peft.cli import main
-from moe_peft.reports import compare_adapted, labels, pareto_picture
+from moe_peft.reports import compare_adapted, labels, pareto, pareto_picture
 
 ROWS = [
-    compare_adapted.Row("lora", 100, (0.1, 0.2, 0.6), 12.0),
-    compare_adapted.Row("mhr", 900, (0.5, 0.5, 0.5)),
-    compare_adapted.Row("mhr_z", 10, (0.2,)),
-    compare_adapted.Row("mhr_mu", 100, (0.4, 0.4)),
-    compare_adapted.Row("big", 1000, (0.3, 0.5)),
+    pareto.Row("lora", 100, (0.1, 0.2, 0.6), 12.0),
+    pareto.Row("mhr", 900, (0.5, 0.5, 0.5)),
+    pareto.Row("mhr_z", 10, (0.2,)),
+    pareto.Row("mhr_mu", 100, (0.4, 0.4)),
+    pareto.Row("big", 1000, (0.3, 0.5)),
 ]
 
 
@@ -35,19 +35,16 @@ def test_statistics_over_seeds():
 
 
 def test_front_holds_what_nothing_beats():
-    assert [row.name for row in compare_adapted.front(ROWS)] == ["mhr_z", "mhr_mu", "mhr"]
+    assert [row.name for row in pareto.front(ROWS)] == ["mhr_z", "mhr_mu", "mhr"]
     twins = [
-        compare_adapted.Row("a", 5, (0.5,)),
-        compare_adapted.Row("b", 5, (0.5,)),
-        compare_adapted.Row("c", 6, (0.5,)),
+        pareto.Row("a", 5, (0.5,)),
+        pareto.Row("b", 5, (0.5,)),
+        pareto.Row("c", 6, (0.5,)),
     ]
-    assert [row.name for row in compare_adapted.front(twins)] == ["a", "b"]
+    assert [row.name for row in pareto.front(twins)] == ["a", "b"]
     rng = np.random.default_rng(0)
-    rows = [
-        compare_adapted.Row(str(i), int(n), (s,))
-        for i, (n, s) in enumerate(rng.random((40, 2)) * 50)
-    ]
-    best = compare_adapted.front(rows)
+    rows = [pareto.Row(str(i), int(n), (s,)) for i, (n, s) in enumerate(rng.random((40, 2)) * 50)]
+    best = pareto.front(rows)
     assert all(a.trainable < b.trainable and a.mean < b.mean for a, b in itertools.pairwise(best))
     for row in rows:
         assert any(b.trainable <= row.trainable and b.mean >= row.mean for b in best)
@@ -69,14 +66,14 @@ def test_table_is_sorted_and_marks_the_front():
 
 
 def test_corners_of_the_front():
-    corners = pareto_picture._stairs(compare_adapted.front(ROWS))
+    corners = pareto_picture._stairs(pareto.front(ROWS))
     expected = [(10, 20), (100, 20), (100, 40), (900, 40), (900, 50)]
     np.testing.assert_allclose(corners, expected)
 
 
 def test_points_do_not_hide_each_other_and_stay_near_their_number():
-    rows = [compare_adapted.Row(str(i), 1000, (0.3, 0.3 + 0.001 * i)) for i in range(6)]
-    rows.append(compare_adapted.Row("far", 10, (0.9, 0.9)))
+    rows = [pareto.Row(str(i), 1000, (0.3, 0.3 + 0.001 * i)) for i in range(6)]
+    rows.append(pareto.Row("far", 10, (0.9, 0.9)))
     places = pareto_picture._side_by_side(rows)
     assert places[0] == 1000
     assert places[-1] == 10

@@ -12,6 +12,7 @@ from moe_peft import errors
 from moe_peft.runtime import digest
 from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
+from moe_peft.weights import saved_run
 
 
 def _state(toy, step):
@@ -51,7 +52,7 @@ def test_restores_every_leaf(toy, two_saved):
 
 def test_keeps_the_newest_few(toy, tmp_path):
     _save(toy, tmp_path, [1, 2, 3, 4], keep=2)
-    assert checkpoints.steps(tmp_path) == [3, 4]
+    assert saved_run.steps(tmp_path) == [3, 4]
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -59,7 +60,7 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def _files(folder):
-    step = folder / checkpoints.FOLDER / "2"
+    step = folder / saved_run.FOLDER / "2"
     return sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
 
 
@@ -83,7 +84,7 @@ def test_any_damaged_file_is_either_harmless_or_falls_back(
     for number, name in enumerate(_files(two_saved)):
         folder = tmp_path / str(number)
         shutil.copytree(two_saved, folder)
-        damage(folder / checkpoints.FOLDER / "2" / name)
+        damage(folder / saved_run.FOLDER / "2" / name)
         saved = checkpoints.load_newest(folder)
         restored = checkpoints.restore(saved, jax.device_put(_state(toy, 9)))
         _assert_same(restored, _state(toy, saved.step))
@@ -98,7 +99,7 @@ def test_any_damaged_file_is_either_harmless_or_falls_back(
 def test_readable_but_wrong_values_are_damage(two_saved, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(two_saved, folder)
-    old, new = (folder / checkpoints.FOLDER / step / "trainable" for step in ("1", "2"))
+    old, new = (folder / saved_run.FOLDER / step / "trainable" for step in ("1", "2"))
     shutil.rmtree(new)
     shutil.copytree(old, new)
     assert checkpoints.load_newest(folder).step == 1
@@ -110,10 +111,10 @@ def test_all_damaged_is_an_error_and_leaves_them_in_place(two_saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_saved, folder)
     for step in ("1", "2"):
-        shutil.rmtree(folder / checkpoints.FOLDER / step / "trainable")
+        shutil.rmtree(folder / saved_run.FOLDER / step / "trainable")
     with pytest.raises(errors.UserError, match="All 2 checkpoints .* are damaged"):
         checkpoints.load_newest(folder)
-    assert checkpoints.steps(folder) == [1, 2]
+    assert saved_run.steps(folder) == [1, 2]
 
 
 def test_another_optimizer_is_refused_by_leaf(toy, two_saved):
@@ -124,12 +125,12 @@ def test_another_optimizer_is_refused_by_leaf(toy, two_saved):
 
 
 def test_load_trainable_names_what_exists(two_saved, tmp_path):
-    assert checkpoints.load_trainable(two_saved).step == 2
-    assert checkpoints.load_trainable(two_saved, 1).step == 1
+    assert saved_run.load_trainable(two_saved).step == 2
+    assert saved_run.load_trainable(two_saved, 1).step == 1
     with pytest.raises(errors.UserError, match="no checkpoint of step 7; it has steps 1, 2"):
-        checkpoints.load_trainable(two_saved, 7)
+        saved_run.load_trainable(two_saved, 7)
     with pytest.raises(errors.UserError, match="no training checkpoint"):
-        checkpoints.load_trainable(tmp_path)
+        saved_run.load_trainable(tmp_path)
 
 
 def test_failed_save_is_one_line_and_leaves_earlier_checkpoints(toy, tmp_path, monkeypatch):

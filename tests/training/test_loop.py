@@ -12,7 +12,7 @@ from moe_peft import errors, methods
 from moe_peft.runtime import host_memory, run_folder
 from moe_peft.training import checkpoints, logbook, loop, metrics_writer, optimizers, restore
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone
+from moe_peft.weights import backbone, identity, saved_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -43,7 +43,7 @@ def stopped(whole, tmp_path):
     """A copy of the run as it was after step 8, four lines of metrics too far."""
     folder = tmp_path / "stopped"
     shutil.copytree(whole[0], folder)
-    shutil.rmtree(folder / checkpoints.FOLDER / str(STEPS))
+    shutil.rmtree(folder / saved_run.FOLDER / str(STEPS))
     return folder
 
 
@@ -52,11 +52,11 @@ def test_resumed_run_is_bit_identical(toy, whole, stopped):
     resumed = toy.fit(stopped, STEPS, eval_hook=_hook)
     _assert_same(result.state, resumed.state)
     assert _metrics(folder) == _metrics(stopped)
-    assert checkpoints.steps(stopped) == checkpoints.steps(folder) == [4, 8, 11]
+    assert saved_run.steps(stopped) == saved_run.steps(folder) == [4, 8, 11]
 
 
 def test_damaged_newest_checkpoint_falls_back_loudly(toy, whole, stopped, capfd):
-    (stopped / checkpoints.FOLDER / "8" / "record" / "metadata").write_text("{")
+    (stopped / saved_run.FOLDER / "8" / "record" / "metadata").write_text("{")
     resumed = toy.fit(stopped, STEPS, eval_hook=_hook)
     _assert_same(whole[1].state, resumed.state)
     assert _metrics(whole[0]) == _metrics(stopped)
@@ -93,7 +93,7 @@ def test_checkpoint_holds_no_frozen_leaf(whole, toy):
     assert len(saved.position["opt_state"]) == 2 * 2 + 2  # Adam's moments and two counts
     assert saved.record["batches_consumed"] == STEPS
     assert saved.record["moe_peft_version"]
-    assert saved.description["method"] == start_lib.as_json(toy.ADAPTED.describe())
+    assert saved.description["method"] == identity.as_json(toy.ADAPTED.describe())
 
 
 def test_lines_when_not_a_terminal(toy, tmp_path, capfd):
@@ -141,7 +141,7 @@ OTHER_METHOD = methods.Method("other", trainable=".*/lora_a")
 def test_checkpoints_of_another_run_are_refused(toy, stopped, overrides, words):
     with pytest.raises(errors.UserError, match=words):
         toy.fit(stopped, STEPS, **overrides)
-    assert checkpoints.steps(stopped) == [4, 8]
+    assert saved_run.steps(stopped) == [4, 8]
 
 
 def test_another_optimizer_is_refused_and_another_rate_is_said(toy, stopped, capfd):
@@ -266,7 +266,7 @@ def test_disk_that_fills_up_while_saving(toy, small_disk, capfd):
     assert "\n" not in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
     (small_disk / "filler").unlink()
-    left = checkpoints.steps(small_disk / "run")
+    left = saved_run.steps(small_disk / "run")
     assert left
     assert checkpoints.load_newest(small_disk / "run").step == left[-1]
 
@@ -291,7 +291,7 @@ def test_sigterm_saves_and_exits(toy, tmp_path, whole, capfd):
         toy.fit(tmp_path, STEPS, open_batches=batches, eval_hook=_hook, checkpoint_period=100)
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    (step,) = checkpoints.steps(tmp_path)
+    (step,) = saved_run.steps(tmp_path)
     assert f"SIGTERM: saved step {step}; the same command goes on" in capfd.readouterr().err
 
     resumed = toy.fit(tmp_path, STEPS, eval_hook=_hook)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from moe_peft.cli import main
-from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training import metrics_writer
 from moe_peft.training.monitors import alignment, routing
+from moe_peft.weights import saved_run
 
 SETTINGS = """
 include 'models/tiny.gin'
@@ -68,7 +69,7 @@ def test_monitored_runs(tmp_path):
         return tmp_path / name
 
     plain, watched = train("plain"), train("watched", *MONITORS)
-    trees = [checkpoints.load_trainable(folder).trainable for folder in (plain, watched)]
+    trees = [saved_run.load_trainable(folder).trainable for folder in (plain, watched)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     lines = metrics_writer.read(watched)
     assert [line for line in lines if "loss" in line] == metrics_writer.read(plain)
@@ -80,7 +81,7 @@ def test_monitored_runs(tmp_path):
     # Killed after its last records were written, with the checkpoint of step 2 at hand.
     shutil.copytree(watched, tmp_path / "killed")
     for step in (4, 5):
-        shutil.rmtree(tmp_path / "killed" / checkpoints.FOLDER / str(step))
+        shutil.rmtree(tmp_path / "killed" / saved_run.FOLDER / str(step))
     killed = train("killed", *MONITORS)
     for name in ("monitors/alignment.jsonl", "monitors/routing.jsonl", metrics_writer.FILE_NAME):
         assert (killed / name).read_bytes() == (watched / name).read_bytes()

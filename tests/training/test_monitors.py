@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from moe_peft import errors
-from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training import metrics_writer
 from moe_peft.training.monitors import base
+from moe_peft.weights import saved_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -79,7 +80,7 @@ def test_training_is_the_same_without_monitors(toy, whole, tmp_path):
 def test_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(toy, whole, tmp_path):
     folder = tmp_path / "stopped"
     shutil.copytree(whole[0], folder)
-    shutil.rmtree(folder / checkpoints.FOLDER / str(STEPS))
+    shutil.rmtree(folder / saved_run.FOLDER / str(STEPS))
     with (folder / "monitors" / "norm.jsonl").open("a") as file:
         file.write('{"step": 12, "squ')  # Killed in the middle of a line.
     toy.fit(folder, STEPS, monitors=(Norm(),))
@@ -89,7 +90,7 @@ def test_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(toy, whole, tmp_pa
 def test_records_of_a_monitor_left_out_do_not_outlive_their_steps(toy, whole, tmp_path):
     folder = tmp_path / "stopped"
     shutil.copytree(whole[0], folder)
-    shutil.rmtree(folder / checkpoints.FOLDER / str(STEPS))
+    shutil.rmtree(folder / saved_run.FOLDER / str(STEPS))
     toy.fit(folder, STEPS)
     assert [record["step"] for record in base.read(folder, "norm")] == [4, 8]
 

@@ -10,7 +10,7 @@ import pytest
 from moe_peft import methods, patching
 from moe_peft.cli import main
 from moe_peft.methods import transfer
-from moe_peft.training import checkpoints
+from moe_peft.weights import saved_run
 
 COMMON = """
 include 'models/tiny.gin'
@@ -65,8 +65,8 @@ def source(settings, tmp_path_factory):
 def test_extra_steps_start_at_the_average(settings, source, tmp_path, capsys):
     flags = [f"--gin.SOURCE={source}", "--gin.adamw.learning_rate=0.0"]
     assert run("train", settings, tmp_path / "extra", *flags) == 0
-    saved = checkpoints.load_trainable(tmp_path / "extra")
-    multitask = checkpoints.load_trainable(source)
+    saved = saved_run.load_trainable(tmp_path / "extra")
+    multitask = saved_run.load_trainable(source)
     method = transfer.transferred(methods.mhr(num_tasks=249, num_splits=4, num_skills=2), "mu")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved.trainable)
     start = transfer.initial(method, multitask.trainable, shapes, jax.random.key(0))

@@ -7,13 +7,13 @@ import pytest
 
 from moe_peft import errors, methods
 from moe_peft.methods import transfer
-from moe_peft.training import checkpoints, restore
+from moe_peft.training import restore
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone, exported
+from moe_peft.weights import backbone, exported, identity, saved_run
 
 PATH = "encoder/attention/adapter/vectors"
 DESCRIPTION = {
-    "method": start_lib.as_json(methods.ia3().describe()),
+    "method": identity.as_json(methods.ia3().describe()),
     "backbone": {"fingerprint": "abc", "frozen_dtype": "float32"},
     "backbone_spec": "random:0",
 }
@@ -25,7 +25,7 @@ def tree(value):
 
 @pytest.fixture
 def file(tmp_path):
-    saved = checkpoints.Saved(7, tree(2.0), {}, {"description": DESCRIPTION})
+    saved = saved_run.Saved(7, tree(2.0), {}, {"description": DESCRIPTION})
     return exported.save(saved, tmp_path / "ia3.safetensors")
 
 

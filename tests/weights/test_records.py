@@ -7,8 +7,7 @@ import pytest
 
 from moe_peft import errors, methods
 from moe_peft.methods import transfer
-from moe_peft.training import start
-from moe_peft.weights import records
+from moe_peft.weights import identity, records
 
 poly = functools.partial(methods.poly, 5, 3, 2)
 METHODS = {
@@ -30,16 +29,16 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_made_again(name):
     method = METHODS[name]()
-    described = start.as_json(method.describe())
+    described = identity.as_json(method.describe())
     again = records.method(described, "file")
-    assert start.as_json(again.describe()) == described
+    assert identity.as_json(again.describe()) == described
     assert again.num_tasks == method.num_tasks
     shared = [rule.shared_router is not None for rule in method.rules]
     assert [rule.shared_router is not None for rule in again.rules] == shared
 
 
 def test_what_is_not_known_is_one_line():
-    described = start.as_json(methods.lora().describe())
+    described = identity.as_json(methods.lora().describe())
     unknown = copy.deepcopy(described)
     unknown["rules"][0]["adapter"]["class"] = "DoRA"
     with pytest.raises(errors.UserError, match="run.safetensors: .*'DoRA'"):

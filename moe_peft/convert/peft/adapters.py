@@ -22,14 +22,15 @@ from moe_peft.convert.peft import layers as layers_lib
 from moe_peft.convert.peft import methods as methods_lib
 from moe_peft.convert.peft import tensors as tensors_lib
 from moe_peft.models import t5
-from moe_peft.training import checkpoints, start
 from moe_peft.weights import (
     backbone,
+    identity,
     leaves,
     locations,
     merging,
     records,
     safetensors_files,
+    saved_run,
     t5_sizes,
 )
 
@@ -49,7 +50,7 @@ class Base:
     fingerprint: str
 
 
-def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> pathlib.Path:
+def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pathlib.Path:
     """Writes an adapter as PEFT's folder.
 
     Args:
@@ -87,7 +88,7 @@ def write(saved: checkpoints.Saved, folder: pathlib.Path | str, where: str) -> p
     return pathlib.Path(folder)
 
 
-def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Saved:
+def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Saved:
     """Returns the adapter in a folder, as a run of ours would have saved it.
 
     Args:
@@ -124,10 +125,10 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> checkpoints.Sa
         for layer, own in tensors.items()
     }
     tree = adapter_trees.assemble(layers, shapes)
-    return checkpoints.Saved(step, tree, {}, {"description": description})
+    return saved_run.Saved(step, tree, {}, {"description": description})
 
 
-def gap(saved: checkpoints.Saved, folder: pathlib.Path | str, seed: int = 0) -> merging.Gap:
+def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> merging.Gap:
     """Compares every adapted layer with the folder's, on random inputs and outputs of that layer.
 
     Ours computes what a run computes; theirs is PEFT's formula on the tensors in the file.
@@ -186,7 +187,7 @@ def _describe(
         "backbone": {"fingerprint": base.fingerprint, "frozen_dtype": "float32"},
         "backbone_spec": base.spec,
     }
-    return start.as_json(description)
+    return identity.as_json(description)
 
 
 def _network(

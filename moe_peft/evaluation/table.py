@@ -1,0 +1,166 @@
+"""Evaluated runs as one table, for a terminal and as Markdown. Numbers are per cent."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from moe_peft.evaluation import aggregation
+
+OVERALL = "all tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One column of a table.
+
+    Attributes:
+      name: what the column is called.
+      content: of the run's results.json.
+    """
+
+    name: str
+    content: Mapping[str, Any]
+
+    @property
+    def lines(self) -> dict[str, Mapping[str, Any]]:
+        """Averages by group, all tasks last."""
+        results = self.content["results"]
+        return {**results["groups"], OVERALL: results["overall"]}
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        return self.content["run"]["trainable_parameters"]
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable parameters as a share of all parameters."""
+        return self.trainable / self.content["run"]["total_parameters"]
+
+    def size(self) -> str:
+        """The trainable parameters for a person: "74,880 (1.2 %)"."""
+        if not self.trainable:
+            return "0"
+        percent = 100 * self.trainable_share
+        return f"{self.trainable:,} ({percent:.{2 if percent < 1 else 1}f} %)"
+
+
+def title(runs: Sequence[Run]) -> str:
+    """What the numbers are."""
+    settings = runs[0].content["settings"]
+    metric = metric_title(settings)
+    count = runs[0].lines[OVERALL]["num_examples"]
+    return f"{runs[0].content['mixture']}: {metric}, per cent ({count:,} examples)"
+
+
+def metric_title(settings: Mapping[str, Any]) -> str:
+    """What scores are, from the settings of an evaluation."""
+    metric = settings["metric"].replace("_", " ")
+    metric = "each task's own metric" if metric == "task" else metric
+    if settings["rank_choices"]:
+        return f"accuracy by rank where there are choices, else {metric}"
+    return metric
+
+
+def rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Cells of the table, see `columns`."""
+    more = [show for name, show in _MORE.items() if name in columns(runs)]
+    return [
+        [
+            group,
+            str(runs[0].lines[group]["num_tasks"]),
+            *(_cell(run.lines[group]) for run in runs),
+            *(show(runs[0].lines[group]) for show in more),
+        ]
+        for group in runs[0].lines
+    ]
+
+
+def columns(runs: Sequence[Run]) -> list[str]:
+    """Group, number of tasks, "mean / median" of each run; of a single run also what is known of
+    its mean's interval and its metrics.
+    """
+    names = ["", "tasks", *(run.name for run in runs)]
+    if len(runs) > 1:
+        return names
+    lines = runs[0].lines.values()
+    has_intervals = any(map(_interval, lines))
+    has_metrics = len(set(map(_metric, lines))) > 1
+    return names + ["interval"] * has_intervals + ["metric"] * has_metrics
+
+
+def _interval(line: Mapping[str, Any]) -> str:
+    return " to ".join(f"{100 * share:.1f}" for share in line.get("mean_interval") or ())
+
+
+def _metric(line: Mapping[str, Any]) -> str:
+    return (line.get("metric") or "").replace("_", " ")
+
+
+_MORE = {"interval": _interval, "metric": _metric}
+
+
+def _notes(runs: Sequence[Run]) -> str:
+    """How the numbers came about."""
+    settings = runs[0].content["settings"]
+    rule = aggregation.AVERAGES[settings.get("average", "tasks")]
+    found, how = f"mean / median over templates; all tasks: {rule}", settings.get("bootstrap")
+    if "interval" in columns(runs):
+        found += (
+            f"; interval of the mean: {100 * how['level']:g} % of {how['resamples']} bootstrap "
+            f"resamples over {how['over']}"
+        )
+    return found
+
+
+def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> None:
+    """Prints the table."""
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        show_footer=True,
+        padding=(0, 1, 0, 0),
+    )
+    sizes = [run.size().replace(" (", "\n(") for run in runs]
+    footers = ["trainable", "", *sizes]
+    for name, footer in itertools.zip_longest(columns(runs), footers, fillvalue=""):
+        justify = "right" if name else "left"
+        table.add_column(name, footer=footer, no_wrap=name != "tasks", justify=justify)
+    body = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
+    for row in body[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*body[-1], style="bold")
+    console = console or _console()
+    console.print(title(runs), style="bold", highlight=False)
+    console.print(table)
+    console.print(_notes(runs), style="dim", highlight=False)
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The same table for a document."""
+    lines = [f"### {title(runs)}", "", f"Per cent; {_notes(runs)}.", ""]
+    names = columns(runs)
+    lines += ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    *groups, overall = rows(runs)
+    lines += ["| " + " | ".join(row) + " |" for row in groups]
+    lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in overall) + " |")
+    sizes = [run.size() for run in runs] + [""] * (len(names) - 2 - len(runs))
+    lines.append("| trainable | | " + " | ".join(sizes) + " |")
+    return "\n".join(lines)
+
+
+def _console() -> rich.console.Console:
+    """Standard output; a file or a pipe gets lines wide enough for many runs."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 140
+    return console
+
+
+def _cell(summary: Mapping[str, Any]) -> str:
+    return f"{100 * summary['mean']:.1f} / {100 * summary['median']:.1f}"

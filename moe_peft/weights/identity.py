@@ -1,0 +1,101 @@
+"""What a run is, as json types: written with every checkpoint, compared before one goes on."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from moe_peft import errors, methods
+
+# Parts of the description that must agree with a checkpoint's, and what a person calls them.
+_MUST_AGREE = {
+    "method": "method",
+    "backbone": "backbone",
+    "model": "model config",
+    "data": "data",
+    "source": "source run",
+}
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Returns the kind and the settings of a network."""
+    config = getattr(model, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
+    return {"class": type(model).__name__, "config": settings}
+
+
+def as_json(value: Any) -> Any:
+    """Returns `value` as it comes back from a json file, so that both can be compared."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
+    """Refuses a source run whose method is not the one that `method` starts from.
+
+    Args:
+        method: made by `transfer.transferred`.
+        description: of the source run's checkpoint.
+        folder: of the source run, for the message.
+    """
+    if method.transfer is None:
+        raise errors.UserError(
+            f"{method.name!r} does not say what it takes from {folder}: make it with "
+            "`@methods.transferred()`, as methods/transferred.gin does."
+        )
+    saved = description["method"]
+    current = as_json(method.transfer.source.describe())
+    difference = first_difference(saved, current)
+    if difference:
+        raise errors.UserError(
+            f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
+            "settings of that run, or another run."
+        )
+
+
+def check_same_run(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    model_dir: pathlib.Path | str,
+    parts: Sequence[str] = tuple(_MUST_AGREE),
+) -> None:
+    """Refuses checkpoints of another run.
+
+    Args:
+      saved: description in the checkpoint.
+      current: description of this run, at least its `parts`.
+      model_dir: for the message.
+      parts: what must agree: "method", "backbone", "model", "data".
+
+    Raises:
+      UserError: a part differs; the message names the difference.
+    """
+    for part in parts:
+        difference = first_difference(saved.get(part), current.get(part))
+        if difference:
+            raise errors.UserError(
+                f"The checkpoints in {model_dir} are of a run with another {_MUST_AGREE[part]}: "
+                f"{difference}. Choose another MODEL_DIR, or go back to the settings of that run."
+            )
+
+
+def first_difference(saved: Any, current: Any, path: str = "") -> str:
+    """Returns "a.b is 1 in the checkpoint and 2 here", or "" where both are equal."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        pairs = [(key, saved.get(key), current.get(key)) for key in sorted({*saved, *current})]
+    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        pairs = [(index, *both) for index, both in enumerate(zip(saved, current, strict=True))]
+    elif saved == current:
+        return ""
+    else:
+        return f"{path} is {_short(saved)} in the checkpoint and {_short(current)} here"
+    for key, old, new in pairs:
+        found = first_difference(old, new, f"{path}.{key}" if path else str(key))
+        if found:
+            return found
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
