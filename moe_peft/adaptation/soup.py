@@ -22,9 +22,6 @@ from moe_peft import errors
 if TYPE_CHECKING:  # Data readers import TensorFlow.
     from moe_peft.adaptation import data
 
-if TYPE_CHECKING:  # Data readers import TensorFlow.
-    pass
-
 Encoder = Callable[[Sequence[str]], Float[np.ndarray, "b d"]]
 # From the texts of all training tasks to an encoder, which may have learnt from them.
 EncoderMaker = Callable[[Sequence[str]], Encoder]

@@ -23,6 +23,7 @@ from gin import config_parser
 
 import moe_peft
 from moe_peft import errors
+from moe_peft.config import moved
 from moe_peft.runtime import tensorflow_logs
 
 # Configurables that library code calls itself, rather than by a reference from a gin file.
@@ -253,6 +254,7 @@ def _line_of_reference(text: str, error: Exception, after: int) -> int | None:
 
 
 def _import(statement: config_parser.ImportStatement) -> None:
+    statement = statement._replace(module=moved.current(statement.module))
     # Through gin, which also writes the import into the resolved configuration.
     try:
         with tensorflow_logs.importing():

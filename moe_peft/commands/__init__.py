@@ -1,1 +1,0 @@
-"""Entry points of the command line that belong to no other part of the library."""
