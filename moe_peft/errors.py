@@ -33,6 +33,18 @@ def check_one_of(what: str, value: object, options: Iterable[str]) -> None:
         )
 
 
+def check_at_least(what: str, value: float, least: float) -> None:
+    """Raises UserError unless `value` is a number of `least` or more; NaN is not."""
+    if not value >= least:
+        raise UserError(f"{what} is {value}; expected {least} or more.")
+
+
+def check_between(what: str, value: float, low: float, high: float) -> None:
+    """Raises UserError unless `low <= value <= high`; NaN is not."""
+    if not low <= value <= high:
+        raise UserError(f"{what} is {value}; expected a number from {low} to {high}.")
+
+
 def near(name: str, options: Iterable[str], limit: int = 3) -> str:
     """Returns " Did you mean 'x'?" with the options closest to `name`, or "" if none is close.
 

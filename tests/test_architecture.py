@@ -14,6 +14,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+NAME = r"moe_peft(\.\w+)+"  # a string of this form names a module
+
 # From the ground up. A room may import those before it and itself.
 FLOORS = (
     *("errors", "narrow_matmul"),
@@ -44,9 +46,8 @@ def imports(name: str, source: str) -> set[str]:
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             named |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(r"moe_peft(\.\w+)+", node.value):
-                named.add(node.value)
+        elif isinstance(node, ast.Constant) and re.fullmatch(NAME, str(node.value)):
+            named.add(node.value)
     return {found for each in named if (found := _module(each)) not in (None, "moe_peft", name)}
 
 
