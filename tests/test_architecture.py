@@ -123,3 +123,50 @@ def test_the_tests_above_can_fail(line):
     edges["moe_peft.errors"] = imports("moe_peft.errors", line)
     assert climbing(edges) == ["moe_peft.errors -> moe_peft.training.train"]
     assert "moe_peft.errors" in circle(edges)
+
+
+# Size
+
+MOST_LINES = 26_500  # of the package and its tasks
+MOST_LINES_OF_A_FILE = 300
+MOST_LINES_OF_A_FUNCTION = 60
+LONG: dict[str, str] = {}  # a file, or "file: function", and the reason why it is longer
+
+
+def functions(source: str) -> dict[str, int]:
+    """Lines of every function of a source, decorators, signature and docstring included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return {node.name: node.end_lineno - node.lineno + 1 for node in found}
+
+
+def too_long(files: dict[str, str]) -> list[str]:
+    """Files and functions over their limits, "name: lines"."""
+    lines = {name: text.count("\n") for name, text in files.items()}
+    found = [(name, n) for name, n in lines.items() if n > MOST_LINES_OF_A_FILE]
+    for name, text in files.items():
+        for function, n in functions(text).items():
+            if n > MOST_LINES_OF_A_FUNCTION:
+                found.append((f"{name}: {function}", n))
+    return sorted(f"{name} has {n} lines" for name, n in found if name not in LONG)
+
+
+def sources() -> dict[str, str]:
+    """The text of every module, by path."""
+    return {str(path.relative_to(ROOT)): path.read_text() for path in modules().values()}
+
+
+def test_files_and_functions_are_short():
+    assert len(sources()) > 150
+    assert not too_long(sources())
+    assert all(name.partition(":")[0] in sources() for name in LONG), "an exception for nothing"
+
+
+def test_the_package_stays_small():
+    assert 20_000 < sum(text.count("\n") for text in sources().values()) <= MOST_LINES
+
+
+def test_a_long_function_and_a_long_file_are_found():
+    body = "def f():\n" + "    x = 1\n" * 60
+    assert too_long({"a.py": body}) == ["a.py: f has 61 lines"]
+    assert too_long({"a.py": "x = 1\n" * 301}) == ["a.py has 301 lines"]
