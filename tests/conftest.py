@@ -1,20 +1,38 @@
-"""Settings of the whole test session: eight CPU devices, strict shapes, slow tests on request."""
+"""Settings of the test session: little effort for compiling, strict shapes, slow tests on request.
+
+Eight virtual CPU devices are there for the tests of meshes. Everything else runs on the first one.
+"""
 
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+_GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Toy programs run for milliseconds and compile for seconds.
+_FLAGS = (
+    f"{_GIVEN_FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+if "MOE_PEFT_TEST_CACHE" not in os.environ:  # the first process of the session; workers inherit it
+    os.environ["MOE_PEFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="moe_peft_compiled_")
+    _IS_OWNER = True
+else:
+    _IS_OWNER = False
+# What one test, worker or started process compiled, the others read.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["MOE_PEFT_TEST_CACHE"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if "xla_force_host_platform_device_count" not in _GIVEN_FLAGS:
     # XLA ends the process when one of the devices' threads is a minute late at a collective
     # operation, as happens on a busy machine.
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8"
-        + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        f"{_FLAGS} --xla_force_host_platform_device_count=8"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
 
 import jaxtyping
@@ -28,15 +46,30 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
+from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import host_memory
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # reads XLA_FLAGS; processes that tests start get one device
+os.environ["XLA_FLAGS"] = _FLAGS
 
 
 @pytest.fixture(autouse=True, scope="session")
 def memory_goes_back():
     """A test process runs hundreds of programs: it would hold the most of each."""
     host_memory.keep = lambda: False
+
+
+@pytest.fixture(autouse=True)
+def one_device(request, monkeypatch):
+    """Meshes that nobody specified have one device, unless a test is marked `eight_devices`."""
+    if "eight_devices" not in request.keywords:
+        monkeypatch.setattr(mesh_lib, "all_devices", lambda: jax.devices()[:1])
+
+
+def pytest_unconfigure(config):
+    if _IS_OWNER:
+        shutil.rmtree(os.environ["MOE_PEFT_TEST_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

@@ -13,6 +13,11 @@ AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
 
+def all_devices() -> list[jax.Device]:
+    """Returns the devices of a mesh for which nobody named any."""
+    return jax.devices()
+
+
 @gin.register(module="partitioning")
 def make_mesh(
     data: int | None = None,
@@ -36,7 +41,7 @@ def make_mesh(
       UserError: the product of the three sizes is not the number of devices, or slices cannot have
         equal shares of the data axis.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = all_devices() if devices is None else list(devices)
     if min(fsdp, model) < 1 or (data is not None and data < 1):
         raise errors.UserError(
             f"Mesh axes must be at least 1, got data={data}, fsdp={fsdp}, model={model}."
