@@ -11,17 +11,13 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
-import shutil
-import socket
 import struct
-import tempfile
 
 import numpy as np
 import pyarrow
 
-from moe_peft.data import bad_rows, rows
+from moe_peft.data import bad_rows, cache, rows
 
 _FORMAT = 3
 _SKIPPED = "skipped.json"
@@ -74,8 +70,7 @@ def stored(
 ) -> Stored:
     """The rows called `name`: opened if they are there, otherwise made and written.
 
-    Written beside their place and renamed, so that half of a task is never read; what is done is
-    not done again after an interruption.
+    Half of a task is never read; what is done is not done again after an interruption.
 
     Args:
       folder: of all rows.
@@ -86,49 +81,19 @@ def stored(
     digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, key)]).encode()).hexdigest()[:12]
     place = folder / f"{name}-{digest}"
     was_there = place.is_dir()
-    if not was_there:
+
+    def write(temporary: pathlib.Path) -> None:
         logging.info("Reading %s, once; token ids are kept in %s.", name, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder)
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=_owner(), suffix=".tmp"))
-        try:
-            with bad_rows.counting() as skipped:
-                _write(temporary, make())
-            listed = [[*row, count] for row, count in skipped.items()]
-            (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
-            os.replace(temporary, place)
-        except OSError:
-            if not place.is_dir():  # otherwise another process was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with bad_rows.counting() as skipped:
+            _write(temporary, make())
+        listed = [[*row, count] for row, count in skipped.items()]
+        (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
+
+    cache.write_folder_once(place, write)
     found = _open(place)
     if was_there:
         bad_rows.remember(found.skipped)
     return found
-
-
-def _owner() -> str:
-    """What the names of this process's unfinished rows begin with."""
-    return f"{socket.gethostname()}-{os.getpid()}-"
-
-
-def _clean(folder: pathlib.Path) -> None:
-    """Removes what processes of this machine that are no more have left unfinished."""
-    for path in folder.glob(f"{socket.gethostname()}-*.tmp"):
-        process = path.name.removeprefix(f"{socket.gethostname()}-").split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # asks, and does nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 _WATCHED = 1000  # rows between two calls

@@ -6,16 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+import raw_samples
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, raw_samples, samples
+from moe_peft.data import bad_rows, samples
 from moe_peft.data.p3 import names, raw, sources, storycloze, templates
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     place = tmp_path_factory.mktemp("p3") / "p3"
-    samples.write_p3(place)
+    samples.write(place.parent)
     return place
 
 

@@ -22,7 +22,7 @@ QUESTION = files.Instance(" five ", ("fünf",))
 
 @pytest.fixture
 def folder(tmp_path):
-    samples.write_superni(tmp_path / "superni")
+    samples.write(tmp_path)
     return tmp_path / "superni"
 
 

@@ -1,6 +1,7 @@
 import itertools
 
 import gin
+import make_samples
 import numpy as np
 import pytest
 import seqio
@@ -16,7 +17,7 @@ LENGTHS = {"inputs": 64, "targets": 32}
 @pytest.fixture(scope="module", params=["tfrecord", "parquet"])
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
-    samples.write_p3(place / "p3", request.param)
+    make_samples.write_p3(place / "p3", request.param)
     return place
 
 
