@@ -223,7 +223,7 @@ def test_eval_examples_can_be_few():
         ({"split": "test"}, "no split 'test'; it has train, validation"),
         ({"name": "cldr_heldout"}, "no split 'train'; it has validation"),
         ({"shard_count": 3}, "does not divide among 3 hosts"),
-        ({"shard_index": 2, "shard_count": 2}, "outside 0..1"),
+        ({"shard_index": 2, "shard_count": 2}, "expected a number from 0 to 1"),
         ({"start_batch": -1}, "expected 0 or more"),
     ],
 )
@@ -317,3 +317,23 @@ def test_feature_lengths_of_the_suite_cut_nothing():
             found = source.rows(split)
             assert found.inputs.lengths.max() < LENGTHS["inputs"]
             assert found.targets.lengths.max() < LENGTHS["targets"]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_host_encodes_its_own_rows_only(pack, monkeypatch):
+    read = []
+    with_end = pipeline.encoding.with_end
+    monkeypatch.setattr(
+        pipeline.encoding, "with_end", lambda ids, limit: read.append(limit) or with_end(ids, limit)
+    )
+
+    def count(**options):
+        read.clear()
+        take(3, pack=pack, lengths={"inputs": 128, "targets": 64}, **options)
+        return len(read)
+
+    whole = count()
+    parts = [count(shard_index=index, shard_count=4) for index in range(4)]
+    assert sum(parts) == whole
+    assert max(parts) < whole / 2
+    assert whole >= 3 * 8 * 2
