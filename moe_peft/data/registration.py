@@ -201,8 +201,18 @@ def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> ro
     )
 
 
-def as_rows(found: row_store.Stored, task_id: int) -> rows.Rows:
-    """Rows of ids in a cache, of one wording, all with the same task id."""
-    constant = lambda value: np.broadcast_to(np.int32(value), (len(found),))
-    scalars = {"task_ids": constant(task_id), "template_ids": constant(0)}
-    return rows.Rows(found.inputs, found.targets, scalars, references=found.references)
+def as_rows(
+    found: row_store.Stored,
+    task_id: int,
+    template_id: int = 0,
+    start: int = 0,
+    end: int | None = None,
+) -> rows.Rows:
+    """Rows `start` to `end` of a cache of ids, all of one task and wording."""
+    end = len(found) if end is None else end
+    constant = lambda value: np.broadcast_to(np.int32(value), (end - start,))
+    return rows.Rows(
+        found.inputs.slice(start, end),
+        found.targets.slice(start, end),
+        {"task_ids": constant(task_id), "template_ids": constant(template_id)},
+    )
