@@ -124,7 +124,7 @@ def _register_task(name: str, metric: str | None) -> str:
     registered = registration.task_name(PREFIX, name)
     reporting = registration.Reporting(metric and files.METRICS[metric], name)
     rows_of = functools.partial(_rows, name)
-    registration.add_task(registered, rows_of, _splits, reporting, scores.METRIC_FNS)
+    registration.add_task(registered, rows_of, _splits, Settings, scores.METRIC_FNS, reporting)
     return registered
 
 

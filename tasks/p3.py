@@ -62,8 +62,8 @@ class Settings:
     retokenize: bool = False
     common_templates_only: bool = False
     source: Literal["either", "published", "raw"] = "either"
-    raw: str | None = None
-    templates: str | None = None
+    raw: str | None = dataclasses.field(default=None, metadata=registration.PATH)
+    templates: str | None = dataclasses.field(default=None, metadata=registration.PATH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,8 @@ def _held_out(name: str) -> tuple[names.HeldOut, int]:
     table, settings = _table(), Settings()
     known = {found.name: (found, i) for i, found in enumerate(table.held_out)}
     if name not in known:
-        raise errors.UserError(
-            f"{name!r} is not an evaluation set of {roots.folder(PREFIX)}.{errors.near(name, known)}"
-        )
+        where = f"an evaluation set of {roots.folder(PREFIX)}"
+        raise errors.UserError(f"{name!r} is not {where}.{errors.near(name, known)}")
     found, number = known[name]
     is_template = settings.task_ids == "template"
     return found, number + (len(_places(table)) if is_template else len(table.training))
@@ -224,7 +223,7 @@ def _register(
         found.append(f"{PREFIX}_{task}")
         rows_of = functools.partial(read_rows, task)
         splits_of = functools.partial(list_splits, task)
-        registration.add_task(found[-1], rows_of, splits_of, metric_fns=scores.METRIC_FNS)
+        registration.add_task(found[-1], rows_of, splits_of, Settings, scores.METRIC_FNS)
     return found
 
 

@@ -164,7 +164,7 @@ def _register_task(name: str) -> str:
     registered = registration.task_name(PREFIX, name)
     rows_of, splits_of = functools.partial(_rows, name), functools.partial(_splits, name)
     reporting = _reporting(files.table().get(name))
-    registration.add_task(registered, rows_of, splits_of, reporting, scores.METRIC_FNS)
+    registration.add_task(registered, rows_of, splits_of, Settings, scores.METRIC_FNS, reporting)
     return registered
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "get",
     "num_tasks",
     "rates",
+    "stream_of",
     "tasks_of",
     "train_batches",
     "vocabulary",
@@ -80,7 +81,9 @@ def train_batches(
     errors.check_at_least("start_batch", start_batch, 0)
     size = batch_size // shard_count
     own = slice(shard_index * size, (shard_index + 1) * size)
-    if (stream := _stream(mixture_or_task, split, lengths, seed)) is not None:
+    if (stream := stream_of(mixture_or_task, split, seed)) is not None:
+        for task, source in zip(lookup.tasks_with(mixture_or_task, split), stream.sources):
+            encoding.warn_if_cut(task.name, source, lengths)
         make = packed if pack else padded
         batches = make(stream, batch_size, lengths, start_batch, own)
     else:
@@ -94,16 +97,12 @@ def train_batches(
     return (sentences.add(batch, ids, sentence_encoder) for batch in batches)
 
 
-def _stream(
-    mixture_or_task: str, split: str, lengths: tuple[int, int], seed: int
-) -> mixing.Stream | None:
-    """The examples of tasks in memory; None where a task is elsewhere."""
+def stream_of(mixture_or_task: str, split: str, seed: int) -> mixing.Stream | None:
+    """The examples in training order, of tasks in memory; None where a task is elsewhere."""
     tasks = lookup.tasks_with(mixture_or_task, split)
     if not all(isinstance(task.source, rows.RowsSource) for task in tasks):
         return None
     sources = [task.source.rows(split) for task in tasks]
-    for task, source in zip(tasks, sources):
-        encoding.warn_if_cut(task.name, source, lengths)
     return mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
 
 

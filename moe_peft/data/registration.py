@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import numpy as np
 import seqio
@@ -17,6 +18,8 @@ from moe_peft.data import row_store, rows, vocabularies
 
 _text = seqio.Feature(vocabularies.Configured(), add_eos=True)
 _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
+# Metadata of a field of settings that says where files are; what is in them is what counts.
+PATH = {"is_path": True}
 FEATURES = {"inputs": _text, "targets": _text, "task_ids": _scalar, "template_ids": _scalar}
 
 
@@ -58,6 +61,8 @@ class LazySource(rows.RowsSource):
     """Rows in memory whose splits and sizes are known only once the files are read.
 
     Attributes:
+      settings: gives the settings in force of all tasks of this benchmark, a dataclass whose module
+        and gin name agree.
       reporting: how the task is reported.
     """
 
@@ -65,9 +70,10 @@ class LazySource(rows.RowsSource):
         self,
         read_rows: Callable[[str], rows.Rows],
         list_splits: Callable[[], Sequence[str]],
+        settings: Callable[[], Any],
         reporting: Reporting,
     ):
-        self._list_splits, self.reporting = list_splits, reporting
+        self._list_splits, self.settings, self.reporting = list_splits, settings, reporting
         super().__init__(read_rows, {})
 
     @property
@@ -136,14 +142,15 @@ def add_task(
     name: str,
     read_rows: Callable[[str], rows.Rows],
     list_splits: Callable[[], Sequence[str]],
+    settings: Callable[[], Any],
+    metric_fns: Sequence[Callable[..., Mapping[str, float]]],
     reporting: Reporting = Reporting(),
-    metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
 ) -> None:
-    """Registers a task unless it is there; `metric_fns` are for SeqIO's evaluator."""
+    """Registers a task unless it is there; see `LazySource`. SeqIO's evaluator has `metric_fns`."""
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
-            source=LazySource(read_rows, list_splits, reporting),
+            source=LazySource(read_rows, list_splits, settings, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
             metric_fns=metric_fns,

@@ -126,7 +126,7 @@ def test_tokenizers_that_sentencepiece_is_not(json_folder, settings, key, value,
 def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(errors.UserError, match="has neither spiece.model nor tokenizer.json"):
         vocabularies._load(str(tmp_path))
-    with pytest.raises(errors.UserError, match="is no file; expected T5's SentencePiece model"):
+    with pytest.raises(errors.UserError, match="is not a file; expected T5's SentencePiece model"):
         vocabularies._load(str(tmp_path / "nothing"))
 
 
