@@ -68,19 +68,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a training task stands in its table.
-
-    Attributes:
-      dataset: it belongs to.
-      dataset_id: number of the data set.
-      template_id: number of its template in the data set.
-      task_id: number of the task among all.
-    """
+    """Where a training task stands in its table: its data set, and numbers that count from 0."""
 
     dataset: names.Dataset
     dataset_id: int
-    template_id: int
-    task_id: int
+    template_id: int  # in the data set
+    task_id: int  # among all
 
 
 def _table() -> names.Table:
@@ -109,14 +102,9 @@ def _place(task: str) -> Place:
 def _source(task: str) -> sources.Source:
     """Where the rows of one of P3's tasks are."""
     settings = Settings()
-    folder = lambda name: pathlib.Path(name).expanduser() if name else None
-    return sources.find(
-        roots.folder(PREFIX),
-        _table().prompts[task],
-        settings.source,
-        folder(settings.raw),
-        folder(settings.templates),
-    )
+    own = [name and pathlib.Path(name).expanduser() for name in (settings.raw, settings.templates)]
+    prompt = _table().prompts[task]
+    return sources.find(roots.folder(PREFIX), prompt, settings.source, *own)
 
 
 def _stored(task: str, split: str, limit: int | None = None) -> row_store.Stored:
@@ -131,8 +119,8 @@ def _training_rows(task: str, split: str) -> rows.Rows:
     found = _stored(task, split if is_own else "train", cap)
     start, end = 0, len(found)
     if not is_own:
-        apart = min(settings.validation_examples, end // 2)  # of a few rows, half stay
-        start, end = (0, apart) if split == "validation" else (apart, end)
+        held_back = min(settings.validation_examples, end // 2)  # of a few rows, half stay
+        start, end = (0, held_back) if split == "validation" else (held_back, end)
     task_id = place.task_id if settings.task_ids == "template" else place.dataset_id
     return registration.as_rows(found, task_id, place.template_id, start, end)
 

@@ -10,10 +10,7 @@ class Packer:
     """Fills a batch of rows, first fit, in the order examples come.
 
     Only lengths are needed, so the place of every example can be replayed without reading it.
-
-    Attributes:
-      batch_size: rows in a batch.
-      limits: capacity of a row in tokens, (inputs, targets).
+    `limits` is the capacity of a row in tokens, (inputs, targets).
     """
 
     def __init__(self, batch_size: int, limits: tuple[int, int]):

@@ -68,8 +68,7 @@ def train_batches(
         batch.
       shard_count: number of hosts.
       split: of the tasks.
-      sentence_encoder: adds `sentence_embeddings`; by default what gin sets, see
-        `sentences.configured`.
+      sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:

@@ -25,36 +25,20 @@ FEATURES = {"inputs": _text, "targets": _text, "task_ids": _scalar, "template_id
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-    """A question and its answer, before they become ids.
-
-    Attributes:
-      inputs: the question.
-      targets: the answer.
-      template_id: which wording.
-      answer_choices: texts to choose from; empty where the answer is free text.
-      ending: a tail of `inputs` that stays when too long an input is cut.
-      references: every accepted answer; empty where it is `targets` alone.
-    """
+    """A question and its answer, before they become ids."""
 
     inputs: str
     targets: str
-    template_id: int = 0
-    answer_choices: tuple[str, ...] = ()
-    ending: str = ""
-    references: tuple[str, ...] = ()
+    ending: str = ""  # a tail of `inputs` that stays when too long an input is cut
+    references: tuple[str, ...] = ()  # every accepted answer; empty where it is `targets` alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:
-    """How a benchmark reports a task.
+    """How a benchmark reports a task."""
 
-    Attributes:
-      metric: name in `evaluation.metrics`; None where nothing is laid down.
-      group: what it is reported under; None where it stands for itself.
-    """
-
-    metric: str | None = None
-    group: str | None = None
+    metric: str | None = None  # a name in `evaluation.metrics`; None where nothing is laid down
+    group: str | None = None  # what it is reported under; None where it stands for itself
 
 
 class LazySource(rows.RowsSource):
@@ -87,18 +71,10 @@ class LazySource(rows.RowsSource):
 
 
 class LazyMixture(seqio.Mixture):
-    """A mixture of the tasks that a function names.
-
-    Attributes:
-      list_tasks: names of registered tasks.
-      rate: relative rate of the task of that name.
-    """
+    """A mixture of the tasks that `list_tasks` names; `rate` gives a task's relative rate."""
 
     def __init__(
-        self,
-        name: str,
-        list_tasks: Callable[[], Sequence[str]],
-        rate: Callable[[str], float] = lambda name: 1.0,
+        self, name: str, list_tasks: Callable[[], Sequence[str]], rate: Callable[[str], float]
     ):
         # Not SeqIO's own constructor, which wants to see the tasks now.
         self._name, self._source_info = name, None
@@ -187,25 +163,25 @@ def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_stor
 
     for example in examples:
         targets = ids(example.targets)
-        yield row_store.Line(inputs(example), targets, example.answer_choices, example.references)
+        yield row_store.Line(inputs(example), targets, references=example.references)
 
 
 def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
     """Rows of ids in memory, see `lines`; `task_id` is that of all of them."""
-    examples = list(examples)
     found = list(lines(examples, max_inputs))
-    has_choices = any(line.answer_choices for line in found)
     has_references = any(line.references for line in found)
     return rows.Rows(
         rows.Ragged.of([line.inputs for line in found]),
         rows.Ragged.of([line.targets for line in found]),
-        {
-            "task_ids": np.full(len(found), task_id, np.int32),
-            "template_ids": np.array([example.template_id for example in examples], np.int32),
-        },
-        [line.answer_choices for line in found] if has_choices else (),
-        [line.references for line in found] if has_references else (),
+        _scalars(len(found), task_id, 0),
+        references=[line.references for line in found] if has_references else (),
     )
+
+
+def _scalars(count: int, task_id: int, template_id: int) -> Mapping[str, np.ndarray]:
+    """The same ids for every row, without memory for them."""
+    ids = {"task_ids": task_id, "template_ids": template_id}
+    return {name: np.broadcast_to(np.int32(value), (count,)) for name, value in ids.items()}
 
 
 def as_rows(
@@ -217,9 +193,5 @@ def as_rows(
 ) -> rows.Rows:
     """Rows `start` to `end` of a cache of ids, all of one task and wording."""
     end = len(found) if end is None else end
-    constant = lambda value: np.broadcast_to(np.int32(value), (end - start,))
-    return rows.Rows(
-        found.inputs.slice(start, end),
-        found.targets.slice(start, end),
-        {"task_ids": constant(task_id), "template_ids": constant(template_id)},
-    )
+    inputs, targets = found.inputs.slice(start, end), found.targets.slice(start, end)
+    return rows.Rows(inputs, targets, _scalars(end - start, task_id, template_id))

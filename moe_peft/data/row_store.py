@@ -2,7 +2,7 @@
 
 Data sets of millions of rows are turned into ids once, task by task, written as plain arrays and
 mapped into memory: `pipeline` then reads any row at once, and memory stays flat. What was skipped
-on the way (`bad_rows`) is written beside them, and told whenever they are opened.
+on the way (`bad_rows`) is written next to them, and told whenever they are opened.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -16,15 +16,10 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """Sequences of any length, stored end to end.
+    """Sequences of any length, stored end to end."""
 
-    Attributes:
-      flat: all ids, one sequence after another.
-      ends: where each sequence ends in `flat`.
-    """
-
-    flat: Int[np.ndarray, " total"]
-    ends: Int[np.ndarray, " rows"]
+    flat: Int[np.ndarray, " total"]  # all ids, one sequence after another
+    ends: Int[np.ndarray, " rows"]  # where each sequence ends in `flat`
 
     @classmethod
     def of(cls, sequences: Sequence[np.ndarray]) -> "Ragged":

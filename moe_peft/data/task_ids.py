@@ -23,12 +23,11 @@ def per_template(batch: Mapping[str, np.ndarray], num_templates: int | None = No
     """
     if num_templates is None:
         return dict(batch)
-    for name in ("task_ids", "template_ids"):
-        if name not in batch:
-            raise errors.UserError(
-                f"per_template.num_templates needs the feature {name!r}; the batch has "
-                f"{', '.join(sorted(batch))}."
-            )
+    if absent := [name for name in ("task_ids", "template_ids") if name not in batch]:
+        raise errors.UserError(
+            f"per_template.num_templates needs the feature {absent[0]!r}; the batch has "
+            f"{', '.join(sorted(batch))}."
+        )
     template_ids = np.asarray(batch["template_ids"])
     if template_ids.size and template_ids.max() >= num_templates:
         raise errors.UserError(

@@ -73,7 +73,7 @@ def test_superni_instance_without_a_field(tmp_path, caplog):
     path.write_text(json.dumps(content))
     stops(read, "the whole file: 'Definition' is missing")
     path.write_text(path.read_text()[:300])
-    stops(read, r"is no JSON \(cut off\?\)")
+    stops(read, r"is not JSON \(cut off\?\)")
 
 
 def test_crossfit_broken_row(tmp_path):
@@ -193,7 +193,7 @@ def test_p3_task_without_choices(tmp_path):
     p3_writing.write_task(ranked, {"validation": rows}, "tfrecord")
     pipeline.num_tasks("p3_heldout")
     read = lambda: pipeline.get(f"p3_{table.held_out[0].name}").source.rows("validation")
-    stops(read, r"'validation', row 0: 'idx' is missing; is this no task with answer choices\?")
+    stops(read, r"'validation', row 0: 'idx' is missing; has this task answer choices\?")
     skip()
     stops(read, "'validation' has no row left. Skipped .* bad rows: .*'idx' is missing")
 

@@ -119,7 +119,7 @@ def test_bytes(tmp_path):
 )
 def test_tokenizers_that_sentencepiece_is_not(json_folder, settings, key, value, words):
     (json_folder / "tokenizer.json").write_text(json.dumps({**settings, key: value}))
-    with pytest.raises(errors.UserError, match=f"tokenizer.json: {words}.*spiece.model beside it"):
+    with pytest.raises(errors.UserError, match=f"tokenizer.json: {words}.*spiece.model next to it"):
         tokenizers.sentencepiece(json_folder)
 
 

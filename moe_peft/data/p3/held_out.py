@@ -30,9 +30,8 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
     def group(numbered: tuple[int, records.Record]) -> None:
         number, record = numbered
         if record.idx is None:
-            raise bad_rows.BadRow(
-                where, f"row {number}", "'idx' is missing; is this no task with answer choices?"
-            )
+            reason = "'idx' is missing; has this task answer choices?"
+            raise bad_rows.BadRow(where, f"row {number}", reason)
         choices = groups.setdefault(record.idx[0], {})
         if record.idx[1] in choices:
             raise bad_rows.BadRow(where, f"row {number}", f"idx {record.idx} is there twice")
@@ -59,11 +58,8 @@ def _example(
     right = [choice for choice in choices if choice.is_correct]
     if not right:
         raise bad_rows.BadRow(where, f"example {number}", "no choice is right")
-    return dataclasses.replace(
-        right[0],
-        answer_choices=tuple(choice.targets for choice in choices),
-        idx=(number, right[0].idx[1]),
-    )
+    texts = tuple(choice.targets for choice in choices)
+    return dataclasses.replace(right[0], answer_choices=texts, idx=(number, right[0].idx[1]))
 
 
 @dataclasses.dataclass(frozen=True)

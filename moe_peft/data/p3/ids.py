@@ -41,7 +41,7 @@ def stored(
 def opened(
     source: sources.Source, split: str, limit: int | None, retokenize: bool, key: tuple
 ) -> row_store.Stored:
-    """See `stored`; `key` is whatever the rows depend on."""
+    """The rows of a split; `key` is whatever they depend on besides the other arguments."""
     task, where = source.prompt.task, f"{source.where}, {split!r}"
     lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
     found = row_store.stored(cache.folder() / "p3", f"{task}-{split}", key, lines)

@@ -17,21 +17,13 @@ MHR_ENDING = "\nOutput:"
 
 @dataclasses.dataclass(frozen=True)
 class TkInstruct:
-    """What a Tk-Instruct prompt shows.
+    """What a Tk-Instruct prompt shows, in this order."""
 
-    Attributes:
-      with_name: the task's name comes first.
-      with_definition: the definition comes next.
-      num_positive: examples of right answers, at most.
-      num_negative: examples of wrong answers, at most.
-      with_explanation: say why an example's answer is right or wrong.
-    """
-
-    with_name: bool = False
+    with_name: bool = False  # of the task
     with_definition: bool = True
-    num_positive: int = 0
-    num_negative: int = 0
-    with_explanation: bool = False
+    num_positive: int = 0  # examples of right answers, at most
+    num_negative: int = 0  # examples of wrong answers, at most
+    with_explanation: bool = False  # why an example's answer is right or wrong
 
 
 MHR = "mhr"
@@ -48,12 +40,8 @@ NAMES = (MHR, *TK_INSTRUCT)
 
 
 def check(name: str) -> None:
-    """Refuses a name that is no setting."""
-    if name not in NAMES:
-        raise errors.UserError(
-            f"There is no SuperNI prompt {name!r}; there are {', '.join(NAMES)}."
-            f"{errors.near(name, NAMES)}"
-        )
+    """Refuses a name that is not a setting."""
+    errors.check_one_of("The SuperNI prompt", name, NAMES)
 
 
 def write(
