@@ -64,16 +64,16 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _splits() -> tuple[str, ...]:
+def _splits(name: str) -> tuple[str, ...]:
+    del name  # all tasks have the same
     sampled = [f"{split}_{seed}" for split in PARTS for seed in Settings().seeds]
     return (*PARTS, "test", *sampled)
 
 
 def _rows(name: str, split: str) -> rows.Rows:
-    if split not in _splits():
+    if split not in (known := _splits(name)):
         raise errors.UserError(
-            f"{name} has no split {split!r}; it has {', '.join(_splits())}."
-            f"{errors.near(split, _splits())}"
+            f"{name} has no split {split!r}; it has {', '.join(known)}.{errors.near(split, known)}"
         )
     folder = roots.folder(PREFIX)
     read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
@@ -121,11 +121,10 @@ def _reference(row: files.Row, seed: int) -> str:
 
 def _register_task(name: str, metric: str | None) -> str:
     """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
-    registered = registration.task_name(PREFIX, name)
     reporting = registration.Reporting(metric and files.METRICS[metric], name)
-    rows_of = functools.partial(_rows, name)
-    registration.add_task(registered, rows_of, _splits, Settings, scores.METRIC_FNS, reporting)
-    return registered
+    return registration.add_task(
+        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
+    )
 
 
 def _list(group: str) -> Sequence[str]:

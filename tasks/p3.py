@@ -206,13 +206,8 @@ def _register(
     list_splits: Callable[[str], Sequence[str]],
 ) -> list[str]:
     """Registers tasks by P3's names; returns SeqIO's."""
-    found = []
-    for task in tasks:
-        found.append(f"{PREFIX}_{task}")
-        rows_of = functools.partial(read_rows, task)
-        splits_of = functools.partial(list_splits, task)
-        registration.add_task(found[-1], rows_of, splits_of, Settings, scores.METRIC_FNS)
-    return found
+    shared = (read_rows, list_splits, Settings, scores.METRIC_FNS)
+    return [registration.add_task(PREFIX, task, *shared) for task in tasks]
 
 
 def _register_training(table: names.Table, mixture: str) -> list[str]:

@@ -161,11 +161,10 @@ def _reporting(listed: files.Listed | None) -> registration.Reporting:
 
 def _register_task(name: str) -> str:
     """Registers a task of this name; returns SeqIO's."""
-    registered = registration.task_name(PREFIX, name)
-    rows_of, splits_of = functools.partial(_rows, name), functools.partial(_splits, name)
     reporting = _reporting(files.table().get(name))
-    registration.add_task(registered, rows_of, splits_of, Settings, scores.METRIC_FNS, reporting)
-    return registered
+    return registration.add_task(
+        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
+    )
 
 
 def _list(split: str) -> Sequence[str]:

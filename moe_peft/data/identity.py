@@ -99,8 +99,8 @@ def _bound(name: str) -> Any:
 
 def _count(stream: mixing.Stream) -> dict[str, Any]:
     """Sizes in all, and a digest of those of every task, which other files rarely share."""
-    sizes = [[int(np.sum(of[name])) for name in ("inputs", "targets")] for of in stream.lengths]
-    sizes = [[len(source), *tokens] for source, tokens in zip(stream.sources, sizes)]
+    tokens = lambda column: int(column.lengths.sum())
+    sizes = [[len(of), tokens(of.inputs), tokens(of.targets)] for of in stream.sources]
     total = dict(zip(("rows", "input_tokens", "target_tokens"), np.sum(sizes, axis=0).tolist()))
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
     return {"tasks": len(sizes), **total, "sizes": digest}

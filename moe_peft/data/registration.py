@@ -115,22 +115,39 @@ def task_name(prefix: str, name: str) -> str:
 
 
 def add_task(
+    prefix: str,
     name: str,
-    read_rows: Callable[[str], rows.Rows],
-    list_splits: Callable[[], Sequence[str]],
+    read_rows: Callable[[str, str], rows.Rows],
+    list_splits: Callable[[str], Sequence[str]],
     settings: Callable[[], Any],
     metric_fns: Sequence[Callable[..., Mapping[str, float]]],
     reporting: Reporting = Reporting(),
-) -> None:
-    """Registers a task unless it is there; see `LazySource`. SeqIO's evaluator has `metric_fns`."""
-    if name not in seqio.TaskRegistry.names():
+) -> str:
+    """Registers a task unless it is there; returns SeqIO's name of it.
+
+    Args:
+      prefix: of the benchmark.
+      name: the benchmark's own name of the task.
+      read_rows: rows by that name and a split.
+      list_splits: splits by that name.
+      settings: see `LazySource`.
+      metric_fns: of SeqIO's evaluator.
+      reporting: how the benchmark reports it.
+    """
+    registered = task_name(prefix, name)
+    if registered not in seqio.TaskRegistry.names():
+        rows_of, splits_of = (
+            functools.partial(read_rows, name),
+            functools.partial(list_splits, name),
+        )
         seqio.TaskRegistry.add(
-            name,
-            source=LazySource(read_rows, list_splits, settings, reporting),
+            registered,
+            source=LazySource(rows_of, splits_of, settings, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
             metric_fns=metric_fns,
         )
+    return registered
 
 
 def add_mixture(

@@ -39,11 +39,8 @@ class Reported:
 
     def __init__(self):
         self.tasks: list[str] = []
-        self._inputs, self._pairs, self._owners = (
-            array.array("Q"),
-            array.array("Q"),
-            array.array("i"),
-        )
+        self._inputs, self._pairs = array.array("Q"), array.array("Q")
+        self._owners = array.array("i")
         self._order: Int[np.ndarray, " n"] | None = None
 
     def add(self, task: str, inputs: Iterable[int], pairs: Iterable[int]) -> None:

@@ -64,13 +64,9 @@ def _example(
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Sequences of several templates, template after template.
+    """Sequences of several templates, template after template."""
 
-    Attributes:
-      parts: of each template.
-    """
-
-    parts: Sequence[rows.Ragged | row_store.Texts]
+    parts: Sequence[rows.Ragged | row_store.Texts]  # of each template
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
