@@ -64,7 +64,7 @@ class Settings:
     references: Literal["all", "one"] = "all"
 
     def __post_init__(self):
-        prompts.check(self.prompt)
+        prompts.check_name(self.prompt)
         errors.check_at_least("superni.configured.max_input_tokens", self.max_input_tokens, 2)
         for split, count in dataclasses.asdict(self.amounts).items():
             errors.check_at_least(f"superni.configured.{split}_examples", count, 0)
@@ -141,7 +141,7 @@ def _chosen(
 
     def example(instance: files.Instance) -> registration.TextExample:
         num_tokens = lambda text: len(encode(text))
-        inputs, ending = prompts.write(
+        inputs, ending = prompts.write_prompt(
             settings.prompt, task, instance, num_tokens, settings.max_input_tokens
         )
         targets = sampling.reference(task, instance, settings.seed)

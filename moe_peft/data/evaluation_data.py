@@ -64,7 +64,9 @@ def eval_examples(
         return batches
     ids = lookup.vocabulary(mixture_or_task)
     return (
-        dataclasses.replace(batch, features=sentences.add(batch.features, ids, sentence_encoder))
+        dataclasses.replace(
+            batch, features=sentences.add_embeddings(batch.features, ids, sentence_encoder)
+        )
         for batch in batches
     )
 
@@ -124,7 +126,7 @@ def task_rows(
     }
     without_end = lambda ids: ids[:-1] if ids[-1:] == [1] else ids
     ragged = {
-        name: rows.Ragged.of([without_end(row[name]) for row in found])
+        name: rows.Ragged.from_sequences([without_end(row[name]) for row in found])
         for name in encoding.FEATURES
     }
     choices = [

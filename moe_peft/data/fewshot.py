@@ -40,7 +40,7 @@ class Sizes:
     validation: Count = 0
     wordings: Count = 1
 
-    def of(self, task: str) -> tuple[int | None, int]:
+    def counts_of(self, task: str) -> tuple[int | None, int]:
         """(shots, validation examples) of a task."""
         return (
             None if self.shots is None else _count("shots", self.shots, task, 1),
@@ -87,7 +87,7 @@ def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
             f"of {num_wordings} wordings."
         )
     available = num_rows // num_wordings
-    num_shots, num_validation = sizes.of(task)
+    num_shots, num_validation = sizes.counts_of(task)
     if num_shots is None:
         num_shots = max(available - num_validation, 1)
     if num_shots + num_validation > available:

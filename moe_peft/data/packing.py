@@ -35,7 +35,7 @@ class Packer:
             rows.append(int(fits[0]))
 
 
-def fill(
+def fill_rows(
     sequences: Sequence[np.ndarray], rows: Sequence[int], shape: tuple[int, int]
 ) -> dict[str, Int[np.ndarray, "b t"]]:
     """Tokens, segment ids (from 1; 0 is padding) and positions (restarting) of packed rows."""

@@ -93,7 +93,7 @@ def train_batches(
     if sentence_encoder is None:
         return batches
     ids = vocabulary(mixture_or_task)
-    return (sentences.add(batch, ids, sentence_encoder) for batch in batches)
+    return (sentences.add_embeddings(batch, ids, sentence_encoder) for batch in batches)
 
 
 def stream_of(mixture_or_task: str, split: str, seed: int) -> mixing.Stream | None:

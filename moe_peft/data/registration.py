@@ -188,8 +188,8 @@ def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> ro
     found = list(lines(examples, max_inputs))
     has_references = any(line.references for line in found)
     return rows.Rows(
-        rows.Ragged.of([line.inputs for line in found]),
-        rows.Ragged.of([line.targets for line in found]),
+        rows.Ragged.from_sequences([line.inputs for line in found]),
+        rows.Ragged.from_sequences([line.targets for line in found]),
         _scalars(len(found), task_id, 0),
         references=[line.references for line in found] if has_references else (),
     )

@@ -92,7 +92,7 @@ def stored(
     cache.write_folder_once(place, write)
     found = _open(place)
     if was_there:
-        bad_rows.remember(found.skipped)
+        bad_rows.remember_skipped(found.skipped)
     return found
 
 

@@ -22,7 +22,7 @@ class Ragged:
     ends: Int[np.ndarray, " rows"]  # where each sequence ends in `flat`
 
     @classmethod
-    def of(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
+    def from_sequences(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
         """Stores a list of sequences."""
         ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
         return cls(np.concatenate([*sequences, np.zeros(0, np.int32)]).astype(np.int32), ends)

@@ -71,7 +71,7 @@ def remembering(encode: Encoder) -> Encoder:
     return look_up
 
 
-def add(
+def add_embeddings(
     batch: dict[str, np.ndarray], vocabulary: seqio.Vocabulary, encoder: Encoder
 ) -> dict[str, np.ndarray]:
     """The batch with `sentence_embeddings` [b, D] float32 of what the model reads.

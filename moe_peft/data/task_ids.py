@@ -38,7 +38,7 @@ def per_template(batch: Mapping[str, np.ndarray], num_templates: int | None = No
     return {**batch, "task_ids": ids.astype(np.int32)}
 
 
-def check(ids: np.ndarray, num_tasks: int, where: str) -> None:
+def check_ids(ids: np.ndarray, num_tasks: int, where: str) -> None:
     """Raises UserError for an id that is not in 0 .. num_tasks - 1."""
     outside = ids[(ids < 0) | (ids >= num_tasks)]
     if outside.size:
@@ -49,7 +49,9 @@ def check(ids: np.ndarray, num_tasks: int, where: str) -> None:
         )
 
 
-def checked(batches: Iterator[Batch], method: methods.Method, where: str) -> Iterator[Batch]:
+def checked_batches(
+    batches: Iterator[Batch], method: methods.Method, where: str
+) -> Iterator[Batch]:
     """The batches, each of them checked for the task ids that `method` routes by."""
     if method.num_tasks is None:
         yield from batches
@@ -59,5 +61,5 @@ def checked(batches: Iterator[Batch], method: methods.Method, where: str) -> Ite
             raise errors.UserError(
                 f"{method.name!r} routes by task, but {where!r} has no feature 'task_ids'."
             )
-        check(np.asarray(batch["task_ids"]), method.num_tasks, repr(where))
+        check_ids(np.asarray(batch["task_ids"]), method.num_tasks, repr(where))
         yield batch

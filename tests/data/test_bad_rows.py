@@ -160,7 +160,7 @@ def test_p3_example_that_lacks_a_choice(tmp_path):
     def found():
         for number, record in enumerate(last):
             if number == 11:
-                bad_rows.skip(bad_rows.BadRow("file", "row 11", "damaged"))
+                bad_rows.skip_row(bad_rows.BadRow("file", "row 11", "damaged"))
             else:
                 yield record
 

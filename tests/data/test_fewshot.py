@@ -37,10 +37,10 @@ def test_validation_examples_are_no_shots_in_any_wording():
 
 def test_counts_may_be_given_by_task_name():
     sizes = fewshot.Sizes({"a_.*": 2, ".*": 5}, {"a_1": 1, ".*": 0}, {"b": 2, ".*": 1})
-    assert [sizes.of(name) for name in ("a_1", "a_2", "b")] == [(2, 1), (2, 0), (5, 0)]
+    assert [sizes.counts_of(name) for name in ("a_1", "a_2", "b")] == [(2, 1), (2, 0), (5, 0)]
     assert [sizes.wordings_of(name) for name in ("b", "c")] == [2, 1]
     # Whole names: "a_.*" does not match "xa_1".
-    assert sizes.of("xa_1") == (5, 0)
+    assert sizes.counts_of("xa_1") == (5, 0)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,10 @@ def test_row_store_keeps_nothing_of_a_failure(tmp_path):
 
 
 def test_joined_and_woven():
-    parts = [rows.Ragged.of([np.array([10 * t + i] * (i + 1)) for i in range(3)]) for t in range(2)]
+    parts = [
+        rows.Ragged.from_sequences([np.array([10 * t + i] * (i + 1)) for i in range(3)])
+        for t in range(2)
+    ]
     joined, woven = held_out.Joined(parts), held_out.Woven(parts)
     assert [joined[i][0] for i in range(6)] == [0, 1, 2, 10, 11, 12]
     assert [woven[i][0] for i in range(6)] == [0, 10, 1, 11, 2, 12]

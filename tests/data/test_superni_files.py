@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def write(name, max_inputs=10_000):
-    return prompts.write(name, TASK, QUESTION, lambda text: len(text.split()), max_inputs)
+    return prompts.write_prompt(name, TASK, QUESTION, lambda text: len(text.split()), max_inputs)
 
 
 def damage(path, change):

@@ -106,7 +106,7 @@ def read(folder: pathlib.Path, split: str) -> Iterator[Record]:
     expected = _published_size(folder, split)
     if expected is not None and count != expected:
         reason = f"{count} rows, stats.{split}.json says {expected}; cut off?"
-        bad_rows.skip(bad_rows.BadRow(folder, repr(split), reason), max(expected - count, 1))
+        bad_rows.skip_row(bad_rows.BadRow(folder, repr(split), reason), max(expected - count, 1))
 
 
 def _published_size(folder: pathlib.Path, split: str) -> int | None:
@@ -179,7 +179,7 @@ def _tfrecord_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         except damage as problem:
             message = problem.message.split("}} ")[-1].split(" [Op:")[0]
     reason = "the file is damaged from here on"
-    bad_rows.skip(bad_rows.BadRow(path, f"row {count}", reason, message))
+    bad_rows.skip_row(bad_rows.BadRow(path, f"row {count}", reason, message))
 
 
 def _plain(row: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -39,12 +39,12 @@ TK_INSTRUCT = {
 NAMES = (MHR, *TK_INSTRUCT)
 
 
-def check(name: str) -> None:
+def check_name(name: str) -> None:
     """Refuses a name that is not a setting."""
     errors.check_one_of("The SuperNI prompt", name, NAMES)
 
 
-def write(
+def write_prompt(
     name: str,
     task: files.TaskFile,
     instance: files.Instance,
@@ -60,7 +60,7 @@ def write(
       num_tokens: of a text; demonstrations are shown as long as all fits.
       max_inputs: tokens of the inputs, end mark included.
     """
-    check(name)
+    check_name(name)
     question = "Now complete the following example -\n" + _stop(f"Input: {instance.input.strip()}")
     if name == MHR:
         definition = _stop(f"Task definition: {task.definition.strip()}")
