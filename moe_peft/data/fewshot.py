@@ -135,9 +135,7 @@ def schedule(
 class Encoded:
     """Examples as arrays."""
 
-    features: Mapping[
-        str, np.ndarray
-    ]  # of `encoding.encode`, or choices and the right one's number
+    features: Mapping[str, np.ndarray]  # of `encoding.encode`, or choices and which one is right
     is_cut: Bool[np.ndarray, " e"]  # whether a target did not fit
     examples: Sequence[evaluation_data.Example]  # what each row is
 

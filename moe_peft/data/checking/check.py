@@ -112,16 +112,14 @@ def check(
             _read(part, group, found, reported, leaks)
     order = (parts.TRAINING, parts.HELD_OUT)
     found.groups = dict(sorted(found.groups.items(), key=lambda item: order.index(item[0][0])))
-    for (task, held_out), leak in leaks.items():
-        found.findings.append(leak.finding(task, held_out))
+    found.findings += [leak.finding(*tasks) for tasks, leak in leaks.items()]
     return found
 
 
 def _has_files(part, group, found, folder, with_hashes) -> bool:
     try:
         files = list(part.files())
-        absent = [path for path in files if not path.is_file()]
-        if absent:
+        if absent := [path for path in files if not path.is_file()]:
             raise errors.UserError(f"There is no file {absent[0]}.")
     except (errors.UserError, OSError) as problem:
         group.missing += 1
@@ -181,9 +179,8 @@ def _read(part, group, found, reported, leaks) -> None:
     where = f"{part.task} ({part.split})"
     if again:
         group.duplicates += again
-        found.findings.append(
-            Finding("duplicate", where, f"{again} of {len(inputs)} inputs came before", again)
-        )
+        message = f"{again} of {len(inputs)} inputs came before"
+        found.findings.append(Finding("duplicate", where, message, again))
     if part.published is not None and part.published != len(inputs):
         message = f"{len(inputs)} examples, {part.published} are published"
         found.findings.append(Finding("count", where, message, abs(len(inputs) - part.published)))
