@@ -19,7 +19,7 @@ import pyarrow
 
 from moe_peft.data import bad_rows, cache, rows
 
-_FORMAT = 3
+_FORMAT = 4  # another number where the files have another form: they are made again
 _SKIPPED = "skipped.json"
 
 
@@ -34,21 +34,16 @@ class Line:
 
 
 class Texts(Sequence[tuple[str, ...]]):
-    """Texts of every row, stored as UTF-8 end to end and decoded when asked for."""
+    """Texts of every row, stored end to end, a JSON list a row, and decoded when asked for."""
 
-    def __init__(self, texts: rows.Ragged, ends: np.ndarray):
-        """Args: `texts` one sequence of bytes a text; `ends` where each row's texts end."""
-        self._texts, self._ends = texts, ends
+    def __init__(self, rows_as_json: rows.Ragged):
+        self._rows = rows_as_json
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[str, ...]:
-        start = self._ends[index - 1] if index else 0
-        return tuple(
-            self._texts[i].astype(np.uint8).tobytes().decode("utf-8")
-            for i in range(start, self._ends[index])
-        )
+        return tuple(json.loads(self._rows[index].tobytes()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,34 +118,25 @@ def _told(lines: Iterable[Line]) -> Iterator[Line]:
         tell(count)
 
 
+_COLUMNS = {"inputs": np.int32, "targets": np.int32}
 _TEXTS = ("answer_choices", "references")
-_COLUMNS = {"inputs": np.int32, "targets": np.int32, **dict.fromkeys(_TEXTS, np.uint8)}
-_ENDS = (*(f"{name}_ends" for name in _COLUMNS), *(f"{name}_rows" for name in _TEXTS))
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes one for each row
 
 
 def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
-    totals = dict.fromkeys((*_COLUMNS, *_ENDS), 0)
+    ends = dict.fromkeys((*_COLUMNS, *_TEXTS), 0)
     with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(place / f"{name}.bin", "wb"))
-            for name in (*_COLUMNS, *_ENDS)
-        }
-
-        def end(name: str, of: str, count: int) -> None:
-            totals[of] += count
-            files[name].write(struct.pack("=q", totals[of]))
-
-        def add(name: str, sequence: np.ndarray) -> None:
-            files[name].write(np.asarray(sequence, _COLUMNS[name]).tobytes())
-            end(f"{name}_ends", name, len(sequence))
-
+        opened = lambda name: stack.enter_context(open(place / f"{name}.bin", "wb"))
+        files = {name: (opened(name), opened(f"{name}_ends")) for name in ends}
         for line in _told(lines):
-            add("inputs", line.inputs)
-            add("targets", line.targets)
+            items = {name: np.asarray(getattr(line, name), of) for name, of in _COLUMNS.items()}
             for name in _TEXTS:
-                for text in getattr(line, name):
-                    add(name, np.frombuffer(text.encode("utf-8"), np.uint8))
-                end(f"{name}_rows", f"{name}_rows", len(getattr(line, name)))
+                items[name] = _as_json(getattr(line, name)).encode()
+            for name, item in items.items():
+                ends[name] += len(item)
+                flat_file, ends_file = files[name]
+                flat_file.write(item)
+                ends_file.write(struct.pack("=q", ends[name]))
 
 
 def _open(place: pathlib.Path) -> Stored:
@@ -163,9 +149,10 @@ def _open(place: pathlib.Path) -> Stored:
             return np.frombuffer(file.read_buffer(), dtype)
 
     def column(name: str) -> rows.Ragged:
-        return rows.Ragged(mapped(name, _COLUMNS[name]), mapped(f"{name}_ends", np.int64))
+        flat = mapped(name, _COLUMNS.get(name, np.uint8))
+        return rows.Ragged(flat, mapped(f"{name}_ends", np.int64))
 
-    texts = (Texts(column(name), mapped(f"{name}_rows", np.int64)) for name in _TEXTS)
+    texts = (Texts(column(name)) for name in _TEXTS)
     listed = json.loads((place / _SKIPPED).read_text(encoding="utf-8"))
     skipped = {(path, reason): count for path, reason, count in listed}
     return Stored(column("inputs"), column("targets"), *texts, skipped)
