@@ -57,7 +57,7 @@ def encode(text: str) -> np.ndarray:
 def _columns(inputs: Iterable[str], targets: Iterable[str]) -> store.Columns:
     columns = {}
     for name, texts in (("inputs", inputs), ("targets", targets)):
-        column = rows.Ragged.of([encode(text) for text in texts])
+        column = rows.Ragged.from_sequences([encode(text) for text in texts])
         columns |= {f"{name}_flat": column.flat.astype(np.int16), f"{name}_ends": column.ends}
     return columns
 

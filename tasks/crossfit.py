@@ -28,37 +28,28 @@ PREFIX = "crossfit"
 PARTS = {"train": "train", "validation": "dev"}
 
 
+@gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How examples are written; see `configured`."""
+    """What gin sets for all CrossFit tasks, as `crossfit.configured`; `Settings()` is in force.
 
-    with_task_name: bool
-    max_input_tokens: int
-    seeds: tuple[int, ...]
-    seed: int
-
-
-@gin.configurable(module="crossfit")
-def configured(
-    with_task_name: bool = True,
-    max_input_tokens: int = 512,
-    seeds: Sequence[int] = files.SEEDS,
-    seed: int = 42,
-) -> Settings:
-    """What gin sets for all CrossFit tasks.
-
-    Args:
+    Attributes:
       with_task_name: inputs begin with "[task_name] ", as in CrossFit and P1.
       max_input_tokens: longest input, end mark included.
       seeds: samples to read.
       seed: of the draw of one answer where several are accepted.
     """
-    if not seeds or max_input_tokens < 2:
-        raise errors.UserError(
-            f"crossfit.configured: seeds {tuple(seeds)} and max_input_tokens {max_input_tokens}; "
-            "expected at least one seed and 2 tokens."
-        )
-    return Settings(with_task_name, max_input_tokens, tuple(seeds), seed)
+
+    with_task_name: bool = True
+    max_input_tokens: int = 512
+    seeds: Sequence[int] = files.SEEDS
+    seed: int = 42
+
+    def __post_init__(self):
+        # Settings are keys of caches, and gin files may give a list.
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        errors.check_at_least("The number of crossfit.configured.seeds", len(self.seeds), 1)
+        errors.check_at_least("crossfit.configured.max_input_tokens", self.max_input_tokens, 2)
 
 
 def task_ids() -> dict[str, int]:
@@ -73,20 +64,20 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _splits() -> tuple[str, ...]:
-    sampled = [f"{split}_{seed}" for split in PARTS for seed in configured().seeds]
+def _splits(name: str) -> tuple[str, ...]:
+    del name  # all tasks have the same
+    sampled = [f"{split}_{seed}" for split in PARTS for seed in Settings().seeds]
     return (*PARTS, "test", *sampled)
 
 
 def _rows(name: str, split: str) -> rows.Rows:
-    if split not in _splits():
+    if split not in (known := _splits(name)):
         raise errors.UserError(
-            f"{name} has no split {split!r}; it has {', '.join(_splits())}."
-            f"{errors.near(split, _splits())}"
+            f"{name} has no split {split!r}; it has {', '.join(known)}.{errors.near(split, known)}"
         )
     folder = roots.folder(PREFIX)
     read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
-    return _read(folder, name, split, configured(), read_with)
+    return _read(folder, name, split, Settings(), read_with)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,11 +121,10 @@ def _reference(row: files.Row, seed: int) -> str:
 
 def _register_task(name: str, metric: str | None) -> str:
     """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
-    registered = registration.task_name(PREFIX, name)
     reporting = registration.Reporting(metric and files.METRICS[metric], name)
-    rows_of = functools.partial(_rows, name)
-    registration.add_task(registered, rows_of, _splits, reporting, scores.METRIC_FNS)
-    return registered
+    return registration.add_task(
+        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
+    )
 
 
 def _list(group: str) -> Sequence[str]:

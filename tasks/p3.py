@@ -14,6 +14,7 @@ held-out sets follow after all of them. Registering reads no data. Token ids are
 the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configured`.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -34,34 +35,12 @@ T_FEW_SPLIT = "t_few"
 MIXTURES = {"p3_t0": "t0", "p3_t0p": "t0+", "p3_t0pp": "t0++"}
 
 
+@gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tasks are weighted, numbered and read; see `configured`."""
+    """What gin sets for all P3 tasks, as `p3.configured`; `Settings()` is what is in force.
 
-    cap_rule: str
-    task_ids: str
-    validation_examples: int
-    retokenize: bool
-    common_templates_only: bool
-    source: str
-    raw: str | None
-    templates: str | None
-
-
-@gin.configurable(module="p3")
-def configured(
-    cap_rule: Literal["t0", "t_few"] = "t0",
-    task_ids: Literal["template", "dataset"] = "template",
-    validation_examples: int = 100,
-    retokenize: bool = False,
-    common_templates_only: bool = False,
-    source: Literal["either", "published", "raw"] = "either",
-    raw: str | None = None,
-    templates: str | None = None,
-) -> Settings:
-    """What gin sets for all P3 tasks.
-
-    Args:
+    Attributes:
       cap_rule: "t0" (T0, MoV): all rows are used, a task's rate is its data set's cap. "t_few"
         (T-Few, MHR): the first so many rows are used, every one of them equally often.
       task_ids: what is one task to a router.
@@ -76,33 +55,25 @@ def configured(
       raw: folder of raw data sets, see `moe_peft.data.p3.raw`; by default `raw/` in P3's folder.
       templates: folder of promptsource's templates; by default `templates/` in P3's folder.
     """
-    return Settings(
-        cap_rule,
-        task_ids,
-        validation_examples,
-        retokenize,
-        common_templates_only,
-        source,
-        raw,
-        templates,
-    )
+
+    cap_rule: Literal["t0", "t_few"] = "t0"
+    task_ids: Literal["template", "dataset"] = "template"
+    validation_examples: int = 100
+    retokenize: bool = False
+    common_templates_only: bool = False
+    source: Literal["either", "published", "raw"] = "either"
+    raw: str | None = dataclasses.field(default=None, metadata=registration.PATH)
+    templates: str | None = dataclasses.field(default=None, metadata=registration.PATH)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a training task stands in its table.
-
-    Attributes:
-      dataset: it belongs to.
-      dataset_id: number of the data set.
-      template_id: number of its template in the data set.
-      task_id: number of the task among all.
-    """
+    """Where a training task stands in its table: its data set, and numbers that count from 0."""
 
     dataset: names.Dataset
     dataset_id: int
-    template_id: int
-    task_id: int
+    template_id: int  # in the data set
+    task_id: int  # among all
 
 
 def _table() -> names.Table:
@@ -130,61 +101,44 @@ def _place(task: str) -> Place:
 
 def _source(task: str) -> sources.Source:
     """Where the rows of one of P3's tasks are."""
-    settings = configured()
-    folder = lambda name: pathlib.Path(name).expanduser() if name else None
-    return sources.find(
-        roots.folder(PREFIX),
-        _table().prompts[task],
-        settings.source,
-        folder(settings.raw),
-        folder(settings.templates),
-    )
+    settings = Settings()
+    own = [name and pathlib.Path(name).expanduser() for name in (settings.raw, settings.templates)]
+    prompt = _table().prompts[task]
+    return sources.find(roots.folder(PREFIX), prompt, settings.source, *own)
 
 
 def _stored(task: str, split: str, limit: int | None = None) -> row_store.Stored:
-    """The first `limit` rows of a task as ids; see `ids.stored`."""
-    return ids.stored(_source(task), split, limit, configured().retokenize)
+    """The first `limit` rows of a task as ids."""
+    return ids.stored(_source(task), split, limit, Settings().retokenize)
 
 
 def _training_rows(task: str, split: str) -> rows.Rows:
-    place, settings = _place(task), configured()
+    place, settings = _place(task), Settings()
     is_own = settings.cap_rule == "t0"
     cap = None if is_own else place.dataset.cap("t_few")
     found = _stored(task, split if is_own else "train", cap)
     start, end = 0, len(found)
     if not is_own:
-        apart = min(settings.validation_examples, end // 2)  # of a few rows, half stay
-        start, end = (0, apart) if split == "validation" else (apart, end)
+        held_back = min(settings.validation_examples, end // 2)  # of a few rows, half stay
+        start, end = (0, held_back) if split == "validation" else (held_back, end)
     task_id = place.task_id if settings.task_ids == "template" else place.dataset_id
-    return _as_rows(found, start, end, task_id, place.template_id)
-
-
-def _as_rows(
-    found: row_store.Stored, start: int, end: int, task_id: int, template_id: int
-) -> rows.Rows:
-    constant = lambda value: np.broadcast_to(np.int32(value), (end - start,))
-    return rows.Rows(
-        found.inputs.slice(start, end),
-        found.targets.slice(start, end),
-        {"task_ids": constant(task_id), "template_ids": constant(template_id)},
-    )
+    return registration.as_rows(found, task_id, place.template_id, start, end)
 
 
 def _training_splits(task: str) -> tuple[str, ...]:
-    if configured().cap_rule == "t_few":
-        return ("train", "validation") if configured().validation_examples else ("train",)
+    if Settings().cap_rule == "t_few":
+        return ("train", "validation") if Settings().validation_examples else ("train",)
     _place(task)
     return _source(task).splits()
 
 
 def _held_out(name: str) -> tuple[names.HeldOut, int]:
     """An evaluation set and its task id."""
-    table, settings = _table(), configured()
+    table, settings = _table(), Settings()
     known = {found.name: (found, i) for i, found in enumerate(table.held_out)}
     if name not in known:
-        raise errors.UserError(
-            f"{name!r} is no evaluation set of {roots.folder(PREFIX)}.{errors.near(name, known)}"
-        )
+        where = f"an evaluation set of {roots.folder(PREFIX)}"
+        raise errors.UserError(f"{name!r} is not {where}.{errors.near(name, known)}")
     found, number = known[name]
     is_template = settings.task_ids == "template"
     return found, number + (len(_places(table)) if is_template else len(table.training))
@@ -205,7 +159,7 @@ def _held_out_rows(name: str, split: str) -> rows.Rows:
     numbers = np.arange(len(parts), dtype=np.int32)
     most = max(map(len, parts))
     is_whole = not any(part.skipped for part in parts)
-    if split == "train" or configured().common_templates_only:
+    if split == "train" or Settings().common_templates_only:
         if not is_whole:
             raise errors.UserError(
                 f"{PREFIX}_{name}: rows of its {published!r} files were skipped, so the wordings "
@@ -241,31 +195,28 @@ def published_rows(registered: str) -> int:
 
 
 def _rate(registered: str) -> float:
-    if configured().cap_rule == "t0":
+    if Settings().cap_rule == "t0":
         return float(_place(registered.removeprefix(f"{PREFIX}_")).dataset.cap("t0"))
     return float(seqio.TaskRegistry.get(registered).source.num_input_examples("train"))
 
 
+def _register(
+    tasks: Iterable[str],
+    read_rows: Callable[[str, str], rows.Rows],
+    list_splits: Callable[[str], Sequence[str]],
+) -> list[str]:
+    """Registers tasks by P3's names; returns SeqIO's."""
+    shared = (read_rows, list_splits, Settings, scores.METRIC_FNS)
+    return [registration.add_task(PREFIX, task, *shared) for task in tasks]
+
+
 def _register_training(table: names.Table, mixture: str) -> list[str]:
-    """Registers the tasks of a mixture; returns SeqIO's names."""
-    found = []
-    for task in (task for dataset in table.mixture(mixture) for task in dataset.tasks):
-        found.append(f"{PREFIX}_{task}")
-        rows_of = functools.partial(_training_rows, task)
-        splits_of = functools.partial(_training_splits, task)
-        registration.add_task(found[-1], rows_of, splits_of, metric_fns=scores.METRIC_FNS)
-    return found
+    tasks = (task for dataset in table.mixture(mixture) for task in dataset.tasks)
+    return _register(tasks, _training_rows, _training_splits)
 
 
 def _register_held_out(table: names.Table) -> list[str]:
-    """Registers the evaluation sets; returns SeqIO's names."""
-    found = []
-    for name in (held_out_set.name for held_out_set in table.held_out):
-        found.append(f"{PREFIX}_{name}")
-        rows_of = functools.partial(_held_out_rows, name)
-        splits_of = functools.partial(_held_out_splits, name)
-        registration.add_task(found[-1], rows_of, splits_of, metric_fns=scores.METRIC_FNS)
-    return found
+    return _register((found.name for found in table.held_out), _held_out_rows, _held_out_splits)
 
 
 def _published() -> list[str]:
@@ -278,8 +229,7 @@ def register() -> None:
     _register_training(names.official(), names.MIXTURES[-1])
     _register_held_out(names.official())
     for mixture, kind in MIXTURES.items():
-        list_tasks = functools.partial(lambda kind: _register_training(_table(), kind), kind)
-        registration.add_mixture(mixture, list_tasks, _rate)
+        registration.add_mixture(mixture, lambda k=kind: _register_training(_table(), k), _rate)
     registration.add_mixture(f"{PREFIX}_heldout", lambda: _register_held_out(_table()))
     registration.add_mixture(f"{PREFIX}_heldout_published", _published)
 

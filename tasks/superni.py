@@ -20,8 +20,7 @@ from typing import Literal
 import gin
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, registration, roots, row_store, rows, vocabularies
-from moe_peft.data.cldr import store
+from moe_peft.data import bad_rows, cache, registration, roots, row_store, rows, vocabularies
 from moe_peft.data.superni import files, prompts, sampling
 from moe_peft.tasks import scores
 
@@ -38,30 +37,12 @@ EXACT_MATCH = {
 _WRITING = 1  # another number where the same files and settings give other rows
 
 
+@gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How examples are chosen and written; see `configured`."""
+    """What gin sets for all SuperNI tasks, as `superni.configured`; `Settings()` is in force.
 
-    prompt: str
-    max_input_tokens: int
-    amounts: sampling.Amounts
-    seed: int
-    references: str
-
-
-@gin.configurable(module="superni")
-def configured(
-    prompt: str = prompts.MHR,
-    max_input_tokens: int = 1024,
-    train_examples: int = 100,
-    validation_examples: int = 100,
-    test_examples: int = 100,
-    seed: int = 42,
-    references: Literal["all", "one"] = "all",
-) -> Settings:
-    """What gin sets for all SuperNI tasks.
-
-    Args:
+    Attributes:
       prompt: "mhr" (definition only, as MHR's code writes it), "poly_s" (task name and definition),
         or one of Tk-Instruct's settings: definition, definition_pos2, definition_pos2_neg2,
         definition_pos2_explanation, pos2.
@@ -73,14 +54,25 @@ def configured(
       references: "all" accepted answers count as right; or "one" of them, drawn at random, as in
         MHR's code.
     """
-    prompts.check(prompt)
-    amounts = sampling.Amounts(train_examples, validation_examples, test_examples)
-    if min(train_examples, validation_examples, test_examples) < 0 or max_input_tokens < 2:
-        raise errors.UserError(
-            f"superni.configured: {amounts} with max_input_tokens {max_input_tokens}; expected "
-            "numbers of examples from 0 and at least 2 tokens."
-        )
-    return Settings(prompt, max_input_tokens, amounts, seed, references)
+
+    prompt: str = prompts.MHR
+    max_input_tokens: int = 1024
+    train_examples: int = 100
+    validation_examples: int = 100
+    test_examples: int = 100
+    seed: int = 42
+    references: Literal["all", "one"] = "all"
+
+    def __post_init__(self):
+        prompts.check_name(self.prompt)
+        errors.check_at_least("superni.configured.max_input_tokens", self.max_input_tokens, 2)
+        for split, count in dataclasses.asdict(self.amounts).items():
+            errors.check_at_least(f"superni.configured.{split}_examples", count, 0)
+
+    @property
+    def amounts(self) -> sampling.Amounts:
+        """Instances of each split."""
+        return sampling.Amounts(self.train_examples, self.validation_examples, self.test_examples)
 
 
 def task_ids() -> dict[str, int]:
@@ -94,7 +86,7 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
 
 
 def _rows(name: str, split: str) -> rows.Rows:
-    found = _all_rows(roots.folder(PREFIX), name, configured(), _read_with())
+    found = _rows_by_split(name)
     if split not in found:
         raise errors.UserError(
             f"{name} has no instances for its split {split!r}; it has {', '.join(found)}."
@@ -103,11 +95,12 @@ def _rows(name: str, split: str) -> rows.Rows:
 
 
 def _splits(name: str) -> tuple[str, ...]:
-    return tuple(_all_rows(roots.folder(PREFIX), name, configured(), _read_with()))
+    return tuple(_rows_by_split(name))
 
 
-def _read_with() -> tuple:
-    return vocabularies.fingerprint(), bad_rows.is_skipping()
+def _rows_by_split(name: str) -> dict[str, rows.Rows]:
+    read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
+    return _all_rows(roots.folder(PREFIX), name, Settings(), read_with)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,9 +123,10 @@ def _all_rows(
         lines = lambda split=split: registration.lines(
             chosen().get(split, ()), settings.max_input_tokens
         )
-        stored = row_store.stored(store.folder() / PREFIX, f"{name}-{split}", key, lines)
+        stored = row_store.stored(cache.folder() / PREFIX, f"{name}-{split}", key, lines)
         if len(stored):
-            found[split] = registration.as_rows(stored, _task_ids(folder)[name])
+            split_rows = registration.as_rows(stored, _task_ids(folder)[name])
+            found[split] = dataclasses.replace(split_rows, references=stored.references)
     if not found:
         raise errors.UserError(f"{path} has no instances.")
     return found
@@ -146,12 +140,9 @@ def _chosen(
     encode = vocabularies.get().encode
 
     def example(instance: files.Instance) -> registration.TextExample:
-        inputs, ending = prompts.write(
-            settings.prompt,
-            task,
-            instance,
-            lambda text: len(encode(text)),
-            settings.max_input_tokens,
+        num_tokens = lambda text: len(encode(text))
+        inputs, ending = prompts.write_prompt(
+            settings.prompt, task, instance, num_tokens, settings.max_input_tokens
         )
         targets = sampling.reference(task, instance, settings.seed)
         accepted = instance.outputs if settings.references == "all" else (targets,)
@@ -163,22 +154,17 @@ def _chosen(
 
 def _reporting(listed: files.Listed | None) -> registration.Reporting:
     """By its category, where the official scorer tells it, and that category's metric."""
-    is_exact = listed is not None and listed.category in EXACT_MATCH
-    metric = "exact_match_normalized" if is_exact else "rouge_l"
-    return registration.Reporting(metric, listed and listed.category)
+    category = listed and listed.category
+    metric = "exact_match_normalized" if category in EXACT_MATCH else "rouge_l"
+    return registration.Reporting(metric, category)
 
 
 def _register_task(name: str) -> str:
     """Registers a task of this name; returns SeqIO's."""
-    registered = registration.task_name(PREFIX, name)
-    registration.add_task(
-        registered,
-        functools.partial(_rows, name),
-        functools.partial(_splits, name),
-        _reporting(files.table().get(name)),
-        scores.METRIC_FNS,
+    reporting = _reporting(files.table().get(name))
+    return registration.add_task(
+        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
     )
-    return registered
 
 
 def _list(split: str) -> Sequence[str]:
@@ -188,15 +174,11 @@ def _list(split: str) -> Sequence[str]:
 
 def register() -> None:
     """Adds the tasks of the official lists and the mixtures to SeqIO's registries."""
-    chosen: dict[str, list[str]] = {"mhr": [], "poly_s": []}
-    for listed in files.table().values():
-        registered = _register_task(listed.name)
-        for paper in chosen:
-            if paper in listed.sets:
-                chosen[paper].append(registered)
+    registered = {_register_task(listed.name): listed for listed in files.table().values()}
     for split in ("train", "test"):
         registration.add_mixture(f"{PREFIX}_{split}", functools.partial(_list, split))
-    for paper, names in chosen.items():
+    for paper in ("mhr", "poly_s"):
+        names = [name for name, listed in registered.items() if paper in listed.sets]
         registration.add_mixture(f"{PREFIX}_{paper}", functools.partial(tuple, names))
 
 

@@ -293,7 +293,7 @@ def _source_texts(
         if "task_ids" not in rows.scalars:
             raise errors.UserError(f"The task {task.name!r} of {mixture!r} carries no task ids.")
         ids = task_ids.per_template(rows.scalars)["task_ids"]
-        task_ids.check(ids, num_tasks, repr(task.name))
+        task_ids.check_ids(ids, num_tasks, repr(task.name))
         for task_id in np.unique(ids):
             own = np.flatnonzero(ids == task_id)
             own = own[_sample(len(own), settings)]

@@ -137,7 +137,7 @@ def _run_apart(
                         tell(counts.get_nowait())
                 for future in done:
                     result = future.result()
-                    bad_rows.remember({key[:2]: key[2] for key in result.skipped})
+                    bad_rows.remember_skipped({key[:2]: key[2] for key in result.skipped})
                     yield result
         except concurrent.futures.process.BrokenProcessPool as problem:
             raise errors.UserError(

@@ -68,7 +68,7 @@ def skipping() -> Iterator[None]:
         _forced.pop()
 
 
-def skip(row: BadRow, count: int = 1) -> None:
+def skip_row(row: BadRow, count: int = 1) -> None:
     """Counts a row, or `count` of them, as skipped; raises it where rows are not skipped."""
     if not is_skipping():
         raise row
@@ -79,12 +79,12 @@ def skip(row: BadRow, count: int = 1) -> None:
 
 
 def parsed(parse: Callable[[Item], Parsed], items: Iterable[Item]) -> Iterator[Parsed]:
-    """`parse` of each item, without those that it refuses with a `BadRow` (see `skip`)."""
+    """`parse` of each item, without those that it refuses with a `BadRow` (see `skip_row`)."""
     for item in items:
         try:
             found = parse(item)
         except BadRow as row:
-            skip(row)
+            skip_row(row)
             continue
         yield found
 
@@ -104,7 +104,7 @@ def counting() -> Iterator[dict[tuple[str, str], int]]:
         found.update(_skipped - before)
 
 
-def remember(counts: Counts) -> None:
+def remember_skipped(counts: Counts) -> None:
     """Adds rows that were skipped earlier, when a cache was made, or in another process."""
     if counts:
         logging.warning("%s (when the cache was made).", summary(counts))

@@ -49,7 +49,7 @@ def encode(
     is_packed = places is not None
     places = places if is_packed else range(len(examples))
     encoder, decoder = (
-        packing.fill(
+        packing.fill_rows(
             [with_end(getattr(source, name)[index], limit) for source, index in examples],
             places,
             (num_rows if is_packed else len(examples), limit),

@@ -13,23 +13,14 @@ from moe_peft.data import encoding, lookup, rows, sentences, task_ids
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What one row of a batch is.
+    """What one row of a batch is, as text."""
 
-    Attributes:
-      task: name of its SeqIO task.
-      template_id: which wording, 0 if the task has one.
-      inputs: the instruction as text.
-      targets: the answer as text.
-      answer_choices: the texts to choose from; empty where the answer is free text.
-      references: every accepted answer; empty where it is `targets` alone.
-    """
-
-    task: str
-    template_id: int
+    task: str  # name of its SeqIO task
+    template_id: int  # which wording, 0 if the task has one
     inputs: str
     targets: str
-    answer_choices: tuple[str, ...] = ()
-    references: tuple[str, ...] = ()
+    answer_choices: tuple[str, ...] = ()  # empty where the answer is free text
+    references: tuple[str, ...] = ()  # every accepted answer; empty where it is `targets` alone
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -39,15 +30,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """Model features and the examples they come from.
+    """Model features and the examples they come from."""
 
-    Attributes:
-      features: arrays of `batch_size` rows; rows after the last example are zeros.
-      examples: one per real row.
-    """
-
-    features: encoding.Batch
-    examples: list[Example]
+    features: encoding.Batch  # arrays of `batch_size` rows; those after the last example are 0
+    examples: list[Example]  # one per real row
 
 
 def eval_examples(
@@ -67,12 +53,10 @@ def eval_examples(
       batch_size: rows of a batch.
       max_examples_per_task: the first so many of each task; None for all. CLDR tasks hold an item's
         four wordings together, so a multiple of four keeps templates balanced.
-      sentence_encoder: adds `sentence_embeddings`; by default what gin sets, see
-        `sentences.configured`.
+      sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
     """
     lengths = lookup.check_lengths(feature_lengths)
-    if batch_size < 1:
-        raise errors.UserError(f"batch_size is {batch_size}; expected 1 or more.")
+    errors.check_at_least("batch_size", batch_size, 1)
     tasks = lookup.tasks_with(mixture_or_task, split)
     batches = _batches(tasks, lengths, split, batch_size, max_examples_per_task)
     sentence_encoder = sentence_encoder or sentences.configured()
@@ -80,7 +64,9 @@ def eval_examples(
         return batches
     ids = lookup.vocabulary(mixture_or_task)
     return (
-        dataclasses.replace(batch, features=sentences.add(batch.features, ids, sentence_encoder))
+        dataclasses.replace(
+            batch, features=sentences.add_embeddings(batch.features, ids, sentence_encoder)
+        )
         for batch in batches
     )
 
@@ -138,10 +124,9 @@ def task_rows(
         for name in ("task_ids", "template_ids")
         if name in found[0]
     }
+    without_end = lambda ids: ids[:-1] if ids[-1:] == [1] else ids
     ragged = {
-        name: rows.Ragged.of(
-            [row[name][:-1] if row[name][-1:] == [1] else row[name] for row in found]
-        )
+        name: rows.Ragged.from_sequences([without_end(row[name]) for row in found])
         for name in encoding.FEATURES
     }
     choices = [

@@ -3,7 +3,7 @@
 Everything is drawn from the run's seed: the shots by shuffling the task's train split with NumPy's
 old generator and taking the first ones, as T-Few and MHR do; validation examples from what follows
 them. The reported split is never touched. What a training step sees is a function of the seed and
-the step, so a run resumes anywhere and does not depend on the runs beside it.
+the step, so a run resumes anywhere and does not depend on other runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,18 @@ class Sizes:
     """How many examples of each task are shots, and how many select.
 
     Attributes:
-      shots: a number, or numbers by regular expressions on whole task names, the first that
-        matches; None for all examples that are not for validation.
-      validation: likewise; may be 0.
-      wordings: consecutive rows that are one example in other words, likewise. Counts are of
-        examples; a training step sees one wording of an example, drawn anew each time, evaluation
-        sees all.
+      shots: None for all examples that are not for validation. This and the others are numbers, or
+        numbers by regular expressions on whole task names, of which the first that matches counts.
+      validation: may be 0.
+      wordings: consecutive rows that are one example in other words. Counts are of examples; a
+        training step sees one wording of an example, drawn each time, evaluation sees all.
     """
 
     shots: Count | None
     validation: Count = 0
     wordings: Count = 1
 
-    def of(self, task: str) -> tuple[int | None, int]:
+    def counts_of(self, task: str) -> tuple[int | None, int]:
         """(shots, validation examples) of a task."""
         return (
             None if self.shots is None else _count("shots", self.shots, task, 1),
@@ -69,15 +68,10 @@ def _count(what: str, counts: Count, task: str, least: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Rows of one task that one seed uses.
-
-    Attributes:
-      shots: row numbers in the train split, every example's wordings in a row.
-      validation: likewise; disjoint from the shots.
-    """
+    """Row numbers in the train split that one seed uses, every example's wordings in a row."""
 
     shots: Int[np.ndarray, "e w"]
-    validation: Int[np.ndarray, "v w"]
+    validation: Int[np.ndarray, "v w"]  # disjoint from the shots
 
 
 def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
@@ -89,11 +83,11 @@ def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
     num_wordings = sizes.wordings_of(task)
     if num_rows % num_wordings:
         raise errors.UserError(
-            f"The train split of {task!r} has {num_rows} rows, which are no examples of "
-            f"{num_wordings} wordings each."
+            f"The train split of {task!r} has {num_rows} rows, which do not divide into examples "
+            f"of {num_wordings} wordings."
         )
     available = num_rows // num_wordings
-    num_shots, num_validation = sizes.of(task)
+    num_shots, num_validation = sizes.counts_of(task)
     if num_shots is None:
         num_shots = max(available - num_validation, 1)
     if num_shots + num_validation > available:
@@ -139,17 +133,11 @@ def schedule(
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Examples as arrays.
+    """Examples as arrays."""
 
-    Attributes:
-      features: of `encoding.encode`, or packed choices and the number of the right one.
-      is_cut: whether a target did not fit.
-      examples: what each row is.
-    """
-
-    features: Mapping[str, np.ndarray]
-    is_cut: Bool[np.ndarray, " e"]
-    examples: Sequence[evaluation_data.Example]
+    features: Mapping[str, np.ndarray]  # of `encoding.encode`, or choices and which one is right
+    is_cut: Bool[np.ndarray, " e"]  # whether a target did not fit
+    examples: Sequence[evaluation_data.Example]  # what each row is
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -175,8 +163,8 @@ class Task:
           test_split: the reported one.
           with_choices: encode answer choices where examples have some.
           train_split: where shots come from; "{seed}" in it stands for the run's seed.
-          validation_split: where validation examples come from, all of them; likewise. None: from
-            the train split, beside the shots.
+          validation_split: where validation examples come from, all of them; "{seed}" as above.
+            None: from what the shots leave of the train split.
         """
         self.name, self._with_choices, self._test_split = name, with_choices, test_split
         self._train_split, self._validation_split = train_split, validation_split
@@ -189,14 +177,15 @@ class Task:
         self._tokens = functools.lru_cache(maxsize=4096)(self._choice_tokens)
 
     def draw(self, sizes: Sizes, seed: int) -> tuple[Encoded, Encoded, int]:
-        """(shots, validation examples, wordings of each) of one seed; see `draw`."""
+        """(shots, validation examples, wordings of each) of one seed."""
         train = self._rows(self._train_split, seed)
         drawn = draw(self.name, len(train), sizes, seed)
+        found, chosen = train, drawn.validation.reshape(-1)
+        if self._validation_split is not None:
+            found = self._rows(self._validation_split, seed)
+            chosen = range(len(found))
         shots = self.encode(train, drawn.shots.reshape(-1))
-        if self._validation_split is None:
-            return shots, self.encode(train, drawn.validation.reshape(-1)), drawn.shots.shape[1]
-        found = self._rows(self._validation_split, seed)
-        return shots, self.encode(found, range(len(found))), drawn.shots.shape[1]
+        return shots, self.encode(found, chosen), drawn.shots.shape[1]
 
     def _rows(self, split: str, seed: int) -> rows.Rows:
         name = split.replace("{seed}", str(seed))
@@ -220,12 +209,10 @@ class Task:
         features = {k: v for k, v in features.items() if k not in _DROPPED}
         is_cut = np.array([len(source.targets[int(i)]) >= self._lengths[1] for i in chosen], bool)
         if self._with_choices and any(example.answer_choices for example in examples):
-            features[CHOICES] = [self._choices(example) for example in examples]
+            texts = [example.answer_choices or (example.targets,) for example in examples]
+            features[CHOICES] = [self._tokens(choices) for choices in texts]
             features[few_shot.GOLD] = np.array([_gold(example) for example in examples], np.int32)
         return Encoded(features, is_cut, examples)
-
-    def _choices(self, example: evaluation_data.Example) -> tuple[np.ndarray, ...]:
-        return self._tokens(example.answer_choices or (example.targets,))
 
     def _choice_tokens(self, texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
         encode = self._task.output_features["targets"].vocabulary.encode

@@ -15,12 +15,7 @@ class Stream:
     order every epoch.
 
     A function of the seed alone: which example stands at place n does not depend on batch size or
-    on where reading began.
-
-    Attributes:
-      sources: rows of each task.
-      rates: relative rate of each task.
-      seed: of the draws and the orders.
+    on where reading began. `sources` are the rows of each task, `rates` their relative rates.
     """
 
     def __init__(self, sources: Sequence[rows.Rows], rates: Sequence[float], seed: int):

@@ -10,10 +10,7 @@ class Packer:
     """Fills a batch of rows, first fit, in the order examples come.
 
     Only lengths are needed, so the place of every example can be replayed without reading it.
-
-    Attributes:
-      batch_size: rows in a batch.
-      limits: capacity of a row in tokens, (inputs, targets).
+    `limits` is the capacity of a row in tokens, (inputs, targets).
     """
 
     def __init__(self, batch_size: int, limits: tuple[int, int]):
@@ -38,7 +35,7 @@ class Packer:
             rows.append(int(fits[0]))
 
 
-def fill(
+def fill_rows(
     sequences: Sequence[np.ndarray], rows: Sequence[int], shape: tuple[int, int]
 ) -> dict[str, Int[np.ndarray, "b t"]]:
     """Tokens, segment ids (from 1; 0 is padding) and positions (restarting) of packed rows."""

@@ -35,6 +35,7 @@ __all__ = [
     "get",
     "num_tasks",
     "rates",
+    "stream_of",
     "tasks_of",
     "train_batches",
     "vocabulary",
@@ -67,8 +68,7 @@ def train_batches(
         batch.
       shard_count: number of hosts.
       split: of the tasks.
-      sentence_encoder: adds `sentence_embeddings`; by default what gin sets, see
-        `sentences.configured`.
+      sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
     """
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
@@ -76,32 +76,33 @@ def train_batches(
             f"A batch of {batch_size} does not divide among {shard_count} hosts; "
             "choose a batch size that is a multiple of the host count."
         )
-    if not 0 <= shard_index < shard_count:
-        raise errors.UserError(f"shard_index {shard_index} is outside 0..{shard_count - 1}.")
-    if start_batch < 0:
-        raise errors.UserError(f"start_batch is {start_batch}; expected 0 or more.")
-    tasks = lookup.tasks_with(mixture_or_task, split)
-    if all(isinstance(task.source, rows.RowsSource) for task in tasks):
-        sources = [task.source.rows(split) for task in tasks]
-        for task, source in zip(tasks, sources):
+    errors.check_between("shard_index", shard_index, 0, shard_count - 1)
+    errors.check_at_least("start_batch", start_batch, 0)
+    size = batch_size // shard_count
+    own = slice(shard_index * size, (shard_index + 1) * size)
+    if (stream := stream_of(mixture_or_task, split, seed)) is not None:
+        for task, source in zip(lookup.tasks_with(mixture_or_task, split), stream.sources):
             encoding.warn_if_cut(task.name, source, lengths)
-        stream = mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
         make = packed if pack else padded
-        batches = make(stream, batch_size, lengths, start_batch)
+        batches = make(stream, batch_size, lengths, start_batch, own)
     else:
-        batches = _streamed(mixture_or_task, batch_size, lengths, seed, pack, start_batch, split)
-    part = slice(
-        shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count
-    )
-    batches = (
-        task_ids.per_template({name: value[part] for name, value in batch.items()})
-        for batch in batches
-    )
+        whole = _streamed(mixture_or_task, batch_size, lengths, seed, pack, start_batch, split)
+        batches = ({name: value[own] for name, value in batch.items()} for batch in whole)
+    batches = map(task_ids.per_template, batches)
     sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches
     ids = vocabulary(mixture_or_task)
-    return (sentences.add(batch, ids, sentence_encoder) for batch in batches)
+    return (sentences.add_embeddings(batch, ids, sentence_encoder) for batch in batches)
+
+
+def stream_of(mixture_or_task: str, split: str, seed: int) -> mixing.Stream | None:
+    """The examples in training order, of tasks in memory; None where a task is elsewhere."""
+    tasks = lookup.tasks_with(mixture_or_task, split)
+    if not all(isinstance(task.source, rows.RowsSource) for task in tasks):
+        return None
+    sources = [task.source.rows(split) for task in tasks]
+    return mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
 
 
 def rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
@@ -113,21 +114,39 @@ def rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
 
 
 def padded(
-    stream: mixing.Stream, batch_size: int, lengths: tuple[int, int], start_batch: int
+    stream: mixing.Stream,
+    batch_size: int,
+    lengths: tuple[int, int],
+    start_batch: int,
+    own: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Batches of one example a row, from batch number `start_batch` on."""
+    """Batches of one example a row, from batch number `start_batch` on.
+
+    Args:
+      stream: of examples.
+      batch_size: rows of the whole batch.
+      lengths: tokens of a row, (inputs, targets).
+      start_batch: batches to leave out.
+      own: the rows of each batch that are wanted; no others are read.
+    """
     places = stream.places(start_batch * batch_size)
     while True:
-        chosen = list(itertools.islice(places, batch_size))
+        # All places are drawn, so that every host counts the same examples.
+        chosen = list(itertools.islice(places, batch_size))[own]
         yield encoding.encode([(stream.sources[task], index) for task, index in chosen], lengths)
 
 
 def packed(
-    stream: mixing.Stream, batch_size: int, lengths: tuple[int, int], start_batch: int
+    stream: mixing.Stream,
+    batch_size: int,
+    lengths: tuple[int, int],
+    start_batch: int,
+    own: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Batches of rows filled with several examples, from batch number `start_batch` on."""
+    """Batches of rows filled with several examples, otherwise as `padded`."""
     packer = packing.Packer(batch_size, lengths)
     measure, places = stream.places(0), stream.places(0)
+    wanted = range(batch_size)[own]
 
     def token_counts():
         for task, index in measure:
@@ -140,8 +159,10 @@ def packed(
     for number, assigned in enumerate(packer.batches(token_counts())):
         chosen = list(itertools.islice(places, len(assigned)))
         if number >= start_batch:
-            examples = [(stream.sources[task], index) for task, index in chosen]
-            yield encoding.encode(examples, lengths, assigned, batch_size)
+            kept = [(place, row) for place, row in zip(chosen, assigned) if row in wanted]
+            examples = [(stream.sources[task], index) for (task, index), _ in kept]
+            in_part = [row - wanted.start for _, row in kept]
+            yield encoding.encode(examples, lengths, in_part, len(wanted))
 
 
 def _streamed(

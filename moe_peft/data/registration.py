@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import numpy as np
 import seqio
@@ -17,47 +18,35 @@ from moe_peft.data import row_store, rows, vocabularies
 
 _text = seqio.Feature(vocabularies.Configured(), add_eos=True)
 _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
+# Metadata of a field of settings that says where files are; what is in them is what counts.
+PATH = {"is_path": True}
 FEATURES = {"inputs": _text, "targets": _text, "task_ids": _scalar, "template_ids": _scalar}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-    """A question and its answer, before they become ids.
-
-    Attributes:
-      inputs: the question.
-      targets: the answer.
-      template_id: which wording.
-      answer_choices: texts to choose from; empty where the answer is free text.
-      ending: a tail of `inputs` that stays when too long an input is cut.
-      references: every accepted answer; empty where it is `targets` alone.
-    """
+    """A question and its answer, before they become ids."""
 
     inputs: str
     targets: str
-    template_id: int = 0
-    answer_choices: tuple[str, ...] = ()
-    ending: str = ""
-    references: tuple[str, ...] = ()
+    ending: str = ""  # a tail of `inputs` that stays when too long an input is cut
+    references: tuple[str, ...] = ()  # every accepted answer; empty where it is `targets` alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:
-    """How a benchmark reports a task.
+    """How a benchmark reports a task."""
 
-    Attributes:
-      metric: name in `evaluation.metrics`; None where nothing is laid down.
-      group: what it is reported under; None where it stands for itself.
-    """
-
-    metric: str | None = None
-    group: str | None = None
+    metric: str | None = None  # a name in `evaluation.metrics`; None where nothing is laid down
+    group: str | None = None  # what it is reported under; None where it stands for itself
 
 
 class LazySource(rows.RowsSource):
     """Rows in memory whose splits and sizes are known only once the files are read.
 
     Attributes:
+      settings: gives the settings in force of all tasks of this benchmark, a dataclass whose module
+        and gin name agree.
       reporting: how the task is reported.
     """
 
@@ -65,9 +54,10 @@ class LazySource(rows.RowsSource):
         self,
         read_rows: Callable[[str], rows.Rows],
         list_splits: Callable[[], Sequence[str]],
+        settings: Callable[[], Any],
         reporting: Reporting,
     ):
-        self._list_splits, self.reporting = list_splits, reporting
+        self._list_splits, self.settings, self.reporting = list_splits, settings, reporting
         super().__init__(read_rows, {})
 
     @property
@@ -81,18 +71,10 @@ class LazySource(rows.RowsSource):
 
 
 class LazyMixture(seqio.Mixture):
-    """A mixture of the tasks that a function names.
-
-    Attributes:
-      list_tasks: names of registered tasks.
-      rate: relative rate of the task of that name.
-    """
+    """A mixture of the tasks that `list_tasks` names; `rate` gives a task's relative rate."""
 
     def __init__(
-        self,
-        name: str,
-        list_tasks: Callable[[], Sequence[str]],
-        rate: Callable[[str], float] = lambda name: 1.0,
+        self, name: str, list_tasks: Callable[[], Sequence[str]], rate: Callable[[str], float]
     ):
         # Not SeqIO's own constructor, which wants to see the tasks now.
         self._name, self._source_info = name, None
@@ -133,21 +115,39 @@ def task_name(prefix: str, name: str) -> str:
 
 
 def add_task(
+    prefix: str,
     name: str,
-    read_rows: Callable[[str], rows.Rows],
-    list_splits: Callable[[], Sequence[str]],
+    read_rows: Callable[[str, str], rows.Rows],
+    list_splits: Callable[[str], Sequence[str]],
+    settings: Callable[[], Any],
+    metric_fns: Sequence[Callable[..., Mapping[str, float]]],
     reporting: Reporting = Reporting(),
-    metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
-) -> None:
-    """Registers a task unless it is there; `metric_fns` are for SeqIO's evaluator."""
-    if name not in seqio.TaskRegistry.names():
+) -> str:
+    """Registers a task unless it is there; returns SeqIO's name of it.
+
+    Args:
+      prefix: of the benchmark.
+      name: the benchmark's own name of the task.
+      read_rows: rows by that name and a split.
+      list_splits: splits by that name.
+      settings: see `LazySource`.
+      metric_fns: of SeqIO's evaluator.
+      reporting: how the benchmark reports it.
+    """
+    registered = task_name(prefix, name)
+    if registered not in seqio.TaskRegistry.names():
+        rows_of, splits_of = (
+            functools.partial(read_rows, name),
+            functools.partial(list_splits, name),
+        )
         seqio.TaskRegistry.add(
-            name,
-            source=LazySource(read_rows, list_splits, reporting),
+            registered,
+            source=LazySource(rows_of, splits_of, settings, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
             metric_fns=metric_fns,
         )
+    return registered
 
 
 def add_mixture(
@@ -180,29 +180,35 @@ def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_stor
 
     for example in examples:
         targets = ids(example.targets)
-        yield row_store.Line(inputs(example), targets, example.answer_choices, example.references)
+        yield row_store.Line(inputs(example), targets, references=example.references)
 
 
 def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
     """Rows of ids in memory, see `lines`; `task_id` is that of all of them."""
-    examples = list(examples)
     found = list(lines(examples, max_inputs))
-    has_choices = any(line.answer_choices for line in found)
     has_references = any(line.references for line in found)
     return rows.Rows(
-        rows.Ragged.of([line.inputs for line in found]),
-        rows.Ragged.of([line.targets for line in found]),
-        {
-            "task_ids": np.full(len(found), task_id, np.int32),
-            "template_ids": np.array([example.template_id for example in examples], np.int32),
-        },
-        [line.answer_choices for line in found] if has_choices else (),
-        [line.references for line in found] if has_references else (),
+        rows.Ragged.from_sequences([line.inputs for line in found]),
+        rows.Ragged.from_sequences([line.targets for line in found]),
+        _scalars(len(found), task_id, 0),
+        references=[line.references for line in found] if has_references else (),
     )
 
 
-def as_rows(found: row_store.Stored, task_id: int) -> rows.Rows:
-    """Rows of ids in a cache, of one wording, all with the same task id."""
-    constant = lambda value: np.broadcast_to(np.int32(value), (len(found),))
-    scalars = {"task_ids": constant(task_id), "template_ids": constant(0)}
-    return rows.Rows(found.inputs, found.targets, scalars, references=found.references)
+def _scalars(count: int, task_id: int, template_id: int) -> Mapping[str, np.ndarray]:
+    """The same ids for every row, without memory for them."""
+    ids = {"task_ids": task_id, "template_ids": template_id}
+    return {name: np.broadcast_to(np.int32(value), (count,)) for name, value in ids.items()}
+
+
+def as_rows(
+    found: row_store.Stored,
+    task_id: int,
+    template_id: int = 0,
+    start: int = 0,
+    end: int | None = None,
+) -> rows.Rows:
+    """Rows `start` to `end` of a cache of ids, all of one task and wording."""
+    end = len(found) if end is None else end
+    inputs, targets = found.inputs.slice(start, end), found.targets.slice(start, end)
+    return rows.Rows(inputs, targets, _scalars(end - start, task_id, template_id))

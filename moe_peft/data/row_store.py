@@ -2,7 +2,7 @@
 
 Data sets of millions of rows are turned into ids once, task by task, written as plain arrays and
 mapped into memory: `pipeline` then reads any row at once, and memory stays flat. What was skipped
-on the way (`bad_rows`) is written beside them, and told whenever they are opened.
+on the way (`bad_rows`) is written next to them, and told whenever they are opened.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,19 +11,15 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
-import shutil
-import socket
 import struct
-import tempfile
 
 import numpy as np
 import pyarrow
 
-from moe_peft.data import bad_rows, rows
+from moe_peft.data import bad_rows, cache, rows
 
-_FORMAT = 3
+_FORMAT = 4  # another number where the files have another form: they are made again
 _SKIPPED = "skipped.json"
 
 
@@ -38,21 +34,16 @@ class Line:
 
 
 class Texts(Sequence[tuple[str, ...]]):
-    """Texts of every row, stored as UTF-8 end to end and decoded when asked for."""
+    """Texts of every row, stored end to end, a JSON list a row, and decoded when asked for."""
 
-    def __init__(self, texts: rows.Ragged, ends: np.ndarray):
-        """Args: `texts` one sequence of bytes a text; `ends` where each row's texts end."""
-        self._texts, self._ends = texts, ends
+    def __init__(self, rows_as_json: rows.Ragged):
+        self._rows = rows_as_json
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[str, ...]:
-        start = self._ends[index - 1] if index else 0
-        return tuple(
-            self._texts[i].astype(np.uint8).tobytes().decode("utf-8")
-            for i in range(start, self._ends[index])
-        )
+        return tuple(json.loads(self._rows[index].tobytes()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +65,7 @@ def stored(
 ) -> Stored:
     """The rows called `name`: opened if they are there, otherwise made and written.
 
-    Written beside their place and renamed, so that half of a task is never read; what is done is
-    not done again after an interruption.
+    Half of a task is never read; what is done is not done again after an interruption.
 
     Args:
       folder: of all rows.
@@ -86,49 +76,19 @@ def stored(
     digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, key)]).encode()).hexdigest()[:12]
     place = folder / f"{name}-{digest}"
     was_there = place.is_dir()
-    if not was_there:
+
+    def write(temporary: pathlib.Path) -> None:
         logging.info("Reading %s, once; token ids are kept in %s.", name, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder)
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=_owner(), suffix=".tmp"))
-        try:
-            with bad_rows.counting() as skipped:
-                _write(temporary, make())
-            listed = [[*row, count] for row, count in skipped.items()]
-            (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
-            os.replace(temporary, place)
-        except OSError:
-            if not place.is_dir():  # otherwise another process was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with bad_rows.counting() as skipped:
+            _write(temporary, make())
+        listed = [[*row, count] for row, count in skipped.items()]
+        (temporary / _SKIPPED).write_text(json.dumps(listed), encoding="utf-8")
+
+    cache.write_folder_once(place, write)
     found = _open(place)
     if was_there:
-        bad_rows.remember(found.skipped)
+        bad_rows.remember_skipped(found.skipped)
     return found
-
-
-def _owner() -> str:
-    """What the names of this process's unfinished rows begin with."""
-    return f"{socket.gethostname()}-{os.getpid()}-"
-
-
-def _clean(folder: pathlib.Path) -> None:
-    """Removes what processes of this machine that are no more have left unfinished."""
-    for path in folder.glob(f"{socket.gethostname()}-*.tmp"):
-        process = path.name.removeprefix(f"{socket.gethostname()}-").split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # asks, and does nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 _WATCHED = 1000  # rows between two calls
@@ -158,34 +118,25 @@ def _told(lines: Iterable[Line]) -> Iterator[Line]:
         tell(count)
 
 
+_COLUMNS = {"inputs": np.int32, "targets": np.int32}
 _TEXTS = ("answer_choices", "references")
-_COLUMNS = {"inputs": np.int32, "targets": np.int32, **dict.fromkeys(_TEXTS, np.uint8)}
-_ENDS = (*(f"{name}_ends" for name in _COLUMNS), *(f"{name}_rows" for name in _TEXTS))
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes one for each row
 
 
 def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
-    totals = dict.fromkeys((*_COLUMNS, *_ENDS), 0)
+    ends = dict.fromkeys((*_COLUMNS, *_TEXTS), 0)
     with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(place / f"{name}.bin", "wb"))
-            for name in (*_COLUMNS, *_ENDS)
-        }
-
-        def end(name: str, of: str, count: int) -> None:
-            totals[of] += count
-            files[name].write(struct.pack("=q", totals[of]))
-
-        def add(name: str, sequence: np.ndarray) -> None:
-            files[name].write(np.asarray(sequence, _COLUMNS[name]).tobytes())
-            end(f"{name}_ends", name, len(sequence))
-
+        opened = lambda name: stack.enter_context(open(place / f"{name}.bin", "wb"))
+        files = {name: (opened(name), opened(f"{name}_ends")) for name in ends}
         for line in _told(lines):
-            add("inputs", line.inputs)
-            add("targets", line.targets)
+            items = {name: np.asarray(getattr(line, name), of) for name, of in _COLUMNS.items()}
             for name in _TEXTS:
-                for text in getattr(line, name):
-                    add(name, np.frombuffer(text.encode("utf-8"), np.uint8))
-                end(f"{name}_rows", f"{name}_rows", len(getattr(line, name)))
+                items[name] = _as_json(getattr(line, name)).encode()
+            for name, item in items.items():
+                ends[name] += len(item)
+                flat_file, ends_file = files[name]
+                flat_file.write(item)
+                ends_file.write(struct.pack("=q", ends[name]))
 
 
 def _open(place: pathlib.Path) -> Stored:
@@ -198,9 +149,10 @@ def _open(place: pathlib.Path) -> Stored:
             return np.frombuffer(file.read_buffer(), dtype)
 
     def column(name: str) -> rows.Ragged:
-        return rows.Ragged(mapped(name, _COLUMNS[name]), mapped(f"{name}_ends", np.int64))
+        flat = mapped(name, _COLUMNS.get(name, np.uint8))
+        return rows.Ragged(flat, mapped(f"{name}_ends", np.int64))
 
-    texts = (Texts(column(name), mapped(f"{name}_rows", np.int64)) for name in _TEXTS)
+    texts = (Texts(column(name)) for name in _TEXTS)
     listed = json.loads((place / _SKIPPED).read_text(encoding="utf-8"))
     skipped = {(path, reason): count for path, reason, count in listed}
     return Stored(column("inputs"), column("targets"), *texts, skipped)

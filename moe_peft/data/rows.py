@@ -16,18 +16,13 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """Sequences of any length, stored end to end.
+    """Sequences of any length, stored end to end."""
 
-    Attributes:
-      flat: all ids, one sequence after another.
-      ends: where each sequence ends in `flat`.
-    """
-
-    flat: Int[np.ndarray, " total"]
-    ends: Int[np.ndarray, " rows"]
+    flat: Int[np.ndarray, " total"]  # all ids, one sequence after another
+    ends: Int[np.ndarray, " rows"]  # where each sequence ends in `flat`
 
     @classmethod
-    def of(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
+    def from_sequences(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
         """Stores a list of sequences."""
         ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
         return cls(np.concatenate([*sequences, np.zeros(0, np.int32)]).astype(np.int32), ends)

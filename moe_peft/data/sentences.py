@@ -37,9 +37,11 @@ def minilm(device: str = "cpu") -> Encoder:
             f"Sentence embeddings need an optional package ({problem}); install it with "
             "pip install 'moe-peft-jax[sentence]'."
         ) from problem
-    return remembering(
-        lambda texts: model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
-    )
+
+    def all_minilm_l6_v2(texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+        return model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
+
+    return remembering(all_minilm_l6_v2)
 
 
 @gin.configurable(module="sentences")
@@ -55,6 +57,7 @@ def remembering(encode: Encoder) -> Encoder:
     """The same encoder, asked about each text once as long as it is remembered."""
     known: dict[str, np.ndarray] = {}
 
+    @functools.wraps(encode)
     def look_up(texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
         new = list(dict.fromkeys(text for text in texts if text not in known))
         if new:
@@ -68,7 +71,7 @@ def remembering(encode: Encoder) -> Encoder:
     return look_up
 
 
-def add(
+def add_embeddings(
     batch: dict[str, np.ndarray], vocabulary: seqio.Vocabulary, encoder: Encoder
 ) -> dict[str, np.ndarray]:
     """The batch with `sentence_embeddings` [b, D] float32 of what the model reads.

@@ -23,12 +23,11 @@ def per_template(batch: Mapping[str, np.ndarray], num_templates: int | None = No
     """
     if num_templates is None:
         return dict(batch)
-    for name in ("task_ids", "template_ids"):
-        if name not in batch:
-            raise errors.UserError(
-                f"per_template.num_templates needs the feature {name!r}; the batch has "
-                f"{', '.join(sorted(batch))}."
-            )
+    if absent := [name for name in ("task_ids", "template_ids") if name not in batch]:
+        raise errors.UserError(
+            f"per_template.num_templates needs the feature {absent[0]!r}; the batch has "
+            f"{', '.join(sorted(batch))}."
+        )
     template_ids = np.asarray(batch["template_ids"])
     if template_ids.size and template_ids.max() >= num_templates:
         raise errors.UserError(
@@ -39,7 +38,7 @@ def per_template(batch: Mapping[str, np.ndarray], num_templates: int | None = No
     return {**batch, "task_ids": ids.astype(np.int32)}
 
 
-def check(ids: np.ndarray, num_tasks: int, where: str) -> None:
+def check_ids(ids: np.ndarray, num_tasks: int, where: str) -> None:
     """Raises UserError for an id that is not in 0 .. num_tasks - 1."""
     outside = ids[(ids < 0) | (ids >= num_tasks)]
     if outside.size:
@@ -50,7 +49,9 @@ def check(ids: np.ndarray, num_tasks: int, where: str) -> None:
         )
 
 
-def checked(batches: Iterator[Batch], method: methods.Method, where: str) -> Iterator[Batch]:
+def checked_batches(
+    batches: Iterator[Batch], method: methods.Method, where: str
+) -> Iterator[Batch]:
     """The batches, each of them checked for the task ids that `method` routes by."""
     if method.num_tasks is None:
         yield from batches
@@ -60,5 +61,5 @@ def checked(batches: Iterator[Batch], method: methods.Method, where: str) -> Ite
             raise errors.UserError(
                 f"{method.name!r} routes by task, but {where!r} has no feature 'task_ids'."
             )
-        check(np.asarray(batch["task_ids"]), method.num_tasks, repr(where))
+        check_ids(np.asarray(batch["task_ids"]), method.num_tasks, repr(where))
         yield batch

@@ -123,5 +123,5 @@ def _parts(node: Mapping[str, Any] | None, key: str) -> Sequence[Mapping[str, An
 def _unlike(path: epath.Path, key: str, value: Any, expected: str) -> errors.UserError:
     return errors.UserError(
         f"{path}: {key} is {value!r}; only {expected} can be made a SentencePiece model. Put the "
-        f"model's {MODEL} beside it."
+        f"model's {MODEL} next to it."
     )

@@ -52,14 +52,14 @@ def _load(name: str) -> seqio.Vocabulary:
         path = tokenizers.sentencepiece(path)
     if not path.is_file():
         raise errors.UserError(
-            f"VOCABULARY {name!r} is no file; expected T5's SentencePiece model, a folder with a "
-            f"tokenizer, or {BYTES!r}."
+            f"VOCABULARY {name!r} is not a file; expected T5's SentencePiece model, a folder with "
+            f"a tokenizer, or {BYTES!r}."
         )
     vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=100)
     try:
         vocabulary.encode("a")
     except (message.Error, RuntimeError, OSError) as problem:
-        raise errors.UserError(f"VOCABULARY {name!r} is no SentencePiece model.") from problem
+        raise errors.UserError(f"VOCABULARY {name!r} is not a SentencePiece model.") from problem
     return vocabulary
 
 
@@ -88,34 +88,12 @@ class Configured(seqio.Vocabulary):
     def __hash__(self):
         return hash(Configured)
 
-    @property
-    def extra_ids(self) -> int:
-        """Sentinels."""
-        return get().extra_ids
-
-    @property
-    def bos_id(self) -> int | None:
-        """T5 has none."""
-        return get().bos_id
-
-    @property
-    def eos_id(self) -> int | None:
-        """The end mark."""
-        return get().eos_id
-
-    @property
-    def unk_id(self) -> int | None:
-        """The id of what has no id."""
-        return get().unk_id
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids in all; kinds of vocabularies count their sentinels differently."""
-        return get().vocab_size
-
-    @property
-    def _base_vocab_size(self) -> int:
-        return get()._base_vocab_size
+    extra_ids = property(lambda self: get().extra_ids)
+    bos_id = property(lambda self: get().bos_id)
+    eos_id = property(lambda self: get().eos_id)
+    unk_id = property(lambda self: get().unk_id)
+    vocab_size = property(lambda self: get().vocab_size)  # each kind counts sentinels its own way
+    _base_vocab_size = property(lambda self: get()._base_vocab_size)
 
     def _encode(self, s: str) -> Sequence[int]:
         return get()._encode(s)

@@ -237,7 +237,7 @@ def _check_task_ids(
             f"{method.name!r} routes by task, but {mixture!r} has no feature 'task_ids'."
         )
     ids = np.array([int(question.features["task_ids"]) for question in suite.questions])
-    task_ids.check(ids, method.num_tasks, repr(mixture))
+    task_ids.check_ids(ids, method.num_tasks, repr(mixture))
 
 
 def _choice_row(row: questions_lib.Row, score: inference.ChoiceScore) -> questions_lib.Row:

@@ -84,5 +84,5 @@ class RoutingFeatureConverter(feature_converter.RoutingEncDecFeatureConverter):
         batch = {"task_ids": np.atleast_1d(ids), "template_ids": np.atleast_1d(template_ids)}
         found = task_ids.per_template(batch)["task_ids"]
         if self.method.num_tasks is not None:
-            task_ids.check(found, self.method.num_tasks, "The data")
+            task_ids.check_ids(found, self.method.num_tasks, "The data")
         return np.asarray(found, np.int32)[0]

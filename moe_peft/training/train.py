@@ -121,7 +121,7 @@ def train(
             shard_index=shard_index,
             shard_count=shard_count,
         )
-        return task_ids.checked(batches, method, mixture)
+        return task_ids.checked_batches(batches, method, mixture)
 
     base = encoder_decoder.EncoderDecoder(model, loss)
     return fit(

@@ -43,7 +43,7 @@ import seqio
 from moe_peft.data import rows
 from moe_peft.tasks import cldr
 
-nothing = rows.Rows(rows.Ragged.of([]), rows.Ragged.of([]))
+nothing = rows.Rows(rows.Ragged.from_sequences([]), rows.Ragged.from_sequences([]))
 seqio.TaskRegistry.add(
     "empty_task",
     source=rows.RowsSource(lambda split: nothing, {"train": 0}),

@@ -12,11 +12,12 @@ import tracemalloc
 
 import gin
 import numpy as np
+import p3_writing
 import pytest
 
 from moe_peft.cli import data_progress, main
-from moe_peft.data import row_store, samples
-from moe_peft.data.p3 import ids, records, writing
+from moe_peft.data import cache, row_store, samples
+from moe_peft.data.p3 import ids, records
 from moe_peft.tasks import p3
 
 NAMES = ("p3_t0", "p3_heldout_published")
@@ -37,7 +38,7 @@ def settings(data):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     place = tmp_path_factory.mktemp("data")
-    samples.write_p3(place / "p3")
+    samples.write(place)
     return place
 
 
@@ -98,7 +99,7 @@ def test_mistakes(data, capsys, arguments, message):
 
 
 def test_bad_rows_are_told(tmp_path, capsys):
-    samples.write_p3(tmp_path / "p3")
+    samples.write(tmp_path)
     task = sorted(p3.names.of_folder(tmp_path / "p3").training[0].tasks)[0]
     (path,) = records.split_files(tmp_path / "p3" / task, "train")
     path.write_bytes(path.read_bytes()[:-20])
@@ -126,13 +127,13 @@ def start(data, cache, *arguments):
 
 def large(data, rows):
     """The samples' records with one task of many rows, in the middle of the alphabet."""
-    samples.write_p3(data / "p3")
+    samples.write(data)
     task = sorted(p3.names.of_folder(data / "p3").training[2].tasks)[0]
     record = next(records.read(data / "p3" / task, "train"))
     for path in (data / "p3" / task).iterdir():
         path.unlink()
     (data / "p3" / task).rmdir()
-    writing.write_task(data / "p3" / task, {"train": [record] * rows}, "tfrecord")
+    p3_writing.write_task(data / "p3" / task, {"train": [record] * rows}, "tfrecord")
     return task
 
 
@@ -183,7 +184,7 @@ def test_a_bad_row_in_another_process_is_one_line(tmp_path):
 def test_what_a_dead_process_left_is_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = row_store._owner().removesuffix(f"{os.getpid()}-")
+    host = cache.owner().removesuffix(f"{os.getpid()}-")
     names = [
         f"{host}{dead.pid}-abc.tmp",
         f"{host}{os.getppid()}-abc.tmp",

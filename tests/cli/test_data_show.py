@@ -119,7 +119,7 @@ def test_help_has_examples(capsys):
 
 def test_skipped_rows_are_told_at_the_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bad_rows, "_skipped", type(bad_rows._skipped)())
-    samples.write_crossfit(tmp_path / "crossfit")
+    samples.write(tmp_path)
     path = sorted((tmp_path / "crossfit").glob("cldr-month_*/*_13_train.tsv"))[0]
     path.write_text(path.read_text() + "broken\nin two\n")
     name = "crossfit_" + re.sub(r"[^\w.]+", "_", path.parent.name)

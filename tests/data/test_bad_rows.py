@@ -5,13 +5,15 @@ import logging
 import pickle
 
 import gin
+import make_samples
 import numpy as np
+import p3_writing
 import pytest
 
 from moe_peft import errors
 from moe_peft.data import bad_rows, pipeline, samples
 from moe_peft.data.crossfit import files as crossfit_files
-from moe_peft.data.p3 import held_out, ids, names, records, writing
+from moe_peft.data.p3 import held_out, ids, names, records
 from moe_peft.data.superni import files as superni_files
 from moe_peft.tasks import crossfit, p3, superni  # noqa: F401 (registers)
 
@@ -48,7 +50,7 @@ def counts():
 
 
 def test_superni_instance_without_a_field(tmp_path, caplog):
-    samples.write_superni(tmp_path / "superni")
+    samples.write(tmp_path)
     (path, *_) = sorted((tmp_path / "superni" / "tasks").glob("*.json"))
     content = json.loads(path.read_text())
     whole = len(content["Instances"])
@@ -71,11 +73,11 @@ def test_superni_instance_without_a_field(tmp_path, caplog):
     path.write_text(json.dumps(content))
     stops(read, "the whole file: 'Definition' is missing")
     path.write_text(path.read_text()[:300])
-    stops(read, r"is no JSON \(cut off\?\)")
+    stops(read, r"is not JSON \(cut off\?\)")
 
 
 def test_crossfit_broken_row(tmp_path):
-    samples.write_crossfit(tmp_path / "crossfit")
+    samples.write(tmp_path)
     name = crossfit_files.partition(tmp_path / "crossfit")["train"][0]
     path = crossfit_files.path_of(tmp_path / "crossfit", name, 13, "train")
     lines = path.read_text().splitlines()
@@ -93,7 +95,7 @@ def test_crossfit_broken_row(tmp_path):
 
 
 def p3_folder(tmp_path, form="tfrecord"):
-    samples.write_p3(tmp_path / "p3", form)
+    make_samples.write_p3(tmp_path / "p3", form)
     return tmp_path / "p3"
 
 
@@ -124,15 +126,15 @@ def test_p3_truncated_tfrecord_and_its_cache(tmp_path, caplog):
     stops(read, "damaged from here on")
 
 
-@pytest.mark.parametrize("form", writing.FORMS)
+@pytest.mark.parametrize("form", p3_writing.FORMS)
 def test_p3_rows_without_targets(tmp_path, monkeypatch, form):
     folder = p3_folder(tmp_path, form)
     task = names.of_folder(folder).training[0].tasks[0]
     rows = list(records.read(folder / task, "train"))
-    row_of = writing._row
+    row_of = p3_writing._row
     bare = lambda record: row_of(record) | ({"targets": []} if record is rows[2] else {})
-    monkeypatch.setattr(writing, "_row", bare)
-    writing.write_task(tmp_path / "p3" / "damaged", {"train": rows}, form)
+    monkeypatch.setattr(p3_writing, "_row", bare)
+    p3_writing.write_task(tmp_path / "p3" / "damaged", {"train": rows}, form)
     read = lambda: list(records.read(folder / "damaged", "train"))
     stops(read, "row 2: 'targets' is missing")
     skip()
@@ -158,7 +160,7 @@ def test_p3_example_that_lacks_a_choice(tmp_path):
     def found():
         for number, record in enumerate(last):
             if number == 11:
-                bad_rows.skip(bad_rows.BadRow("file", "row 11", "damaged"))
+                bad_rows.skip_row(bad_rows.BadRow("file", "row 11", "damaged"))
             else:
                 yield record
 
@@ -188,10 +190,10 @@ def test_p3_task_without_choices(tmp_path):
     for path in ranked.iterdir():
         path.unlink()
     ranked.rmdir()
-    writing.write_task(ranked, {"validation": rows}, "tfrecord")
+    p3_writing.write_task(ranked, {"validation": rows}, "tfrecord")
     pipeline.num_tasks("p3_heldout")
     read = lambda: pipeline.get(f"p3_{table.held_out[0].name}").source.rows("validation")
-    stops(read, r"'validation', row 0: 'idx' is missing; is this no task with answer choices\?")
+    stops(read, r"'validation', row 0: 'idx' is missing; has this task answer choices\?")
     skip()
     stops(read, "'validation' has no row left. Skipped .* bad rows: .*'idx' is missing")
 

@@ -21,21 +21,25 @@ def test_groups_are_disjoint_and_complete():
 
 
 def test_held_out_combinations_have_trained_parts():
-    train = suite.tasks("train")
-    for task in suite.tasks("heldout"):
+    train, heldout = suite.tasks("train"), suite.tasks("heldout")
+    assert len(heldout) == 63
+    for task in heldout:
         assert any(other.function == task.function for other in train)
         assert sum(other.locale == task.locale for other in train) >= 9
 
 
 def test_splits_of_a_task_are_disjoint_and_cover_the_pool():
-    for task in (*suite.tasks("train")[::17], *suite.tasks("fewshot")[::7]):
+    looked_at = (*suite.tasks("train")[::17], *suite.tasks("fewshot")[::7])
+    assert len(looked_at) == 22
+    for task in looked_at:
         splits = suite.split_items(task)
         pool = functions.FUNCTIONS[task.function].pool()
         assert not set(splits["train"]) & set(splits["validation"])
         assert set(splits["train"]) | set(splits["validation"]) == set(pool)
         assert len(splits["validation"]) == max(2, round(len(pool) / 5))
-    for task in suite.tasks("heldout"):
-        assert list(suite.split_items(task)) == ["validation"]
+    assert [list(suite.split_items(task)) for task in suite.tasks("heldout")] == [
+        ["validation"]
+    ] * 63
 
 
 def test_splits_differ_between_locales():
@@ -111,14 +115,21 @@ def test_names_do_not_leak_between_locales():
 
 
 def test_texts_are_short_and_plain():
+    seen = 0
     for task in suite.tasks("train")[::5]:
         for example in suite.examples(task, "validation"):
+            seen += 1
             assert len(example.inputs.encode()) <= 55
             assert len(example.targets.encode()) <= 27
             assert not any(
                 unicodedata.category(character) in ("Zs", "Cf") and character != " "
                 for character in example.inputs + example.targets
             )
+    assert seen == 1752
+
+
+def test_there_are_twelve_functions():
+    assert len(functions.FUNCTIONS) == 12
 
 
 @pytest.mark.parametrize("function", functions.FUNCTIONS)
@@ -137,7 +148,9 @@ def test_answer_choices_hold_the_answer():
     task = suite.Task("weekday", "fi")
     choices = suite.answer_choices(task)
     assert len(choices) == 7
-    assert all(example.targets in choices for example in suite.examples(task, "train"))
+    examples = suite.examples(task, "train")
+    assert len(examples) == 5 * templates.NUM_TEMPLATES
+    assert all(example.targets in choices for example in examples)
     assert suite.answer_choices(suite.Task("number", "fi")) == ()
 
 
@@ -176,7 +189,9 @@ def test_pre_training_text_holds_facts_but_no_instruction():
     }
     assert len(seen) > 40
     # Wordings begin or end in words that no line has.
+    assert len(templates.TEMPLATES) == 12
     for function, wordings in templates.TEMPLATES.items():
+        assert len(wordings) == templates.NUM_TEMPLATES
         for wording in wordings:
             filled = wording.format(item="\n", language="\n", code="\n")
             pieces = [piece for piece in filled.split("\n") if len(piece) > 4]

@@ -9,7 +9,7 @@ from moe_peft.data.crossfit import files
 
 @pytest.fixture
 def folder(tmp_path):
-    samples.write_crossfit(tmp_path / "crossfit")
+    samples.write(tmp_path)
     return tmp_path / "crossfit"
 
 

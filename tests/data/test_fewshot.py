@@ -37,10 +37,10 @@ def test_validation_examples_are_no_shots_in_any_wording():
 
 def test_counts_may_be_given_by_task_name():
     sizes = fewshot.Sizes({"a_.*": 2, ".*": 5}, {"a_1": 1, ".*": 0}, {"b": 2, ".*": 1})
-    assert [sizes.of(name) for name in ("a_1", "a_2", "b")] == [(2, 1), (2, 0), (5, 0)]
+    assert [sizes.counts_of(name) for name in ("a_1", "a_2", "b")] == [(2, 1), (2, 0), (5, 0)]
     assert [sizes.wordings_of(name) for name in ("b", "c")] == [2, 1]
     # Whole names: "a_.*" does not match "xa_1".
-    assert sizes.of("xa_1") == (5, 0)
+    assert sizes.counts_of("xa_1") == (5, 0)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_counts_may_be_given_by_task_name():
     [
         (fewshot.Sizes(11), "'t' has 10 training examples; 11 shots were asked for"),
         (fewshot.Sizes(8, 3), "10 training examples; 8 shots and 3 for validation were asked"),
-        (fewshot.Sizes(4, wordings=3), "10 rows, which are no examples of 3 wordings"),
+        (fewshot.Sizes(4, wordings=3), "10 rows, which do not divide into examples of 3 wordings"),
         (fewshot.Sizes(4, wordings=5), "'t' has 2 training examples"),
         (fewshot.Sizes({"u": 4}), "shots says nothing about the task 't'; it has u"),
         (fewshot.Sizes(0), "shots of 't' is 0; expected 1 or more"),

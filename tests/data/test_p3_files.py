@@ -3,11 +3,12 @@ import json
 import pathlib
 
 import numpy as np
+import p3_writing
 import pytest
 
 from moe_peft import errors
 from moe_peft.data import row_store, rows, samples
-from moe_peft.data.p3 import held_out, names, records, writing
+from moe_peft.data.p3 import held_out, names, records
 
 
 def record(text, idx=None, is_correct=False, choices=()):
@@ -63,11 +64,11 @@ def test_held_out_sets():
     assert not trained & {"anli", "super_glue", "winogrande", "hellaswag", "story_cloze"}
 
 
-@pytest.mark.parametrize("form", writing.FORMS)
+@pytest.mark.parametrize("form", p3_writing.FORMS)
 def test_what_is_written_is_read(tmp_path, form):
     found = [record("eins"), record(" zwölf\n", choices=("a", "ü b")), record("")]
     splits = {"train": found, "validation": found[:1], "test": []}
-    writing.write_task(tmp_path / "x_y", splits, form)
+    p3_writing.write_task(tmp_path / "x_y", splits, form)
     folder = records.task_folder(tmp_path, "x_y")
     assert records.splits(folder) == ("train", "validation")
     assert records.split_files(folder, "test") == []
@@ -81,10 +82,10 @@ def test_what_is_written_is_read(tmp_path, form):
     assert plain(back) == plain(found)
 
 
-@pytest.mark.parametrize("form", writing.FORMS)
+@pytest.mark.parametrize("form", p3_writing.FORMS)
 def test_ranked_rows(tmp_path, form):
     found = [record("a", (7, 0)), record("b", (7, 1), True), record("c", (2, 0), True)]
-    writing.write_task(tmp_path / "data" / "x", {"validation": found}, form)
+    p3_writing.write_task(tmp_path / "data" / "x", {"validation": found}, form)
     folder = records.task_folder(tmp_path, "x")
     assert plain(records.read(folder, "validation")) == plain(found)
     first, second = held_out.examples(records.read(folder, "validation"), "x")
@@ -114,7 +115,7 @@ def test_damaged_groups(found, message):
 
 def test_damaged_folders(tmp_path):
     found = [record(str(i)) for i in range(20)]
-    writing.write_task(tmp_path / "x_y", {"train": found}, "tfrecord")
+    p3_writing.write_task(tmp_path / "x_y", {"train": found}, "tfrecord")
     folder = tmp_path / "x_y"
     with pytest.raises(errors.UserError, match="'x_z' has no folder in .*Did you mean 'x_y'"):
         records.task_folder(tmp_path, "x_z")
@@ -146,7 +147,7 @@ def test_damaged_folders(tmp_path):
 
 
 def test_damaged_parquet(tmp_path):
-    writing.write_task(tmp_path / "x", {"train": [record("a")]}, "parquet")
+    p3_writing.write_task(tmp_path / "x", {"train": [record("a")]}, "parquet")
     (path,) = records.split_files(tmp_path / "x", "train")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(errors.UserError, match="cannot be read as Parquet"):
@@ -189,7 +190,10 @@ def test_row_store_keeps_nothing_of_a_failure(tmp_path):
 
 
 def test_joined_and_woven():
-    parts = [rows.Ragged.of([np.array([10 * t + i] * (i + 1)) for i in range(3)]) for t in range(2)]
+    parts = [
+        rows.Ragged.from_sequences([np.array([10 * t + i] * (i + 1)) for i in range(3)])
+        for t in range(2)
+    ]
     joined, woven = held_out.Joined(parts), held_out.Woven(parts)
     assert [joined[i][0] for i in range(6)] == [0, 1, 2, 10, 11, 12]
     assert [woven[i][0] for i in range(6)] == [0, 10, 1, 11, 2, 12]
@@ -200,7 +204,7 @@ def test_joined_and_woven():
 
 
 def test_table_of_ones_own(tmp_path):
-    samples.write_p3(tmp_path / "p3")
+    samples.write(tmp_path)
     table = names.of_folder(tmp_path / "p3")
     assert len(table.training) == samples.TRAIN_TASKS
     assert len(table.held_out) == samples.TEST_TASKS + 1  # and StoryCloze

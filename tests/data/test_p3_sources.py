@@ -6,16 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+import raw_samples
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, raw_samples, samples
+from moe_peft.data import bad_rows, samples
 from moe_peft.data.p3 import names, raw, sources, storycloze, templates
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     place = tmp_path_factory.mktemp("p3") / "p3"
-    samples.write_p3(place)
+    samples.write(place.parent)
     return place
 
 
@@ -125,7 +126,7 @@ def edit(folder, prompt, old, new):
             "name: plane story",
             "no .*'plain story'.*Did you mean 'plane story'",
         ),
-        ("{{ input_sentence_1 }}", "{{ input_sentence_1 }", "template 'plain story' is no Jinja"),
+        ("{{ input_sentence_1 }}", "{{ input_sentence_1 }", "template 'plain story' is not Jinja"),
         ("name: plain story", "name: story with a question", "two .* 'story with a question'"),
     ],
 )
@@ -167,7 +168,7 @@ def test_bad_rows_are_skipped_if_asked(folder):
     lines[1], lines[3] = "{", json.dumps({"item": "1"})
     path.write_text("\n".join(lines) + "\n\n")
     source = sources.find(folder, prompt, "raw")
-    with pytest.raises(errors.UserError, match=r"train.jsonl, row 1: no JSON"):
+    with pytest.raises(errors.UserError, match=r"train.jsonl, row 1: not JSON"):
         list(source.read("train"))
     with bad_rows.skipping(), bad_rows.counting() as skipped:
         assert len(list(source.read("train"))) == len(lines) - 2
@@ -276,7 +277,7 @@ def test_missing_and_damaged_raw_data(tmp_path):
     with pytest.raises(errors.UserError, match="1 of the 2 files of 'train'"):
         raw.folder(tmp_path, "x", None, None).files("train")
     write("test.jsonl", "{}\n[1]\n")
-    with pytest.raises(errors.UserError, match=r"test.jsonl, row 1: no JSON object: \[1\]"):
+    with pytest.raises(errors.UserError, match=r"test.jsonl, row 1: not a JSON object: \[1\]"):
         list(raw.folder(tmp_path, "x", None, None).read("test"))
     write("features.json", "{}")
     with pytest.raises(errors.UserError, match="dataset_info.json cannot be used .FileNotFound"):

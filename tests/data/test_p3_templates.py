@@ -111,12 +111,12 @@ def test_what_is_missing():
 @pytest.mark.parametrize(
     ("jinja", "choices", "message"),
     [
-        ("{{ q ||| a", None, "template 't' is no Jinja"),
-        ("{{ q | lengths }} ||| a", None, "template 't' is no Jinja: No filter named 'lengths'"),
+        ("{{ q ||| a", None, "template 't' is not Jinja"),
+        ("{{ q | lengths }} ||| a", None, "template 't' is not Jinja: No filter named 'lengths'"),
         ("{{ q }}", None, r"template 't': expected 'jinja' with '\|\|\|' in it"),
         (None, None, "template 't': expected 'jinja'"),
-        ("q ||| a", "{% if", "template 't' is no Jinja"),
-        ("q ||| a", ["x", "y"], "template 't': 'answer_choices' is no text"),
+        ("q ||| a", "{% if", "template 't' is not Jinja"),
+        ("q ||| a", ["x", "y"], "template 't': 'answer_choices' is not a text"),
     ],
 )
 def test_bad_templates(jinja, choices, message):

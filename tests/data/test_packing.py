@@ -13,7 +13,7 @@ def test_packer_is_first_fit_and_ends_a_batch_at_what_fits_nowhere():
 
 
 def test_fill_and_shift():
-    rows = packing.fill([np.array([5, 6]), np.array([7]), np.array([8, 9])], [0, 1, 0], (2, 5))
+    rows = packing.fill_rows([np.array([5, 6]), np.array([7]), np.array([8, 9])], [0, 1, 0], (2, 5))
     np.testing.assert_array_equal(rows["tokens"], [[5, 6, 8, 9, 0], [7, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rows["segment_ids"], [[1, 1, 2, 2, 0], [1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rows["positions"], [[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])

@@ -1,50 +1,63 @@
-"""The folder of the samples: written once, by one version of the code."""
+"""The samples: what their script makes, unpacked once."""
 
-import pathlib
-
+import make_samples
 import pytest
 
-from moe_peft.data import samples
+from moe_peft.data import cache, samples
+from moe_peft.data.p3 import records
 
 
 @pytest.fixture(autouse=True)
-def written(tmp_path, monkeypatch):
-    """Samples of one empty file, in a cache folder of their own; what was written, in a list."""
-    found = []
-
-    def write(place):
-        found.append(place)
-        (place / "written").touch()
-
-    monkeypatch.setenv("MOE_PEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(samples, "write", write)
-    samples._version.cache_clear()
-    yield found
-    samples._version.cache_clear()
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_PEFT_CACHE", str(tmp_path / "cache"))
 
 
-def test_written_once(written, tmp_path):
-    assert samples.folder() == samples.folder()
-    assert len(written) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [samples.folder().name]
+def files(folder):
+    return {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_process_stays_with_its_folder_when_the_source_is_edited(monkeypatch):
-    first = samples.folder()
-    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: b"edited")
-    assert samples.folder() == first
-
-
-def test_another_process_was_faster(monkeypatch, tmp_path):
+def test_unpacked_once(monkeypatch):
     place = samples.folder()
-    (place / "written").unlink()
-    place.rmdir()
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    monkeypatch.setattr(samples, "write", None)
+    assert samples.folder() == place
+
+
+def test_another_process_was_faster(tmp_path):
+    place = tmp_path / "once"
 
     def write(temporary):
-        (temporary / "written").touch()
+        (temporary / "ours").touch()
         place.mkdir()
         (place / "theirs").touch()
 
-    monkeypatch.setattr(samples, "write", write)
-    assert (samples.folder() / "theirs").exists()
-    assert len(list(tmp_path.iterdir())) == 1
+    cache.write_folder_once(place, write)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["theirs"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    def write(temporary):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cache.write_folder_once(tmp_path / "once", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_makes_the_archive(tmp_path):
+    make_samples.write(tmp_path / "made")
+    made, packed = files(tmp_path / "made"), files(samples.folder())
+    assert made.keys() == packed.keys()
+    assert len(made) == 356
+    # TensorFlow may order the fields of a record otherwise: compare what is read.
+    ordered = [name for name in made if ".tfrecord" not in name.name]
+    assert len(ordered) == 308
+    for name in ordered:
+        assert made[name].read_bytes() == packed[name].read_bytes(), name
+    compared = 0
+    for name in made.keys() - set(ordered):
+        split = name.name.split(".")[0]
+        both = [list(records.read(each[name].parent, split)) for each in (made, packed)]
+        assert repr(both[0]) == repr(both[1])
+        compared += len(both[0])
+    assert compared > 500

@@ -22,12 +22,12 @@ QUESTION = files.Instance(" five ", ("fünf",))
 
 @pytest.fixture
 def folder(tmp_path):
-    samples.write_superni(tmp_path / "superni")
+    samples.write(tmp_path)
     return tmp_path / "superni"
 
 
 def write(name, max_inputs=10_000):
-    return prompts.write(name, TASK, QUESTION, lambda text: len(text.split()), max_inputs)
+    return prompts.write_prompt(name, TASK, QUESTION, lambda text: len(text.split()), max_inputs)
 
 
 def damage(path, change):
@@ -85,7 +85,7 @@ def test_demonstrations_end_at_the_first_that_does_not_fit():
 
 
 def test_unknown_prompt():
-    with pytest.raises(errors.UserError, match="no SuperNI prompt 'definition_pos'.*Did you mean"):
+    with pytest.raises(errors.UserError, match="SuperNI prompt is 'definition_pos'.*Did you mean"):
         write("definition_pos")
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_field_is_named(folder, change, message):
 def test_a_cut_file_and_a_missing_file(folder):
     (path, *_) = sorted((folder / "tasks").glob("*.json"))
     path.write_text(path.read_text()[:500])
-    with pytest.raises(errors.UserError, match=r"no JSON \(cut off\?\)"):
+    with pytest.raises(errors.UserError, match=r"not JSON \(cut off\?\)"):
         files.read(folder, path.stem)
     with pytest.raises(errors.UserError, match=f"no task file .*Did you mean '{path.stem}'"):
         files.read(folder, path.stem + "x")

@@ -46,11 +46,11 @@ def test_mistakes(per_template):
 def test_ids_are_checked_batch_by_batch():
     method = methods.poly(num_tasks=3)
     batches = ({"task_ids": np.array([0, last])} for last in (2, 3))
-    checked = task_ids.checked(batches, method, "m")
+    checked = task_ids.checked_batches(batches, method, "m")
     assert next(checked)["task_ids"].tolist() == [0, 2]
     with pytest.raises(errors.UserError, match=r"'m' has the task id 3.*0 to 2"):
         next(checked)
     with pytest.raises(errors.UserError, match="-1"):
-        task_ids.check(np.array([-1]), 3, "m")
+        task_ids.check_ids(np.array([-1]), 3, "m")
     free = iter([{"task_ids": np.array([9])}, {}])
-    assert len(list(task_ids.checked(free, methods.lora(), "m"))) == 2
+    assert len(list(task_ids.checked_batches(free, methods.lora(), "m"))) == 2

@@ -119,14 +119,14 @@ def test_bytes(tmp_path):
 )
 def test_tokenizers_that_sentencepiece_is_not(json_folder, settings, key, value, words):
     (json_folder / "tokenizer.json").write_text(json.dumps({**settings, key: value}))
-    with pytest.raises(errors.UserError, match=f"tokenizer.json: {words}.*spiece.model beside it"):
+    with pytest.raises(errors.UserError, match=f"tokenizer.json: {words}.*spiece.model next to it"):
         tokenizers.sentencepiece(json_folder)
 
 
 def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(errors.UserError, match="has neither spiece.model nor tokenizer.json"):
         vocabularies._load(str(tmp_path))
-    with pytest.raises(errors.UserError, match="is no file; expected T5's SentencePiece model"):
+    with pytest.raises(errors.UserError, match="is not a file; expected T5's SentencePiece model"):
         vocabularies._load(str(tmp_path / "nothing"))
 
 

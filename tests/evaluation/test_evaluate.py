@@ -140,7 +140,9 @@ class Source(rows_lib.RowsSource):
 
 def add_task(name, inputs, targets, choices=(), references=(), metric=None):
     seqio.TaskRegistry.remove(name)
-    encode = lambda texts: rows_lib.Ragged.of([Letters().encode(text) for text in texts])
+    encode = lambda texts: rows_lib.Ragged.from_sequences(
+        [Letters().encode(text) for text in texts]
+    )
     scalars = {
         "task_ids": np.zeros(len(inputs), np.int32),
         "template_ids": np.arange(len(inputs), dtype=np.int32) % 2,

@@ -1,6 +1,7 @@
 import itertools
 
 import gin
+import make_samples
 import numpy as np
 import pytest
 import seqio
@@ -16,7 +17,7 @@ LENGTHS = {"inputs": 64, "targets": 32}
 @pytest.fixture(scope="module", params=["tfrecord", "parquet"])
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
-    samples.write_p3(place / "p3", request.param)
+    make_samples.write_p3(place / "p3", request.param)
     return place
 
 
@@ -63,9 +64,12 @@ def test_rows_and_rates_of_both_rules():
 
 
 def test_wordings_of_an_item_are_side_by_side():
-    for task in pipeline.tasks_of("p3_heldout_published"):
+    tasks = pipeline.tasks_of("p3_heldout_published")
+    assert len(tasks) == samples.TEST_TASKS
+    for task in tasks:
         for split in ("train", "validation"):
             found = task.source.rows(split)
+            assert len(found) >= 4
             assert found.scalars["template_ids"].tolist() == [0, 1] * (len(found) // 2)
             for i in range(0, len(found), 2):
                 assert (found.targets[i] == found.targets[i + 1]).all()

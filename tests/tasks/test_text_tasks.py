@@ -94,7 +94,7 @@ def test_missing_settings_are_one_line(name, monkeypatch, tmp_path):
     with pytest.raises(errors.UserError, match="VOCABULARY is not set"):
         pipeline.train_batches(name, 4, LENGTHS, 0)
     gin.bind_parameter("vocabularies.configured.vocabulary", str(tmp_path / "spiece.model"))
-    with pytest.raises(errors.UserError, match="spiece.model' is no file"):
+    with pytest.raises(errors.UserError, match="spiece.model' is not a file"):
         pipeline.train_batches(name, 4, LENGTHS, 0)
 
 
@@ -167,7 +167,9 @@ def test_superni_second_reading_needs_no_task_file(monkeypatch):
 
 
 def test_superni_test_tasks_keep_their_first_instances_for_the_report():
-    for task in pipeline.tasks_of("superni_test"):
+    tasks = pipeline.tasks_of("superni_test")
+    assert len(tasks) == samples.TEST_TASKS
+    for task in tasks:
         test, train = task.source.rows("test"), task.source.rows("train")
         seen = {tuple(test.inputs[i]) for i in range(len(test))}
         assert len(seen) == 8
@@ -176,7 +178,9 @@ def test_superni_test_tasks_keep_their_first_instances_for_the_report():
 
 
 def test_crossfit_pools_and_samples():
-    for task in pipeline.tasks_of("crossfit_test"):
+    tasks = pipeline.tasks_of("crossfit_test")
+    assert len(tasks) == samples.TEST_TASKS
+    for task in tasks:
         source = task.source
         sampled = [source.num_input_examples(f"train_{seed}") for seed in crossfit.files.SEEDS]
         assert source.num_input_examples("train") == sum(sampled)
@@ -200,7 +204,7 @@ def test_a_sentencepiece_vocabulary():
     wrong = _written[0] / "no.model"
     wrong.write_text("no model")
     gin.bind_parameter("vocabularies.configured.vocabulary", str(wrong))
-    with pytest.raises(errors.UserError, match="is no SentencePiece model"):
+    with pytest.raises(errors.UserError, match="is not a SentencePiece model"):
         pipeline.train_batches("superni_train", 4, LENGTHS, 0)
 
 

@@ -22,7 +22,7 @@ RULES = {
     "duplicate": "an input comes twice in one part of a task",
     "count": "a task has other numbers of examples than published",
     "hash": "a file is not the published one",
-    "optional": "a task beside the benchmark's core is not there",
+    "optional": "a task outside the benchmark's core is not there",
 }
 FAILING = ("missing", "damaged", "leak")
 _CHUNK = 4096
@@ -30,44 +30,26 @@ _CHUNK = 4096
 
 @dataclasses.dataclass
 class Finding:
-    """What a rule found.
+    """What a rule found."""
 
-    Attributes:
-      rule: one of `RULES`.
-      where: file, or task.
-      message: one line.
-      count: of rows or examples it is about.
-    """
-
-    rule: str
-    where: str
-    message: str
-    count: int = 1
+    rule: str  # one of `RULES`
+    where: str  # file, or task
+    message: str  # one line
+    count: int = 1  # of rows or examples it is about
 
 
 @dataclasses.dataclass
 class Group:
-    """Parts of a benchmark that are used alike.
+    """Parts of a benchmark that are used alike."""
 
-    Attributes:
-      group: "training" or "held-out".
-      split: name, without sample seeds.
-      tasks: names of those that are there.
-      missing: number of those that are not.
-      examples: in all.
-      duplicates: inputs that came before in their part.
-      files: SHA-256 of every file by name, empty text where it was not asked for.
-      size: bytes of the files.
-    """
-
-    group: str
-    split: str
-    tasks: set[str] = dataclasses.field(default_factory=set)
-    missing: int = 0
+    group: str  # "training" or "held-out"
+    split: str  # name, without sample seeds
+    tasks: set[str] = dataclasses.field(default_factory=set)  # those that are there
+    missing: int = 0  # number of those that are not
     examples: int = 0
-    duplicates: int = 0
-    files: dict[str, str] = dataclasses.field(default_factory=dict)
-    size: int = 0
+    duplicates: int = 0  # inputs that came before in their part
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # name: SHA-256, or ""
+    size: int = 0  # bytes of the files
 
     @property
     def digest(self) -> str:
@@ -76,6 +58,12 @@ class Group:
             return ""
         listed = "".join(f"{name} {value}\n" for name, value in sorted(self.files.items()))
         return hashlib.sha256(listed.encode()).hexdigest()[:16] if listed else ""
+
+    def as_json(self) -> dict[str, object]:
+        """Everything, for other programs."""
+        found = dataclasses.asdict(self) | {"tasks": len(self.tasks), "digest": self.digest}
+        found["bytes"] = found.pop("size")
+        return found
 
 
 @dataclasses.dataclass
@@ -124,16 +112,14 @@ def check(
             _read(part, group, found, reported, leaks)
     order = (parts.TRAINING, parts.HELD_OUT)
     found.groups = dict(sorted(found.groups.items(), key=lambda item: order.index(item[0][0])))
-    for (task, held_out), leak in leaks.items():
-        found.findings.append(leak.finding(task, held_out))
+    found.findings += [leak.finding(*tasks) for tasks, leak in leaks.items()]
     return found
 
 
 def _has_files(part, group, found, folder, with_hashes) -> bool:
     try:
         files = list(part.files())
-        absent = [path for path in files if not path.is_file()]
-        if absent:
+        if absent := [path for path in files if not path.is_file()]:
             raise errors.UserError(f"There is no file {absent[0]}.")
     except (errors.UserError, OSError) as problem:
         group.missing += 1
@@ -185,8 +171,7 @@ def _read(part, group, found, reported, leaks) -> None:
                     _find_leaks(part, chunk, np.array(prints, np.uint64), reported, leaks)
         except (errors.UserError, OSError) as problem:
             found.findings.append(Finding("damaged", part.task, str(problem)))
-    for (path, reason), count in skipped.items():
-        found.findings.append(Finding("damaged", path, reason, count))
+    found.findings += [Finding("damaged", *row, count) for row, count in skipped.items()]
     if part.is_reported:
         reported.add(part.task, inputs, pairs)
     group.examples += len(inputs)
@@ -194,9 +179,8 @@ def _read(part, group, found, reported, leaks) -> None:
     where = f"{part.task} ({part.split})"
     if again:
         group.duplicates += again
-        found.findings.append(
-            Finding("duplicate", where, f"{again} of {len(inputs)} inputs came before", again)
-        )
+        message = f"{again} of {len(inputs)} inputs came before"
+        found.findings.append(Finding("duplicate", where, message, again))
     if part.published is not None and part.published != len(inputs):
         message = f"{len(inputs)} examples, {part.published} are published"
         found.findings.append(Finding("count", where, message, abs(len(inputs) - part.published)))
@@ -222,20 +206,7 @@ def as_json(found: Sequence[Benchmark], ignored: Sequence[str] = ()) -> Mapping[
         "ignored": list(ignored),
         "benchmarks": {
             benchmark.name: {
-                "groups": [
-                    {
-                        "group": group.group,
-                        "split": group.split,
-                        "tasks": len(group.tasks),
-                        "missing": group.missing,
-                        "examples": group.examples,
-                        "duplicates": group.duplicates,
-                        "bytes": group.size,
-                        "digest": group.digest,
-                        "files": group.files,
-                    }
-                    for group in benchmark.groups.values()
-                ],
+                "groups": [group.as_json() for group in benchmark.groups.values()],
                 "findings": [dataclasses.asdict(finding) for finding in benchmark.findings],
             }
             for benchmark in found

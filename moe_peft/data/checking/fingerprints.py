@@ -20,7 +20,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def of(text: str) -> int:
+def of_text(text: str) -> int:
     """64 bits. Among 10^8 texts and 10^6 others, two that differ agree once in 10^5 checks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -28,7 +28,7 @@ def of(text: str) -> int:
 def of_example(example: parts.Example) -> tuple[int, int]:
     """Of the input, and of the input with its first answer."""
     text = normalise(example.input)
-    return of(text), of(f"{text}\0{normalise(example.answers[0])}")
+    return of_text(text), of_text(f"{text}\0{normalise(example.answers[0])}")
 
 
 class Reported:
@@ -39,11 +39,8 @@ class Reported:
 
     def __init__(self):
         self.tasks: list[str] = []
-        self._inputs, self._pairs, self._owners = (
-            array.array("Q"),
-            array.array("Q"),
-            array.array("i"),
-        )
+        self._inputs, self._pairs = array.array("Q"), array.array("Q")
+        self._owners = array.array("i")
         self._order: Int[np.ndarray, " n"] | None = None
 
     def add(self, task: str, inputs: Iterable[int], pairs: Iterable[int]) -> None:

@@ -27,7 +27,7 @@ MAX_INPUT_BYTES = 63  # with the end mark, 64 tokens
 MAX_TARGET_BYTES = 39
 PREFIX_RATE = 0.5
 NUM_ITEMS_PROBABILITIES = (0.5, 0.3, 0.2)  # one, two or three items in a line
-HIDE_NAME_RATE = 0.15  # of the locale or the function, beside the values
+HIDE_NAME_RATE = 0.15  # of the locale or the function, besides the values
 
 _FUNCTIONS = tuple(functions.FUNCTIONS.values())
 _LOCALES = tuple(suite.LOCALES.items())
@@ -99,10 +99,8 @@ def rows(seed: int, count: int) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     while count:
         row = denoise(line_fields(rng), rng)
-        if (
-            len(encode(row.inputs)) <= MAX_INPUT_BYTES
-            and len(encode(row.targets)) <= MAX_TARGET_BYTES
-        ):
+        num_inputs, num_targets = len(encode(row.inputs)), len(encode(row.targets))
+        if num_inputs <= MAX_INPUT_BYTES and num_targets <= MAX_TARGET_BYTES:
             yield row
             count -= 1
 

@@ -9,6 +9,7 @@ changed, so values are CLDR's.
 from collections.abc import Callable
 import dataclasses
 import datetime
+import decimal
 import functools
 
 import babel
@@ -33,20 +34,11 @@ LANGUAGES = (
 )
 CURRENCIES = ("EUR", "USD", "JPY")
 UNITS = (
-    "mass-kilogram",
-    "mass-gram",
-    "length-kilometer",
-    "length-meter",
-    "length-centimeter",
-    "volume-liter",
-    "duration-minute",
+    *("mass-kilogram", "mass-gram", "length-kilometer", "length-meter", "length-centimeter"),
+    *("volume-liter", "duration-minute"),
 )
-PERIODS = {
-    "day": 86400,
-    "week": 604800,
-    "month": 2592000,
-    "year": 31536000,
-}  # seconds, as babel has them
+# In seconds, as babel has them.
+PERIODS = {"day": 86_400, "week": 604_800, "month": 2_592_000, "year": 31_536_000}
 NAMES = ("Ana", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Ida", "Lea", "Jan", "Kim", "Zoe")
 MAX_AMOUNT = 20  # of units and periods; enough for every plural form
 
@@ -113,14 +105,6 @@ def _names(kind: str, locale: str) -> dict[int, str]:
     return {**tables["format"]["wide"], **own}
 
 
-def _month(item: str, locale: str) -> str:
-    return _names("months", locale)[MONTHS.index(item) + 1]
-
-
-def _weekday(item: str, locale: str) -> str:
-    return _names("days", locale)[WEEKDAYS.index(item)]
-
-
 @functools.cache
 def _english(kind: str) -> dict[str, str]:
     """English display name to code, for territories or languages."""
@@ -134,12 +118,8 @@ def _display(kind: str, locale: str) -> dict[str, str]:
     return dict(getattr(babel.Locale.parse(locale), kind))
 
 
-def _country(item: str, locale: str) -> str:
-    return _display("territories", locale)[_english("territories")[item]]
-
-
-def _language(item: str, locale: str) -> str:
-    return _display("languages", locale)[_english("languages")[item]]
+def _display_name(kind: str) -> Callable[[str, str], str]:
+    return lambda item, locale: _display(kind, locale)[_english(kind)[item]]
 
 
 def _draw_number(rng: np.random.Generator) -> str:
@@ -149,11 +129,7 @@ def _draw_number(rng: np.random.Generator) -> str:
 
 
 def _number(item: str, locale: str) -> str:
-    return numbers.format_decimal(_decimal(item), locale=locale)
-
-
-def _decimal(item: str):
-    return numbers.decimal.Decimal(item)
+    return numbers.format_decimal(decimal.Decimal(item), locale=locale)
 
 
 def _draw_percent(rng: np.random.Generator) -> str:
@@ -161,7 +137,7 @@ def _draw_percent(rng: np.random.Generator) -> str:
 
 
 def _percent(item: str, locale: str) -> str:
-    return numbers.format_percent(_decimal(item[:-1]) / 100, locale=locale)
+    return numbers.format_percent(decimal.Decimal(item[:-1]) / 100, locale=locale)
 
 
 def _draw_currency(rng: np.random.Generator) -> str:
@@ -171,7 +147,7 @@ def _draw_currency(rng: np.random.Generator) -> str:
 
 def _currency(item: str, locale: str) -> str:
     code, amount = item.split()
-    return numbers.format_currency(_decimal(amount), code, locale=locale)
+    return numbers.format_currency(decimal.Decimal(amount), code, locale=locale)
 
 
 def _draw_date(rng: np.random.Generator) -> str:
@@ -241,20 +217,18 @@ def _make(name, value, items=(), draw=None) -> Function:
     return Function(name, lambda item, locale: _plain(value(item, locale)), tuple(items), draw)
 
 
-FUNCTIONS = {
-    function.name: function
-    for function in (
-        _make("month", _month, MONTHS),
-        _make("weekday", _weekday, WEEKDAYS),
-        _make("country", _country, _english("territories")),
-        _make("language", _language, _english("languages")),
-        _make("number", _number, draw=_draw_number),
-        _make("percent", _percent, draw=_draw_percent),
-        _make("currency", _currency, draw=_draw_currency),
-        _make("date", _date, draw=_draw_date),
-        _make("day", _day, draw=_draw_day),
-        _make("unit", _unit, draw=_draw_unit),
-        _make("relative", _relative, draw=_draw_relative),
-        _make("list", _list, draw=_draw_list),
-    )
-}
+_ALL = (
+    _make("month", lambda item, of: _names("months", of)[MONTHS.index(item) + 1], MONTHS),
+    _make("weekday", lambda item, of: _names("days", of)[WEEKDAYS.index(item)], WEEKDAYS),
+    _make("country", _display_name("territories"), _english("territories")),
+    _make("language", _display_name("languages"), _english("languages")),
+    _make("number", _number, draw=_draw_number),
+    _make("percent", _percent, draw=_draw_percent),
+    _make("currency", _currency, draw=_draw_currency),
+    _make("date", _date, draw=_draw_date),
+    _make("day", _day, draw=_draw_day),
+    _make("unit", _unit, draw=_draw_unit),
+    _make("relative", _relative, draw=_draw_relative),
+    _make("list", _list, draw=_draw_list),
+)
+FUNCTIONS = {function.name: function for function in _ALL}

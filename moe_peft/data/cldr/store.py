@@ -1,6 +1,6 @@
-"""Generated rows, written once to a cache folder and read from it afterwards.
+"""Generated rows, written once to the cache folder and read from it afterwards.
 
-The folder is `$MOE_PEFT_CACHE`, or `~/.cache/moe_peft`. A file's name carries a fingerprint of
+A file's name carries a fingerprint of
 babel's version and of this package's source, so rows of another version are never read.
 """
 
@@ -16,13 +16,9 @@ import zipfile
 import babel
 import numpy as np
 
+from moe_peft.data import cache
+
 Columns = dict[str, np.ndarray]
-
-
-def folder() -> pathlib.Path:
-    """Where generated rows live."""
-    root = os.environ.get("MOE_PEFT_CACHE")
-    return pathlib.Path(root) if root else pathlib.Path.home() / ".cache" / "moe_peft"
 
 
 @functools.cache
@@ -41,7 +37,7 @@ def cached(name: str, make: Callable[[], Columns]) -> Columns:
     one. A folder that cannot be written, or a damaged file, costs the time of making the rows again
     and a warning.
     """
-    path = folder() / f"{name}-{fingerprint()}.npz"
+    path = cache.folder() / f"{name}-{fingerprint()}.npz"
     try:
         with open(path, "rb") as file, np.load(file) as stored:
             return dict(stored)

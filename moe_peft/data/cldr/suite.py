@@ -17,44 +17,21 @@ import hashlib
 
 from moe_peft.data.cldr import functions, templates
 
-# Locale code to the English name prompts use. Order matters to `held_out`.
-TRAINING_LOCALES = {
-    "af": "Afrikaans",
-    "az": "Azerbaijani",
-    "ca": "Catalan",
-    "cs": "Czech",
-    "da": "Danish",
-    "de": "German",
-    "es": "Spanish",
-    "et": "Estonian",
-    "eu": "Basque",
-    "fi": "Finnish",
-    "fr": "French",
-    "hr": "Croatian",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "is": "Icelandic",
-    "it": "Italian",
-    "lt": "Lithuanian",
-    "lv": "Latvian",
-    "nb": "Norwegian",
-    "nl": "Dutch",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "sl": "Slovenian",
-    "sv": "Swedish",
-    "tr": "Turkish",
-}
-FEWSHOT_LOCALES = {"gl": "Galician", "ms": "Malay", "sk": "Slovak", "sq": "Albanian"}
+
+def _locales(text: str) -> dict[str, str]:
+    """Locale code to the English name prompts use. The order matters to `held_out`."""
+    return dict(pair.split(":") for pair in text.split())
+
+
+TRAINING_LOCALES = _locales(
+    "af:Afrikaans az:Azerbaijani ca:Catalan cs:Czech da:Danish de:German es:Spanish et:Estonian "
+    "eu:Basque fi:Finnish fr:French hr:Croatian hu:Hungarian id:Indonesian is:Icelandic it:Italian "
+    "lt:Lithuanian lv:Latvian nb:Norwegian nl:Dutch pl:Polish pt:Portuguese ro:Romanian "
+    "sl:Slovenian sv:Swedish tr:Turkish"
+)
+FEWSHOT_LOCALES = _locales("gl:Galician ms:Malay sk:Slovak sq:Albanian")
 LOCALES = {**TRAINING_LOCALES, **FEWSHOT_LOCALES}  # of the pre-training text
-NEW_LOCALES = {
-    "br": "Breton",
-    "fo": "Faroese",
-    "ku": "Kurdish",
-    "lb": "Luxembourgish",
-    "uz": "Uzbek",
-}
+NEW_LOCALES = _locales("br:Breton fo:Faroese ku:Kurdish lb:Luxembourgish uz:Uzbek")
 NEW_FUNCTIONS = ("number", "percent", "currency", "date", "day", "unit", "list")
 _LANGUAGES = {**LOCALES, **NEW_LOCALES}
 
@@ -127,17 +104,12 @@ def _digest(task: Task, item: str) -> bytes:
 def examples(task: Task, split: str) -> list[Example]:
     """Every item of a split under every template, items outermost."""
     value = functions.FUNCTIONS[task.function].value
+    names = {"language": _LANGUAGES[task.locale], "code": task.locale}
     rows = []
     for item in split_items(task).get(split, ()):
         target = value(item, task.locale)
         for template_id in range(templates.NUM_TEMPLATES):
-            text = templates.render(
-                task.function,
-                template_id,
-                item=item,
-                language=_LANGUAGES[task.locale],
-                code=task.locale,
-            )
+            text = templates.render(task.function, template_id, item=item, **names)
             rows.append(Example(task, item, template_id, text, target))
     return rows
 

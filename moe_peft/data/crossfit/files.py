@@ -40,21 +40,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A line of our table of the random partition.
-
-    Attributes:
-      name: of the task.
-      group: train (120 tasks), dev (20) or test (20).
-      metric: what CrossFit reports for it.
-      shots: k in the names of its files.
-      test_md5: of its test file, as published in 2022; several sources have changed since.
-    """
+    """A line of our table of the random partition."""
 
     name: str
-    group: str
-    metric: str
-    shots: int
-    test_md5: str
+    group: str  # train (120 tasks), dev (20) or test (20)
+    metric: str  # what CrossFit reports for it
+    shots: int  # k in the names of its files
+    test_md5: str  # of its test file as published in 2022; several sources have changed since
 
 
 @functools.cache
@@ -73,11 +65,8 @@ def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
     """
     path = folder / PARTITION_FILE
     if not path.is_file():
-        lines = table().values()
-        return {
-            group: tuple(sorted(line.name for line in lines if line.group == group))
-            for group in GROUPS
-        }
+        names_of = lambda group: (line.name for line in table().values() if line.group == group)
+        return {group: tuple(sorted(names_of(group))) for group in GROUPS}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         groups = {group: tuple(sorted(map(str, content[group]))) for group in GROUPS}
@@ -102,12 +91,8 @@ def own_metrics(folder: pathlib.Path) -> Mapping[str, str]:
     if not path.is_file():
         return found
     more = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
-    unknown = [task for task, metric in more.items() if metric not in METRICS]
-    if unknown:
-        raise errors.UserError(
-            f"{path}: the metric of {unknown[0]!r} is {more[unknown[0]]!r}; expected one of "
-            f"{', '.join(METRICS)}.{errors.near(str(more[unknown[0]]), METRICS)}"
-        )
+    for task, metric in more.items():
+        errors.check_one_of(f"{path}: the metric of {task!r}", metric, METRICS)
     return {**more, **found}
 
 
@@ -148,11 +133,9 @@ def _row(path: pathlib.Path, numbered: tuple[int, str]) -> Row:
     number, line = numbered
     columns = line.removesuffix("\r").split("\t")
     if len(columns) < 2:
-        raise bad_rows.BadRow(
-            path,
-            f"row {number}",
+        reason = (
             "1 column, expected an input, a tab and at least one output (a line break inside a "
-            "text splits its row)",
-            repr(line[:60]),
+            "text splits its row)"
         )
+        raise bad_rows.BadRow(path, f"row {number}", reason, repr(line[:60]))
     return Row(columns[0], tuple(columns[1:]))

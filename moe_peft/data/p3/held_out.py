@@ -30,9 +30,8 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
     def group(numbered: tuple[int, records.Record]) -> None:
         number, record = numbered
         if record.idx is None:
-            raise bad_rows.BadRow(
-                where, f"row {number}", "'idx' is missing; is this no task with answer choices?"
-            )
+            reason = "'idx' is missing; has this task answer choices?"
+            raise bad_rows.BadRow(where, f"row {number}", reason)
         choices = groups.setdefault(record.idx[0], {})
         if record.idx[1] in choices:
             raise bad_rows.BadRow(where, f"row {number}", f"idx {record.idx} is there twice")
@@ -59,22 +58,15 @@ def _example(
     right = [choice for choice in choices if choice.is_correct]
     if not right:
         raise bad_rows.BadRow(where, f"example {number}", "no choice is right")
-    return dataclasses.replace(
-        right[0],
-        answer_choices=tuple(choice.targets for choice in choices),
-        idx=(number, right[0].idx[1]),
-    )
+    texts = tuple(choice.targets for choice in choices)
+    return dataclasses.replace(right[0], answer_choices=texts, idx=(number, right[0].idx[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Sequences of several templates, template after template.
+    """Sequences of several templates, template after template."""
 
-    Attributes:
-      parts: of each template.
-    """
-
-    parts: Sequence[rows.Ragged | row_store.Texts]
+    parts: Sequence[rows.Ragged | row_store.Texts]  # of each template
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

@@ -8,8 +8,7 @@ import logging
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, row_store, vocabularies
-from moe_peft.data.cldr import store
+from moe_peft.data import bad_rows, cache, row_store, vocabularies
 from moe_peft.data.p3 import records, sources
 
 
@@ -42,10 +41,10 @@ def stored(
 def opened(
     source: sources.Source, split: str, limit: int | None, retokenize: bool, key: tuple
 ) -> row_store.Stored:
-    """See `stored`; `key` is whatever the rows depend on."""
+    """The rows of a split; `key` is whatever they depend on besides the other arguments."""
     task, where = source.prompt.task, f"{source.where}, {split!r}"
     lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
-    found = row_store.stored(store.folder() / "p3", f"{task}-{split}", key, lines)
+    found = row_store.stored(cache.folder() / "p3", f"{task}-{split}", key, lines)
     if found.skipped and not len(found):
         raise errors.UserError(f"{where} has no row left. {bad_rows.summary(found.skipped)}.")
     expected = source.prompt.rows(split)

@@ -26,22 +26,15 @@ NOT_PUBLISHED = ("storycloze",)  # on request only, so not among P3's records
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What P3 publishes of a data set; nothing where a table does not say.
+    """What P3 publishes of a data set; nothing where a table does not say."""
 
-    Attributes:
-      rows: of the data set, by split.
-      fewer: by template, the splits where it applies to fewer rows.
-      choices: a letter for each template: "f" its answer choices are the same for every row, "p"
-        they are each row's own, "-" there are none.
-      num_choices: of every row; None where they differ.
-      hidden: splits whose right answers are not public.
-    """
-
-    rows: Mapping[str, int]
-    fewer: Mapping[str, Mapping[str, int]]
+    rows: Mapping[str, int]  # of the data set, by split
+    fewer: Mapping[str, Mapping[str, int]]  # by template, the splits where it has fewer rows
+    # A letter for each template: "f" its answer choices are the same for every row, "p" they are
+    # each row's own, "-" there are none.
     choices: str
-    num_choices: int | None
-    hidden: tuple[str, ...]
+    num_choices: int | None  # of every row; None where they differ
+    hidden: tuple[str, ...]  # splits whose right answers are not public
 
     def rows_of(self, template: str, split: str) -> int | None:
         """How many rows P3 has of a template's split; None where the table does not say."""
@@ -50,30 +43,17 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set of the training mixtures.
+    """A data set of the training mixtures."""
 
-    Attributes:
-      name: as its hub calls it.
-      subset: likewise; None where it has none.
-      mixture: the smallest of `MIXTURES` that trains on it.
-      train_size: rows that T0's table of data sets gives.
-      templates: names of all its templates, sorted.
-      original: whether a template asks the data set's own task, for each.
-      published: what P3 has of it.
-    """
+    name: str  # as its hub calls it
+    subset: str | None  # as its hub calls it; None where it has none
+    mixture: str  # the smallest of `MIXTURES` that trains on it
+    train_size: int  # rows that T0's table of data sets gives
+    templates: tuple[str, ...]  # names of all its templates, sorted
+    original: tuple[bool, ...]  # whether a template asks the data set's own task, for each
+    published: Published = dataclasses.field(hash=False)  # what P3 has of it
 
-    name: str
-    subset: str | None
-    mixture: str
-    train_size: int
-    templates: tuple[str, ...]
-    original: tuple[bool, ...]
-    published: Published = dataclasses.field(hash=False)
-
-    @property
-    def source(self) -> tuple[str, str | None, str | None]:
-        """Its name, its subset; and no round of ANLI."""
-        return self.name, self.subset, None
+    source = property(lambda self: (self.name, self.subset, None))  # as `HeldOut.source`
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,46 +75,26 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A data set that T0 does not train on.
+    """A data set that T0 does not train on."""
 
-    Attributes:
-      name: short, such as "rte" or "anli_r1".
-      source: name of the data set as its hub calls it; its subset, None where it has none; "r1",
-        "r2" or "r3" of ANLI, which is one data set, None otherwise.
-      tasks: P3's names of its rank-classification tasks, by template name; their order numbers the
-        templates.
-      templates: names of the templates that ask the original task, sorted.
-      published: what P3 has of it, an example once and not once a choice.
-    """
-
-    name: str
+    name: str  # short, such as "rte" or "anli_r1"
+    # Name of the data set as its hub calls it; its subset, None where it has none; "r1", "r2" or
+    # "r3" of ANLI, which is one data set, None otherwise.
     source: tuple[str, str | None, str | None]
-    tasks: tuple[str, ...]
-    templates: tuple[str, ...]
-    published: Published = dataclasses.field(hash=False)
+    tasks: tuple[str, ...]  # P3's names of its rank-classification tasks, in template order
+    templates: tuple[str, ...]  # names of the templates that ask the original task, sorted
+    published: Published = dataclasses.field(hash=False)  # an example once, not once a choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A template of a data set: what one task of P3 is made of.
-
-    Attributes:
-      of: the data set, or evaluation set.
-      number: of the template in it.
-    """
+    """A template of a data set, or evaluation set: what one task of P3 is made of."""
 
     of: Dataset | HeldOut
-    number: int
+    number: int  # of the template
 
-    @property
-    def task(self) -> str:
-        """P3's name."""
-        return self.of.tasks[self.number]
-
-    @property
-    def template(self) -> str:
-        """Its name in promptsource."""
-        return self.of.templates[self.number]
+    task = property(lambda self: self.of.tasks[self.number])  # P3's name
+    template = property(lambda self: self.of.templates[self.number])  # promptsource's name
 
     @property
     def is_ranked(self) -> bool:
@@ -168,14 +128,9 @@ def task(name: str, subset: str | None, template: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Data sets in order: their places are their ids.
+    """Data sets in order: their places are their ids."""
 
-    Attributes:
-      training: of all mixtures, those of smaller mixtures first.
-      held_out: evaluation sets.
-    """
-
-    training: tuple[Dataset, ...]
+    training: tuple[Dataset, ...]  # of all mixtures, those of smaller mixtures first
     held_out: tuple[HeldOut, ...]
 
     def mixture(self, name: str) -> tuple[Dataset, ...]:
@@ -240,13 +195,8 @@ def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def _published(line: Mapping[str, Any], rows: Mapping[str, int]) -> Published:
-    return Published(
-        rows,
-        line.get("fewer", {}),
-        line.get("choices", ""),
-        line.get("num_choices"),
-        tuple(line.get("hidden", ())),
-    )
+    choices, hidden = line.get("choices", ""), tuple(line.get("hidden", ()))
+    return Published(rows, line.get("fewer", {}), choices, line.get("num_choices"), hidden)
 
 
 def _sets(line: Mapping[str, Any]) -> Iterator[HeldOut]:

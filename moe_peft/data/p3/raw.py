@@ -12,7 +12,7 @@ Columns are called as on the hub of data sets, which is what templates expect. A
 splits (`dev_r1`), as on the hub, or subsets (`anli/r1/`), as in TensorFlow Datasets.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 import pathlib
@@ -29,17 +29,11 @@ Row = tuple[int, Mapping[str, Any]]  # its number in its file, its values by col
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A raw data set on disk.
+    """A raw data set on disk."""
 
-    Attributes:
-      path: of the folder that holds the files.
-      form: "jsonl", "parquet", "tfds" or "storycloze".
-      names: of its splits by the names that P3 has for them.
-    """
-
-    path: pathlib.Path
-    form: str
-    names: Mapping[str, str] = dataclasses.field(hash=False)
+    path: pathlib.Path  # of the folder that holds the files
+    form: str  # "jsonl", "parquet", "tfds" or "storycloze"
+    names: Mapping[str, str] = dataclasses.field(hash=False)  # of splits, by P3's names of them
 
     def files(self, split: str) -> list[pathlib.Path]:
         """Files of one of P3's splits, all of them; empty where there is no such split."""
@@ -75,8 +69,8 @@ def folder(root: pathlib.Path, name: str, subset: str | None, anli_round: str | 
     for path in (place, *sorted(place.glob("*.*.*"), reverse=True)):
         if (path / "features.json").is_file():
             return _named(path, "tfds", _tfds_splits(path), anli_round)
-    for form, list_splits in _SPLITS.items():
-        if found := list_splits(place):
+    for form in _READERS:
+        if found := _splits(place, form):
             return _named(place, form, found, anli_round)
     raise errors.UserError(
         f"{place} has no rows: expected <split>.jsonl, <split>.parquet or features.json in it."
@@ -91,19 +85,11 @@ def _named(path: pathlib.Path, form: str, splits: set[str], anli_round: str | No
     return Folder(path, form, {name: name for name in sorted(splits)})
 
 
-def _plain_splits(ending: str) -> Callable[[pathlib.Path], set[str]]:
-    def found(folder: pathlib.Path) -> set[str]:
-        files = {path.stem.split("-")[0] for path in folder.glob(f"*{ending}")}
-        return files | {path.parent.name for path in folder.glob(f"*/*{ending}")}
-
-    return found
-
-
-_SPLITS = {
-    "jsonl": _plain_splits(".jsonl"),
-    "parquet": _plain_splits(".parquet"),
-    "storycloze": storycloze.splits,
-}
+def _splits(folder: pathlib.Path, form: str) -> set[str]:
+    if form == "storycloze":
+        return storycloze.splits(folder)
+    files = {path.stem.split("-")[0] for path in folder.glob(f"*.{form}")}
+    return files | {path.parent.name for path in folder.glob(f"*/*.{form}")}
 
 
 def _files(folder: pathlib.Path, form: str, split: str) -> list[pathlib.Path]:
@@ -122,9 +108,9 @@ def _json_rows(path: pathlib.Path) -> Iterator[Row]:
         try:
             values = json.loads(line)
         except ValueError as problem:
-            raise bad_rows.BadRow(path, f"row {number}", "no JSON", str(problem)) from problem
+            raise bad_rows.BadRow(path, f"row {number}", "not JSON", str(problem)) from problem
         if not isinstance(values, dict):
-            raise bad_rows.BadRow(path, f"row {number}", "no JSON object", str(values)[:80])
+            raise bad_rows.BadRow(path, f"row {number}", "not a JSON object", str(values)[:80])
         return number, values
 
     with open(path, "rb") as file:
@@ -132,11 +118,11 @@ def _json_rows(path: pathlib.Path) -> Iterator[Row]:
         yield from bad_rows.parsed(parse, lines)
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[Row]:
-    yield from enumerate(records.parquet_rows(path))
-
-
-_READERS = {"jsonl": _json_rows, "parquet": _parquet_rows, "storycloze": storycloze.read}
+_READERS = {
+    "jsonl": _json_rows,
+    "parquet": lambda path: enumerate(records.parquet_rows(path)),
+    "storycloze": storycloze.read,
+}
 
 
 def _tfds_splits(folder: pathlib.Path) -> set[str]:
@@ -147,7 +133,7 @@ def _tfds_splits(folder: pathlib.Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise errors.UserError(
             f"{path} cannot be used ({type(problem).__name__}); expected what TensorFlow Datasets "
-            "writes beside its records."
+            "writes next to its records."
         ) from problem
 
 
@@ -162,9 +148,9 @@ def _tfds_rows(folder: pathlib.Path, split: str) -> Iterator[tuple[pathlib.Path,
         for row in dataset:
             yield folder, (count, _values(row))
             count += 1
+    except errors.UserError:
+        raise
     except (OSError, ValueError, AssertionError, tf.errors.OpError) as problem:
-        if isinstance(problem, errors.UserError):
-            raise
         message = " ".join(str(problem).split())
         raise errors.UserError(f"{folder}, {split!r}, after {count} rows: {message}.") from problem
 

@@ -27,25 +27,15 @@ _TARGETS_END = 1
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One row.
-
-    Attributes:
-      inputs: text.
-      targets: text.
-      input_ids: as published, no end mark; None where nobody has published the row.
-      target_ids: as published, end mark taken off; likewise.
-      answer_choices: texts; empty where the row has none.
-      idx: (example, choice) in a `_score_eval` task.
-      is_correct: likewise, whether this choice is right.
-    """
+    """One row; ids are None where nobody has published them."""
 
     inputs: str
     targets: str
-    input_ids: np.ndarray | None
-    target_ids: np.ndarray | None
-    answer_choices: tuple[str, ...] = ()
-    idx: tuple[int, int] | None = None
-    is_correct: bool = False
+    input_ids: np.ndarray | None  # no end mark
+    target_ids: np.ndarray | None  # end mark taken off
+    answer_choices: tuple[str, ...] = ()  # empty where the row has none
+    idx: tuple[int, int] | None = None  # (example, choice) in a `_score_eval` task
+    is_correct: bool = False  # whether this choice is right, in such a task
 
 
 def _folder(root: pathlib.Path, task: str) -> pathlib.Path | None:
@@ -76,13 +66,8 @@ def task_folder(root: pathlib.Path, task: str) -> pathlib.Path:
 
 def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The files of a split in order, all shards of it; empty where there is no such split."""
-    found = sorted(
-        {
-            *folder.glob(f"{split}.tfrecord-*"),
-            *folder.glob(f"{split}-*.parquet"),
-            *folder.glob(f"{split}/*.parquet"),
-        }
-    )
+    patterns = (f"{split}.tfrecord-*", f"{split}-*.parquet", f"{split}/*.parquet")
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not found or _published_size(folder, split) == 0:
         return []
     return complete(folder, split, found)
@@ -91,13 +76,9 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
 def complete(folder: pathlib.Path, split: str, found: list[pathlib.Path]) -> list[pathlib.Path]:
     """The files of a split as they are; a UserError if shards are missing."""
     numbered = [match for path in found if (match := _SHARD.search(path.name))]
-    if numbered:
-        missing = int(numbered[0][2]) - len(numbered)
-        if missing:
-            raise errors.UserError(
-                f"{folder} has {len(numbered)} of the {numbered[0][2].lstrip('0')} files of "
-                f"{split!r}."
-            )
+    total = int(numbered[0][2]) if numbered else 0
+    if len(numbered) != total:
+        raise errors.UserError(f"{folder} has {len(numbered)} of the {total} files of {split!r}.")
     return found
 
 
@@ -124,14 +105,8 @@ def read(folder: pathlib.Path, split: str) -> Iterator[Record]:
     count += sum(skipped.values())
     expected = _published_size(folder, split)
     if expected is not None and count != expected:
-        bad_rows.skip(
-            bad_rows.BadRow(
-                folder,
-                repr(split),
-                f"{count} rows, stats.{split}.json says {expected}; cut off?",
-            ),
-            max(expected - count, 1),
-        )
+        reason = f"{count} rows, stats.{split}.json says {expected}; cut off?"
+        bad_rows.skip_row(bad_rows.BadRow(folder, repr(split), reason), max(expected - count, 1))
 
 
 def _published_size(folder: pathlib.Path, split: str) -> int | None:
@@ -166,10 +141,8 @@ def _record(path: pathlib.Path, numbered: tuple[int, Mapping[str, Any]]) -> Reco
 
 def parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Every row of a Parquet file, values by column."""
-    try:
-        import pyarrow.parquet
-    except ImportError as problem:
-        raise errors.UserError(f"{path} needs pyarrow: pip install pyarrow.") from problem
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
@@ -206,7 +179,7 @@ def _tfrecord_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         except damage as problem:
             message = problem.message.split("}} ")[-1].split(" [Op:")[0]
     reason = "the file is damaged from here on"
-    bad_rows.skip(bad_rows.BadRow(path, f"row {count}", reason, message))
+    bad_rows.skip_row(bad_rows.BadRow(path, f"row {count}", reason, message))
 
 
 def _plain(row: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,66 +1,61 @@
 """Where the rows of a P3 task come from: published records, or raw rows and a template."""
 
+import abc
 from collections.abc import Iterator
 import dataclasses
 import hashlib
 import pathlib
-from typing import Protocol
 
 from moe_peft import errors
 from moe_peft.data import bad_rows
 from moe_peft.data.p3 import held_out, names, raw, records, templates
 
-RAW, TEMPLATES = "raw", "templates"  # folders beside the records
+RAW, TEMPLATES = "raw", "templates"  # folders next to the records
 _RENDERING = 1  # another number where the same template and row give another text
 
 
-class Source(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC):
     """What both kinds have.
 
     Attributes:
       prompt: the task.
       where: what messages call it.
-      key: whatever its texts depend on beside the files.
+      key: whatever its texts depend on besides the files.
     """
 
     prompt: names.Prompt
-    where: str
-    key: str
 
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that have rows, and answers."""
+        return tuple(filter(self.prompt.has_answers, self._all_splits()))
 
     def files(self, split: str) -> list[pathlib.Path]:
         """Files of a split; empty where there is no such split."""
+        return self._all_files(split) if self.prompt.has_answers(split) else []
 
+    @abc.abstractmethod
     def read(self, split: str) -> Iterator[records.Record]:
         """Every example; with its answer choices, where the task is a ranked one."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class Published(Source):
     """The records of bigscience/P3."""
 
     folder: pathlib.Path
-    prompt: names.Prompt
     key = "published"
 
-    @property
-    def where(self) -> str:
-        """The folder."""
-        return str(self.folder)
+    where = property(lambda self: str(self.folder))
 
-    def splits(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return tuple(filter(self.prompt.has_answers, records.splits(self.folder)))
+    def _all_splits(self):
+        return records.splits(self.folder)
 
-    def files(self, split: str) -> list[pathlib.Path]:
-        """See `Source`."""
-        is_wanted = self.prompt.has_answers(split)
-        return records.split_files(self.folder, split) if is_wanted else []
+    def _all_files(self, split):
+        return records.split_files(self.folder, split)
 
     def read(self, split: str) -> Iterator[records.Record]:
-        """See `Source`."""
+        """Every record, or every example that records of single choices belong to."""
         found = records.read(self.folder, split)
         if self.prompt.is_ranked:
             found = held_out.examples(found, f"{self.folder}, {split!r}")
@@ -68,7 +63,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
+class Rendered(Source):
     """A raw data set worded by a template, as T0 made P3.
 
     Rows that the template does not apply to are left out, as there. Random choices of a template
@@ -78,12 +73,8 @@ class Rendered:
 
     folder: raw.Folder
     template: templates.Template
-    prompt: names.Prompt
 
-    @property
-    def where(self) -> str:
-        """The folder of the rows."""
-        return str(self.folder.path)
+    where = property(lambda self: str(self.folder.path))
 
     @property
     def key(self) -> str:
@@ -91,16 +82,14 @@ class Rendered:
         text = repr((_RENDERING, self.template.jinja, self.template.answer_choices))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def splits(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return tuple(filter(self.prompt.has_answers, self.folder.names))
+    def _all_splits(self):
+        return self.folder.names
 
-    def files(self, split: str) -> list[pathlib.Path]:
-        """See `Source`."""
-        return self.folder.files(split) if self.prompt.has_answers(split) else []
+    def _all_files(self, split):
+        return self.folder.files(split)
 
     def read(self, split: str) -> Iterator[records.Record]:
-        """See `Source`."""
+        """Every row that the template applies to, in its words."""
         count = 0
         for record in bad_rows.parsed(self._record, self.folder.read(split)):
             if record is not None:
@@ -123,14 +112,18 @@ class Rendered:
 
     def _check(self, rendered: templates.Rendered, path: pathlib.Path, number: int) -> None:
         """Raises a BadRow unless one of the choices is right and none is missing."""
-        wanted = self.prompt.of.published.num_choices
-        if rendered.targets not in rendered.choices:
-            reason = f"{self.template.where} gives a target that is none of its choices"
-            seen = f"{rendered.targets!r}, {list(rendered.choices)}"
-            raise bad_rows.BadRow(path, f"row {number}", reason, seen)
-        if wanted is not None and len(rendered.choices) != wanted:
-            reason = f"{self.template.where} gives other than {wanted} choices"
-            raise bad_rows.BadRow(path, f"row {number}", reason, str(list(rendered.choices)))
+        wanted, choices = self.prompt.of.published.num_choices, list(rendered.choices)
+        if rendered.targets not in choices:
+            reason, seen = (
+                "a target that is none of its choices",
+                f"{rendered.targets!r}, {choices}",
+            )
+        elif wanted not in (None, len(choices)):
+            reason, seen = f"other than {wanted} choices", str(choices)
+        else:
+            return
+        reason = f"{self.template.where} gives {reason}"
+        raise bad_rows.BadRow(path, f"row {number}", reason, seen)
 
 
 def find(
@@ -155,7 +148,7 @@ def find(
     if wanted == "raw":
         return _rendered(prompt, raw_root, template_root)
     if wanted == "published" or not has_raw or records.has_folder(root, prompt.task):
-        return Published(records.task_folder(root, prompt.task), prompt)
+        return Published(prompt, records.task_folder(root, prompt.task))
     try:
         return _rendered(prompt, raw_root, template_root)
     except errors.UserError as problem:
@@ -180,4 +173,4 @@ def _rendered(
         raise errors.UserError(
             f"{template.where} has no 'answer_choices', which {prompt.task} needs."
         )
-    return Rendered(raw.folder(raw_root, name, subset, anli_round), template, prompt)
+    return Rendered(prompt, raw.folder(raw_root, name, subset, anli_round), template)

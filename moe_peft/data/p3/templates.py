@@ -35,17 +35,11 @@ _KEPT_SEPARATOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A row as a template words it.
-
-    Attributes:
-      inputs: text, stripped.
-      targets: likewise.
-      choices: likewise; empty where the template has none.
-    """
+    """A row as a template words it, its texts stripped."""
 
     inputs: str
     targets: str
-    choices: tuple[str, ...]
+    choices: tuple[str, ...]  # empty where the template has none
 
 
 def path_of(folder: pathlib.Path, name: str, subset: str | None) -> pathlib.Path:
@@ -134,7 +128,7 @@ class Template:
       path: of its file.
       name: in that file.
       jinja: its text; None if it has none.
-      answer_choices: likewise.
+      answer_choices: their text; None if it has none.
     """
 
     def __init__(self, path: pathlib.Path, name: str, jinja: Any, answer_choices: Any):
@@ -171,7 +165,7 @@ class Template:
         Args:
           row: values by column.
           path: of the row's file, for messages.
-          number: of the row, likewise.
+          number: of the row, for messages.
           seed: what the template's random choices depend on.
 
         Raises:
@@ -205,7 +199,7 @@ class Template:
         if self.answer_choices is None:
             return None
         if not isinstance(self.answer_choices, str):
-            raise errors.UserError(f"{self.where}: 'answer_choices' is no text.")
+            raise errors.UserError(f"{self.where}: 'answer_choices' is not a text.")
         return self._compiled(self.answer_choices)
 
     def _compiled(self, text: str) -> jinja2.Template:
@@ -213,9 +207,8 @@ class Template:
             return self._environment.from_string(text)
         except jinja2.TemplateError as problem:
             line = f", line {problem.lineno}" if hasattr(problem, "lineno") else ""
-            raise errors.UserError(
-                f"{self.where} is no Jinja: {problem.message}{line}."
-            ) from problem
+            message = f"{self.where} is not Jinja: {problem.message}{line}."
+            raise errors.UserError(message) from problem
 
     @functools.cached_property
     def _environment(self) -> jinja2.Environment:

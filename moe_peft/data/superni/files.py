@@ -47,19 +47,12 @@ class TaskFile:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A line of our table of the official lists (756 training tasks, 119 test tasks).
+    """A line of our table of the official lists (756 training tasks, 119 test tasks)."""
 
-    Attributes:
-      name: of the task, without `.json`.
-      sets: "train" or "test", and "mhr" or "poly_s" for the test tasks of those papers.
-      category: one of SuperNI's.
-      num_instances: as published.
-    """
-
-    name: str
-    sets: frozenset[str]
-    category: str
-    num_instances: int
+    name: str  # without `.json`
+    sets: frozenset[str]  # "train" or "test", and "mhr" or "poly_s" for test tasks of those papers
+    category: str  # one of SuperNI's
+    num_instances: int  # as published
 
 
 @functools.cache
@@ -126,14 +119,11 @@ def read(folder: pathlib.Path, name: str) -> TaskFile:
     except (OSError, UnicodeDecodeError) as problem:
         raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
     except json.JSONDecodeError as problem:
-        raise errors.UserError(f"{path} is no JSON (cut off?): {problem}.") from problem
+        raise errors.UserError(f"{path} is not JSON (cut off?): {problem}.") from problem
     fields = _Fields(path, "", content)
-    definition = fields.get("Definition", (str, list))
-    if isinstance(definition, list):
-        definition = _Fields(path, "Definition", dict(enumerate(definition))).get(0, str)
     return TaskFile(
         name,
-        definition,
+        fields.first("Definition", "Definition"),
         tuple(_demonstration(item) for item in fields.items("Positive Examples")),
         tuple(_demonstration(item) for item in fields.items("Negative Examples")),
         tuple(bad_rows.parsed(_instance, fields.items("Instances"))),
@@ -148,9 +138,8 @@ class _Fields:
     place: str
     content: Any
 
-    def get(self, name: str | int, kinds: type | tuple[type, ...]) -> Any:
+    def get(self, name: str | int, *kinds: type) -> Any:
         """The value of a field; a UserError where it is missing or of another type."""
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         wanted = " or ".join({str: "text", list: "a list"}[kind] for kind in kinds)
         if not isinstance(self.content, dict):
             raise self.problem(f"is a {type(self.content).__name__}, expected an object")
@@ -160,6 +149,13 @@ class _Fields:
         if not isinstance(value, kinds):
             raise self.problem(f"{name!r} is a {type(value).__name__}; expected {wanted}")
         return value
+
+    def first(self, name: str, place: str) -> str:
+        """A text, or the first of a list of texts, which `place` names in messages."""
+        value = self.get(name, str, list)
+        if isinstance(value, str):
+            return value
+        return _Fields(self.path, place, dict(enumerate(value))).get(0, str)
 
     def problem(self, reason: str, seen: str = "") -> errors.UserError:
         """What is wrong with this object."""
@@ -172,21 +168,16 @@ class _Fields:
 
 
 def _demonstration(fields: _Fields) -> Demonstration:
-    output = fields.get("output", (str, list))
-    if isinstance(output, list):
-        output = _Fields(fields.path, f"{fields.place}['output']", dict(enumerate(output))).get(
-            0, str
-        )
-    has_reason = isinstance(fields.content.get("explanation"), str)
-    reason = fields.content["explanation"] if has_reason else ""
-    return Demonstration(fields.get("input", str), output, reason)
+    output = fields.first("output", f"{fields.place}['output']")
+    reason = fields.content.get("explanation")
+    explanation = reason if isinstance(reason, str) else ""
+    return Demonstration(fields.get("input", str), output, explanation)
 
 
 def _instance(fields: _Fields) -> Instance:
-    outputs = fields.get("output", (list, str))
+    outputs = fields.get("output", list, str)
     outputs = [outputs] if isinstance(outputs, str) else outputs
     if not outputs or not all(isinstance(output, str) for output in outputs):
-        raise fields.problem(
-            "'output' needs at least one text and nothing else", repr(outputs)[:60]
-        )
+        reason = "'output' needs at least one text and nothing else"
+        raise fields.problem(reason, repr(outputs)[:60])
     return Instance(fields.get("input", str), tuple(outputs))

@@ -17,21 +17,13 @@ MHR_ENDING = "\nOutput:"
 
 @dataclasses.dataclass(frozen=True)
 class TkInstruct:
-    """What a Tk-Instruct prompt shows.
+    """What a Tk-Instruct prompt shows, in this order."""
 
-    Attributes:
-      with_name: the task's name comes first.
-      with_definition: the definition comes next.
-      num_positive: examples of right answers, at most.
-      num_negative: examples of wrong answers, at most.
-      with_explanation: say why an example's answer is right or wrong.
-    """
-
-    with_name: bool = False
+    with_name: bool = False  # of the task
     with_definition: bool = True
-    num_positive: int = 0
-    num_negative: int = 0
-    with_explanation: bool = False
+    num_positive: int = 0  # examples of right answers, at most
+    num_negative: int = 0  # examples of wrong answers, at most
+    with_explanation: bool = False  # why an example's answer is right or wrong
 
 
 MHR = "mhr"
@@ -47,16 +39,12 @@ TK_INSTRUCT = {
 NAMES = (MHR, *TK_INSTRUCT)
 
 
-def check(name: str) -> None:
-    """Refuses a name that is no setting."""
-    if name not in NAMES:
-        raise errors.UserError(
-            f"There is no SuperNI prompt {name!r}; there are {', '.join(NAMES)}."
-            f"{errors.near(name, NAMES)}"
-        )
+def check_name(name: str) -> None:
+    """Refuses a name that is not a setting."""
+    errors.check_one_of("The SuperNI prompt", name, NAMES)
 
 
-def write(
+def write_prompt(
     name: str,
     task: files.TaskFile,
     instance: files.Instance,
@@ -72,7 +60,7 @@ def write(
       num_tokens: of a text; demonstrations are shown as long as all fits.
       max_inputs: tokens of the inputs, end mark included.
     """
-    check(name)
+    check_name(name)
     question = "Now complete the following example -\n" + _stop(f"Input: {instance.input.strip()}")
     if name == MHR:
         definition = _stop(f"Task definition: {task.definition.strip()}")

@@ -20,13 +20,7 @@ from moe_peft.data.superni import files
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """Instances of each split, at most.
-
-    Attributes:
-      train: of training tasks.
-      validation: of training tasks.
-      test: of test tasks.
-    """
+    """Instances of each split, at most: of training tasks, and of test tasks the last one."""
 
     train: int = 100
     validation: int = 100
@@ -39,14 +33,11 @@ def split(
     """The instances of every split that has some."""
     if is_test_task:
         found = {"train": task.instances[amounts.test :], "test": task.instances[: amounts.test]}
-        return {name: chosen for name, chosen in found.items() if chosen}
-    key = [seed, zlib.crc32(task.name.encode())]
-    order = np.random.default_rng(key).permutation(len(task.instances))
-    shuffled = [task.instances[i] for i in order]
-    found = {
-        "train": shuffled[: amounts.train],
-        "validation": shuffled[amounts.train : amounts.train + amounts.validation],
-    }
+    else:
+        key = [seed, zlib.crc32(task.name.encode())]
+        order = np.random.default_rng(key).permutation(len(task.instances))
+        shuffled = [task.instances[i] for i in order[: amounts.train + amounts.validation]]
+        found = {"train": shuffled[: amounts.train], "validation": shuffled[amounts.train :]}
     return {name: chosen for name, chosen in found.items() if chosen}
 
 

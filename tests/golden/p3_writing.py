@@ -1,4 +1,4 @@
-"""Writes task folders in P3's two published forms: for samples, and for sets of one's own."""
+"""Writes task folders in P3's two published forms."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -90,7 +90,7 @@ def _write_tfrecord(folder: pathlib.Path, split: str, rows: Sequence[dict[str, A
         for row in rows:
             feature = {name: _feature(value) for name, value in row.items()}
             example = tf.train.Example(features=tf.train.Features(feature=feature))
-            writer.write(example.SerializeToString())
+            writer.write(example.SerializeToString(deterministic=True))
 
 
 def _feature(value: Any) -> Any:
