@@ -35,6 +35,9 @@ if "xla_force_host_platform_device_count" not in _GIVEN_FLAGS:
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
 
+# Scripts that make golden files write files for tests too.
+sys.path.append(str(pathlib.Path(__file__).parent / "golden"))
+
 import jaxtyping
 
 # Shapes in annotations are checked while the tests run.
