@@ -39,7 +39,7 @@ def _start(config: str, wanted: Sequence[str], counts: multiprocessing.queues.Qu
     global _counts
     _counts = counts
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with tensorflow_logs.importing():
+    with tensorflow_logs.silenced():
         import gin
 
         from moe_peft.cli import data_prepare

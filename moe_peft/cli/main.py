@@ -231,7 +231,7 @@ def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
         printed = data_show.show_packed if args.packed else data_show.show
         printed(found, args.json, args.all_ids)
         return 0
-    with tensorflow_logs.importing():
+    with tensorflow_logs.silenced():
         from moe_peft.cli import data_check
     return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
 

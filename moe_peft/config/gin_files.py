@@ -257,7 +257,7 @@ def _import(statement: config_parser.ImportStatement) -> None:
     statement = statement._replace(module=moved.current(statement.module))
     # Through gin, which also writes the import into the resolved configuration.
     try:
-        with tensorflow_logs.importing():
+        with tensorflow_logs.silenced():
             gin.parse_config(statement.format())
     except ImportError as error:
         raise ImportError(f"cannot import {statement.module}: {error.msg}") from error
@@ -342,6 +342,6 @@ def write_config(folder: pathlib.Path) -> None:
 
 def import_modules(names: Iterable[str]) -> None:
     """Imports modules so that what they register can be named in gin files."""
-    with tensorflow_logs.importing():
+    with tensorflow_logs.silenced():
         for name in names:
             importlib.import_module(name)
