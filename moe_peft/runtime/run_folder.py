@@ -16,7 +16,7 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
+def locked(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
     """Makes the folder, tries to write into it, and keeps other runs out until the end.
 
     Of several processes of one run the first keeps the others' place.

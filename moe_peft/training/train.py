@@ -201,7 +201,7 @@ def fit(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(run_folder.opened(model_dir))
+        folder = stack.enter_context(run_folder.locked(model_dir))
         stop = stack.enter_context(signals.StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
 
