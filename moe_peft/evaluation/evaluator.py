@@ -105,7 +105,7 @@ class Evaluator:
             "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
         }
         self._suites: dict[str, questions_lib.Suite] = {}
-        self._answerer: tuple[object, inference.Answerer] | None = None
+        self._answering: tuple[object, inference.AnsweringModel] | None = None
 
     def __call__(
         self, model: encoder_decoder.EncoderDecoder, step: int, params: PyTree
@@ -182,7 +182,7 @@ class Evaluator:
         """
         suite, progress = self.suite(mixture), progress or progress_lib.Silent()
         _check_task_ids(suite, model.method, mixture)
-        answerer = self._answerer_of(model, params)
+        answerer = self._answering_model(model, params)
         places = range(len(suite.rows)) if places is None else places
         metric_of = metrics.of_tasks(self._metric, suite.own_metrics)
         found: dict[int, questions_lib.Row] = {}
@@ -215,13 +215,13 @@ class Evaluator:
                 found[i] = {"metric": metric.name, "prediction": text, "score": score}
         return [{**suite.rows[i], **found[i]} for i in places]
 
-    def _answerer_of(self, model, params) -> inference.Answerer:
+    def _answering_model(self, model, params) -> inference.AnsweringModel:
         """The compiled functions of this model, kept from call to call."""
         mesh = jax.tree.leaves(params)[0].sharding.mesh
-        if self._answerer is None or self._answerer[0] is not model:
-            made = inference.Answerer(model, self._batch_size, self._lengths, mesh)
-            self._answerer = model, made
-        return self._answerer[1]
+        if self._answering is None or self._answering[0] is not model:
+            made = inference.AnsweringModel(model, self._batch_size, self._lengths, mesh)
+            self._answering = model, made
+        return self._answering[1]
 
 
 def _check_task_ids(

@@ -109,7 +109,7 @@ def infer(
     restored = restore.restore(
         model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
     )
-    answerer = inference.Answerer(restored.model, batch_size, limits, mesh)
+    answerer = inference.AnsweringModel(restored.model, batch_size, limits, mesh)
     with progress_lib.shown("infer", len(rows)) as progress:
         free = [i for i, question in enumerate(questions) if not question.choices]
         answers = answerer.generate(

@@ -74,7 +74,7 @@ class Programs:
 
 
 def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> Programs:
-    """Returns the jitted functions of an `Answerer`; nothing is compiled yet."""
+    """Returns the jitted functions of an `AnsweringModel`; nothing is compiled yet."""
     split = layout_lib.Layout(mesh).applied
 
     def choose(params, batch, num_choices, is_length_normalized):
@@ -89,7 +89,7 @@ def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> 
     )
 
 
-class Answerer:
+class AnsweringModel:
     """A model with its compiled functions; parameters come with every call.
 
     Batches have `batch_size` rows, the last ones filled up with empty rows. Inputs are padded to a

@@ -396,7 +396,7 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
     with pytest.raises(errors.UserError, match="No task or mixture is called 'toj'. Did you mean"):
         make_evaluator("toj").suite("toj")
     with pytest.raises(errors.UserError, match="divided evenly over 8 devices"):
-        inference.Answerer(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
+        inference.AnsweringModel(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
     add_task("toy_w_1", [asked[0][0]], ["abc"], [("a", "b")])
     with pytest.raises(errors.UserError, match="its target 'abc' is none of its choices"):
         make_evaluator("toy_w_1", rank_choices=True).suite("toy_w_1")
