@@ -63,7 +63,7 @@ def evaluate(
     for mixture in evaluator.mixtures:  # Mistakes show before anything is loaded.
         json_files.check_writable(_folder(model_dir, mixture))
         lookup.check_vocabulary(mixture, model.config.vocab_size)
-        evaluator.suite(mixture)
+        evaluator.questions_of(mixture)
     shapes = evaluator.batch_shapes()
     restored = restore.restore(
         model,
@@ -80,13 +80,13 @@ def evaluate(
     restored = dataclasses.replace(restored, run=run)
     found = {}
     for mixture in evaluator.mixtures:
-        suite, folder = evaluator.suite(mixture), _folder(model_dir, mixture)
+        asked, folder = evaluator.questions_of(mixture), _folder(model_dir, mixture)
         rows, seconds = _answer(evaluator, restored, mixture, folder)
         found[mixture] = {
             "mixture": mixture,
             "run": dict(restored.run),
             "settings": evaluator.settings,
-            "num_cut_targets": sum(suite.is_cut),
+            "num_cut_targets": sum(asked.is_cut),
             "seconds": seconds,
             "results": evaluator.results(rows).to_json(),
         }
@@ -96,7 +96,7 @@ def evaluate(
         table.show(runs)
         if found[mixture]["num_cut_targets"]:
             print(
-                f"WARNING: {sum(suite.is_cut)} of {len(rows)} targets are longer than "
+                f"WARNING: {sum(asked.is_cut)} of {len(rows)} targets are longer than "
                 f"{evaluator.settings['feature_lengths']['targets']} tokens and count as wrong "
                 "wherever exact match is asked for.",
                 file=sys.stderr,
@@ -112,18 +112,18 @@ def _answer(
     folder: pathlib.Path,
 ) -> tuple[list[questions.Row], float]:
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
-    suite, rows, num_known = evaluator.suite(mixture), [], 0
-    num_tasks = len(suite.tasks())
+    asked, rows, num_known = evaluator.questions_of(mixture), [], 0
+    num_tasks = len(asked.tasks())
     kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
-    with progress_lib.shown(mixture, len(suite.rows)) as progress:
+    with progress_lib.shown(mixture, len(asked.rows)) as progress:
         for part in evaluator.parts(mixture):
             started = time.monotonic()
-            digests = {task: suite.digest(places) for task, places in part.items()}
+            digests = {task: asked.digest(places) for task, places in part.items()}
             known = {task: kept.read(task, digest) for task, digest in digests.items()}
             places = [place for members in part.values() for place in members]
             if all(found is not None for found in known.values()):
                 old = [row for found in known.values() for row in found]
-                new = [{**row, **suite.rows[i]} for row, i in zip(old, places, strict=True)]
+                new = [{**row, **asked.rows[i]} for row, i in zip(old, places, strict=True)]
                 num_known, seconds = num_known + len(places), 0.0
                 progress.advance(len(places))
             else:

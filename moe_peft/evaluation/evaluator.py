@@ -104,7 +104,7 @@ class Evaluator:
             "average": average,
             "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
         }
-        self._suites: dict[str, questions_lib.Suite] = {}
+        self._questions: dict[str, questions_lib.MixtureQuestions] = {}
         self._answering: tuple[object, inference.AnsweringModel] | None = None
 
     def __call__(
@@ -121,7 +121,7 @@ class Evaluator:
 
     def batch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a batch's features, for initialisation."""
-        question = self.suite(self.mixtures[0]).questions[0]
+        question = self.questions_of(self.mixtures[0]).questions[0]
         rows, lengths = self._batch_size, self._lengths
         return {
             "encoder_input_tokens": (rows, lengths["inputs"]),
@@ -134,10 +134,10 @@ class Evaluator:
         """Raises UserError unless a batch divides among the devices; nothing is loaded for that."""
         mesh_lib.check_batch_size(self._batch_size, 1, mesh)
 
-    def suite(self, mixture: str) -> questions_lib.Suite:
+    def questions_of(self, mixture: str) -> questions_lib.MixtureQuestions:
         """The questions of a mixture, read once."""
-        if mixture not in self._suites:
-            self._suites[mixture] = questions_lib.read(
+        if mixture not in self._questions:
+            self._questions[mixture] = questions_lib.read(
                 mixture,
                 self._lengths,
                 self._group,
@@ -145,15 +145,15 @@ class Evaluator:
                 max_examples_per_task=self._limit,
                 with_choices=self._rank_choices,
             )
-            metrics.of_tasks(self._metric, self._suites[mixture].own_metrics)
-        return self._suites[mixture]
+            metrics.of_tasks(self._metric, self._questions[mixture].own_metrics)
+        return self._questions[mixture]
 
     def parts(self, mixture: str) -> list[dict[str, range]]:
-        """Tasks of `suite(mixture)` that are asked together: {task: places of its questions}.
+        """Tasks of `questions_of(mixture)` that are asked together: {task: places of its questions}.
 
         Whole tasks, and enough of them that batches of similar length are mostly full.
         """
-        return list(self.suite(mixture).parts(_BATCHES_OF_A_PART * self._batch_size))
+        return list(self.questions_of(mixture).parts(_BATCHES_OF_A_PART * self._batch_size))
 
     def results(self, rows: Sequence[questions_lib.Row]) -> aggregation.Results:
         """Averages and intervals."""
@@ -167,7 +167,7 @@ class Evaluator:
         progress: progress_lib.Progress | None = None,
         places: Sequence[int] | None = None,
     ) -> list[questions_lib.Row]:
-        """Rows of `suite(mixture)` with "metric", "prediction" and "score", in order.
+        """Rows of `questions_of(mixture)` with "metric", "prediction" and "score", in order.
 
         "score" is in [0, 1], or None where the metric has none for one example. "prediction" is
         None where nothing was decoded. Rows with choices also get "log_likelihoods" and
@@ -180,40 +180,40 @@ class Evaluator:
           progress: counts questions.
           places: of the questions to ask; None for all.
         """
-        suite, progress = self.suite(mixture), progress or progress_lib.Silent()
-        _check_task_ids(suite, model.method, mixture)
+        asked, progress = self.questions_of(mixture), progress or progress_lib.Silent()
+        _check_task_ids(asked, model.method, mixture)
         answerer = self._answering_model(model, params)
-        places = range(len(suite.rows)) if places is None else places
-        metric_of = metrics.of_tasks(self._metric, suite.own_metrics)
+        places = range(len(asked.rows)) if places is None else places
+        metric_of = metrics.of_tasks(self._metric, asked.own_metrics)
         found: dict[int, questions_lib.Row] = {}
 
-        ranked = [i for i in places if suite.questions[i].choices]
+        ranked = [i for i in places if asked.questions[i].choices]
         scores = answerer.score_choices(
             params,
-            [suite.questions[i] for i in ranked],
+            [asked.questions[i] for i in ranked],
             progress,
             is_length_normalized=self._is_length_normalized,
         )
         for i, score in zip(ranked, scores, strict=True):
-            found[i] = _choice_row(suite.rows[i], score)
+            found[i] = _choice_row(asked.rows[i], score)
 
-        free = [i for i in places if not suite.questions[i].choices]
-        questions = [suite.questions[i] for i in free]
+        free = [i for i in places if not asked.questions[i].choices]
+        questions = [asked.questions[i] for i in free]
         if self._decoding is None:
             are_right = answerer.exact_match(params, questions, progress)
             for i, is_right in zip(free, are_right, strict=True):
-                score = float(is_right and not suite.is_cut[i])
+                score = float(is_right and not asked.is_cut[i])
                 found[i] = {"metric": self._metric, "prediction": None, "score": score}
         else:
             # Random answers: parts of a mixture draw differently, and equally when asked again.
             seed = self._seed + (places[0] if places else 0)
             answers = answerer.generate(params, questions, self._decoding, progress, seed)
             for i, ids in zip(free, answers, strict=True):
-                text, row = suite.vocabulary.decode(ids.tolist()), suite.rows[i]
+                text, row = asked.vocabulary.decode(ids.tolist()), asked.rows[i]
                 metric = metric_of[row["task"]]
                 score = metrics.score_example(metric, text, metrics.references_of(row))
                 found[i] = {"metric": metric.name, "prediction": text, "score": score}
-        return [{**suite.rows[i], **found[i]} for i in places]
+        return [{**asked.rows[i], **found[i]} for i in places]
 
     def _answering_model(self, model, params) -> inference.AnsweringModel:
         """The compiled functions of this model, kept from call to call."""
@@ -225,18 +225,18 @@ class Evaluator:
 
 
 def _check_task_ids(
-    suite: questions_lib.Suite, method: methods.Method | None, mixture: str
+    asked: questions_lib.MixtureQuestions, method: methods.Method | None, mixture: str
 ) -> None:
     """Raises UserError if `method` routes by task and the questions' tasks are not its own."""
     if method is None or method.num_tasks is None:
         return
     from moe_peft.data import task_ids  # Imports TensorFlow.
 
-    if any("task_ids" not in question.features for question in suite.questions):
+    if any("task_ids" not in question.features for question in asked.questions):
         raise errors.UserError(
             f"{method.name!r} routes by task, but {mixture!r} has no feature 'task_ids'."
         )
-    ids = np.array([int(question.features["task_ids"]) for question in suite.questions])
+    ids = np.array([int(question.features["task_ids"]) for question in asked.questions])
     task_ids.check(ids, method.num_tasks, repr(mixture))
 
 

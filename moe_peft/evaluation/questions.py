@@ -19,7 +19,7 @@ _ROUTING_FEATURES = ("task_ids", "sentence_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class MixtureQuestions:
     """A mixture, ready to be asked.
 
     Attributes:
@@ -80,7 +80,7 @@ def read(
     split: str,
     max_examples_per_task: int | None = None,
     with_choices: bool = False,
-) -> Suite:
+) -> MixtureQuestions:
     """Returns every example of a split, task after task.
 
     Args:
@@ -102,7 +102,7 @@ def read(
         task: own.group or task if group is None else group_of(task, group)
         for task, own in reporting.items()
     }
-    suite = Suite([], [], [], vocabulary, {task: own.metric for task, own in reporting.items()})
+    asked = MixtureQuestions([], [], [], vocabulary, {task: own.metric for task, own in reporting.items()})
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     batches = evaluation_data.eval_examples(
         mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
@@ -118,11 +118,11 @@ def read(
                 features={k: v for k, v in features.items() if k in _ROUTING_FEATURES},
             )
             is_full = len(question.targets) == limit
-            suite.questions.append(question)
+            asked.questions.append(question)
             group_name = groups[example.task]
-            suite.rows.append(_row(example, len(suite.rows), group_name, list(choices)))
-            suite.is_cut.append(is_full and len(encode(example.targets)) >= limit)
-    return suite
+            asked.rows.append(_row(example, len(asked.rows), group_name, list(choices)))
+            asked.is_cut.append(is_full and len(encode(example.targets)) >= limit)
+    return asked
 
 
 def compile_group(task_group: str) -> re.Pattern:
