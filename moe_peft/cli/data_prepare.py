@@ -22,7 +22,7 @@ REGISTERED = (cldr, crossfit, p3, superni)
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class PreparedTask:
     """What came of one task.
 
     Attributes:
@@ -47,7 +47,7 @@ def data_prepare(
     names: Sequence[str] = (),
     splits: Sequence[str] = (),
     processes: int = 1,
-) -> list[Done]:
+) -> list[PreparedTask]:
     """Reads every split of every task once. What an earlier call has done is not done again.
 
     Rows go to disk as they are read, so memory does not grow with them.
@@ -96,7 +96,7 @@ def _check_splits(tasks, splits: Sequence[str]) -> None:
             )
 
 
-def prepare(name: str, splits: Sequence[str]) -> Done:
+def prepare(name: str, splits: Sequence[str]) -> PreparedTask:
     """Reads the splits of a task: all, or those of `splits` that it has."""
     source = lookup.get(name).source
     counts, tokens, written = {}, 0, []
@@ -108,12 +108,12 @@ def prepare(name: str, splits: Sequence[str]) -> Done:
             counts[split] = len(found)
             tokens += sum(int(column.lengths.sum()) for column in (found.inputs, found.targets))
     listed = tuple((*key, count) for key, count in skipped.items())
-    return Done(name, counts, tokens, sum(written), listed)
+    return PreparedTask(name, counts, tokens, sum(written), listed)
 
 
 def _run_here(
     tasks: Sequence[str], splits: Sequence[str], tell: Callable[[int], None]
-) -> Iterator[Done]:
+) -> Iterator[PreparedTask]:
     with row_store.watched(tell):
         for name in tasks:
             yield prepare(name, splits)
@@ -125,7 +125,7 @@ def _run_apart(
     tasks: Sequence[str],
     splits: Sequence[str],
     tell: Callable[[int], None],
-) -> Iterator[Done]:
+) -> Iterator[PreparedTask]:
     pool, counts = data_pool.make(processes, gin_files.resolved_text(), wanted)
     with pool:
         left = {pool.submit(data_pool.prepare, name, splits) for name in tasks}
@@ -148,7 +148,7 @@ def _run_apart(
             pool.shutdown(cancel_futures=True)
 
 
-def show(done: Sequence[Done], seconds: float, as_json: bool = False) -> None:
+def show(done: Sequence[PreparedTask], seconds: float, as_json: bool = False) -> None:
     """Prints what is ready."""
     rows = sum(sum(each.rows.values()) for each in done)
     tokens = sum(each.tokens for each in done)
@@ -168,7 +168,7 @@ def show(done: Sequence[Done], seconds: float, as_json: bool = False) -> None:
         print(f"skipped {count:,} rows of {file}: {reason}")
 
 
-def timed(entry_point: Callable[[], list[Done]]) -> tuple[list[Done], float]:
+def timed(entry_point: Callable[[], list[PreparedTask]]) -> tuple[list[PreparedTask], float]:
     """Its result, and the seconds it took."""
     start = time.monotonic()
     return entry_point(), time.monotonic() - start
