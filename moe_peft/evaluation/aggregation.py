@@ -179,7 +179,7 @@ def _tasks(rows: Iterable[Row]) -> list[_Task]:
     tasks = []
     for task in sorted(found):
         names = sorted(found[task])
-        templates = [bootstrap_lib.Examples.of(found[task][name]) for name in names]
+        templates = [bootstrap_lib.Examples.from_rows(found[task][name]) for name in names]
         metric = first[task].get("metric")
         tasks.append(_Task(task, first[task]["group"], metric, names, templates))
     return tasks

@@ -67,7 +67,7 @@ class Examples:
     of_pairs: Callable[[np.ndarray], float] | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
         """From rows of predictions, all of one metric."""
         metric = metrics.METRICS.get(rows[0].get("metric"))
         if metric is None or metric.of_pairs is None:

@@ -149,7 +149,7 @@ class Evaluator:
         return self._questions[mixture]
 
     def parts(self, mixture: str) -> list[dict[str, range]]:
-        """Tasks of `questions_of(mixture)` that are asked together: {task: places of its questions}.
+        """Tasks of a mixture that are asked together: {task: places of its questions}.
 
         Whole tasks, and enough of them that batches of similar length are mostly full.
         """

@@ -63,13 +63,13 @@ class Programs:
 
     Attributes:
       exact_match: as `EncoderDecoder.exact_match`.
-      choose: takes the number of choices and whether likelihoods are per token, both static; best
-        choices, log-likelihoods and numbers of tokens.
+      rank_choices: takes the number of choices and whether likelihoods are per token, both static;
+        best choices, log-likelihoods and numbers of tokens.
       predict: as `EncoderDecoder.predict`.
     """
 
     exact_match: Callable[..., Any]
-    choose: Callable[..., Any]
+    rank_choices: Callable[..., Any]
     predict: Callable[..., Any]
 
 
@@ -77,14 +77,14 @@ def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> 
     """Returns the jitted functions of an `AnsweringModel`; nothing is compiled yet."""
     split = layout_lib.Layout(mesh).applied
 
-    def choose(params, batch, num_choices, is_length_normalized):
+    def rank_choices(params, batch, num_choices, is_length_normalized):
         scores = model.score_choices(params, batch, num_choices)
         best = scores.best(is_length_normalized=is_length_normalized)
         return best, scores.log_likelihood, scores.num_tokens
 
     return Programs(
         jax.jit(split(model.exact_match)),
-        jax.jit(split(choose), static_argnums=(2, 3)),
+        jax.jit(split(rank_choices), static_argnums=(2, 3)),
         jax.jit(split(model.predict), static_argnums=2),
     )
 
@@ -136,8 +136,10 @@ class AnsweringModel:
                 "decoder_target_tokens": self._pad(targets, length),
             }
 
-        ask = functools.partial(self._programs.exact_match, params)
-        return self._ask(questions, decoder, lambda batch, number: ask(batch), progress)
+        ask_batch = functools.partial(self._programs.exact_match, params)
+        return self._ask_batches(
+            questions, decoder, lambda batch, number: ask_batch(batch), progress
+        )
 
     def generate(
         self,
@@ -153,11 +155,11 @@ class AnsweringModel:
         equal answers.
         """
 
-        def ask(batch, number):
+        def ask_batch(batch, number):
             rng = jax.random.fold_in(jax.random.key(seed), number) if strategy.is_random else None
             return self._programs.predict(params, batch, strategy, rng)
 
-        answers = self._ask(questions, lambda members: {}, ask, progress)
+        answers = self._ask_batches(questions, lambda members: {}, ask_batch, progress)
         return [_until_end(ids, strategy.eos_id) for ids in answers]
 
     def score_choices(
@@ -178,9 +180,9 @@ class AnsweringModel:
                 scoring.pack_choices([question.choices for question in members], length)
             )
 
-        def ask(batch, number):
+        def ask_batch(batch, number):
             del number
-            return self._programs.choose(params, batch, most, is_length_normalized)
+            return self._programs.rank_choices(params, batch, most, is_length_normalized)
 
         def readable(question, row):
             best, log_likelihoods, num_tokens = row
@@ -191,14 +193,14 @@ class AnsweringModel:
                 [int(x) for x in num_tokens[:count]],
             )
 
-        rows = self._ask(questions, decoder, ask, progress)
+        rows = self._ask_batches(questions, decoder, ask_batch, progress)
         return [readable(*pair) for pair in zip(questions, rows, strict=True)]
 
-    def _ask(
+    def _ask_batches(
         self,
         questions: Sequence[Question],
         decoder: Callable[[Sequence[Question]], Batch],
-        ask: Callable[[Any, int], Any],
+        ask_batch: Callable[[Any, int], Any],
         progress: progress_lib.Progress,
     ) -> list[Any]:
         """Asks batch by batch; returns row i's part of the answers at place i."""
@@ -207,7 +209,7 @@ class AnsweringModel:
             for number, (length, places) in enumerate(self._places(questions)):
                 members = [questions[place] for place in places]
                 batch = {**self._encoder(members, length), **decoder(members)}
-                found = ask(mesh_lib.put_batch(batch, self._sharding), number)
+                found = ask_batch(mesh_lib.put_batch(batch, self._sharding), number)
                 found = jax.tree.map(np.asarray, found)
                 for row, place in enumerate(places):
                     answers[place] = jax.tree.map(lambda rows: rows[row], found)  # noqa: B023

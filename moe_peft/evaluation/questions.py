@@ -102,7 +102,9 @@ def read(
         task: own.group or task if group is None else group_of(task, group)
         for task, own in reporting.items()
     }
-    asked = MixtureQuestions([], [], [], vocabulary, {task: own.metric for task, own in reporting.items()})
+    asked = MixtureQuestions(
+        [], [], [], vocabulary, {task: own.metric for task, own in reporting.items()}
+    )
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     batches = evaluation_data.eval_examples(
         mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task

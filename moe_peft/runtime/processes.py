@@ -161,7 +161,7 @@ def anywhere(condition: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(condition))))
 
 
-def put(tree: PyTree, shardings: PyTree) -> PyTree:
+def put_on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
     """Host arrays, the same in every process, to devices.
 
     Args:
@@ -180,7 +180,7 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def get(leaf: jax.Array | np.ndarray) -> np.ndarray:
+def fetch_to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """A copy of a whole array on the host; all processes must ask together."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)

@@ -238,9 +238,9 @@ def fit(
         description = start_lib.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
-        frozen = processes.put(trees.frozen, layout.shardings(trees.frozen, axes))
+        frozen = processes.put_on_devices(trees.frozen, layout.shardings(trees.frozen, axes))
         state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = processes.put(state, places)
+        state = processes.put_on_devices(state, places)
         changed = ""
         if saved:
             identity.check_same_run(saved.description, description, folder)

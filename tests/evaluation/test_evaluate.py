@@ -344,7 +344,9 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
 
     add_task("toy_q_1", inputs, answers)
     with pytest.raises(errors.UserError, match="'toy_q_1' has no metric of its own"):
-        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).questions_of("toy_q_1")
+        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).questions_of(
+            "toy_q_1"
+        )
     reported = evaluator.Evaluator("toy_r_1", LENGTHS, None).questions_of("toy_r_1")
     assert reported.rows[0]["group"] == "letters"
 
