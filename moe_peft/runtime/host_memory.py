@@ -20,7 +20,7 @@ def run_programs_inline() -> None:
     """Lets the calling thread run programs on a CPU; has to come before jax looks for devices.
 
     Otherwise threads of jax's own do, and what those get of glibc cannot be kept: their arenas hold
-    64 MB. Nothing overlaps less, as batches come from a thread (`training.prefetch`). Accelerators
+    64 MB. Nothing overlaps less, as batches come from a thread (`runtime.prefetch`). Accelerators
     are started as ever.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)

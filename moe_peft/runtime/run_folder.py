@@ -22,7 +22,7 @@ def locked(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
     Of several processes of one run the first keeps the others' place.
 
     Raises:
-      UserError: it is no path of a file system, cannot be made or written, or another process
+      UserError: it is not a path of a file system, cannot be made or written, or another process
         trains in it.
     """
     if "://" in str(model_dir):
