@@ -244,7 +244,18 @@ def save_run(folder, method, backbone):
 
 
 def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, capsys):
-    run = functools.partial(evaluate.evaluate, MODULE, evaluator=make_evaluator(suite))
+
+    def run(method, backbone, folder, **more):
+        found = make_evaluator(suite)
+        return evaluate.evaluate(
+            model=MODULE,
+            method=method,
+            backbone=backbone,
+            model_dir=folder,
+            evaluator=found,
+            **more,
+        )
+
     frozen = run(methods.frozen(), backbone, str(tmp_path / "frozen"))["toy"]
     assert frozen["results"]["overall"]["mean"] == 0.375
     assert frozen["run"]["trainable_parameters"] == 0
@@ -289,7 +300,13 @@ def in_two_parts(suite, monkeypatch):
             return predict(model, params, mixture, progress, places)
 
         one.predict = watched
-        evaluate.evaluate(MODULE, methods.frozen(), backbone, str(folder), one)
+        evaluate.evaluate(
+            model=MODULE,
+            method=methods.frozen(),
+            backbone=backbone,
+            model_dir=str(folder),
+            evaluator=one,
+        )
         return list(asked)
 
     return run
@@ -354,12 +371,12 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
 def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
     run = functools.partial(
         infer.infer,
-        MODULE,
-        methods.frozen(),
-        backbone,
-        "",
-        suite,
-        LENGTHS,
+        model=MODULE,
+        method=methods.frozen(),
+        backbone=backbone,
+        model_dir="",
+        mixture=suite,
+        feature_lengths=LENGTHS,
         outputs=str(tmp_path / "out.jsonl"),
         decoding=strategies.Greedy(),
         batch_size=8,
@@ -404,7 +421,13 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
         make_evaluator("toy_w_1", rank_choices=True).questions_of("toy_w_1")
     small = t5.Transformer(dataclasses.replace(MODULE.config, vocab_size=8))
     with pytest.raises(errors.UserError, match="another vocabulary"):
-        evaluate.evaluate(small, methods.frozen(), backbone, str(tmp_path), make_evaluator(suite))
+        evaluate.evaluate(
+            model=small,
+            method=methods.frozen(),
+            backbone=backbone,
+            model_dir=str(tmp_path),
+            evaluator=make_evaluator(suite),
+        )
 
 
 def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
