@@ -39,6 +39,11 @@ def test_help_loads_nothing_heavy():
     assert time.monotonic() - started < 5  # 0.1 s on an idle machine
 
 
+def test_these_commands_take_settings():
+    names = "plan train preflight adapt eval infer export merge"
+    assert list(commands.COMMANDS) == names.split()
+
+
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help_of_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
