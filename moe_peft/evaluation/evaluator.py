@@ -72,8 +72,8 @@ class Evaluator:
         self.mixtures = (self.mixtures,) if isinstance(self.mixtures, str) else (*self.mixtures,)
         if not self.mixtures:
             raise errors.UserError("Evaluator.mixtures is empty; name at least one mixture.")
-        compiled = questions_lib.compile_group
-        self._group = None if self.task_group is None else compiled(self.task_group)
+        is_own = self.task_group is None  # then each benchmark says what it reports under
+        self._group = None if is_own else questions_lib.compile_group(self.task_group)
         self._questions: dict[str, questions_lib.MixtureQuestions] = {}
         self._answering: tuple[object, inference.AnsweringModel] | None = None
 
