@@ -129,8 +129,8 @@ def is_first() -> bool:
 def in_turn(function: Callable[[], T], name: str) -> T:
     """Calls the function in the first process, then in all others; returns its result.
 
-    So what the first one tidies up on disk is done when the others look. The function is without
-    collective operations; `name` is that of this place in the program.
+    The first one has tidied up on disk before the others look. The function must not contain
+    collective operations; `name` is the name of this place in the program.
     """
     if jax.process_count() == 1:
         return function()
@@ -140,7 +140,7 @@ def in_turn(function: Callable[[], T], name: str) -> T:
 
 
 def anywhere(condition: bool) -> bool:
-    """Whether the condition holds in any process; all must ask together."""
+    """Whether the condition holds in any process; all processes must call it."""
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.asarray(condition))))
@@ -161,7 +161,7 @@ def put_on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def fetch_to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """A copy of a whole array on the host; all processes must ask together."""
+    """A copy of a whole array on the host; all processes must call it."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf, copy=True)

@@ -19,7 +19,7 @@ _LOCK = ".lock"
 def locked(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
     """Makes the folder, tries to write into it, and keeps other runs out until the end.
 
-    Of several processes of one run the first keeps the others' place.
+    Where several processes share a run, the first one holds the lock.
 
     Raises:
       UserError: it is not a path of a file system, cannot be made or written, or another process
