@@ -4,7 +4,7 @@
     <folder>/evaluation.json            what the run is, settings, and which tasks are finished
 
 A task counts as finished once `evaluation.json` says so, with the SHA-256 of its file and of the
-questions it answers. The next evaluation of the same model with the same settings asks only the rest.
+questions it answers. The next evaluation of the same model and settings asks only the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
