@@ -75,6 +75,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         frozen_dtype=settings.frozen_dtype,
         start_from=settings.start_from,
     )
+    # Answers are kept for these very parameters, whatever their folder is called.
     run = {**restored.run, "parameters_sha256": digest.of_tree(restored.params)}
     restored = dataclasses.replace(restored, run=run)
     return {

@@ -218,6 +218,7 @@ class AnsweringModel:
 
     def _places(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[int]]]:
         """(input length, places of the questions) of each batch."""
+        # Questions of similar length share a batch, so that little of it is padding.
         by_length: dict[int, list[int]] = {}
         order = sorted(range(len(questions)), key=lambda place: len(questions[place].inputs))
         for place in order:

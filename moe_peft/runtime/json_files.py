@@ -86,7 +86,7 @@ def _write_atomically(path: pathlib.Path, lines: Iterable[str]) -> int:
         with partial.open("w", encoding="utf-8") as file:
             count = sum(bool(file.write(line + "\n")) for line in lines)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # so that a crash leaves the old file or the new one
         partial.replace(path)
         return count
     except OSError as error:
