@@ -27,7 +27,7 @@ import numpy as np
 
 from moe_peft.runtime import tensorflow_logs
 
-with tensorflow_logs.importing():
+with tensorflow_logs.silenced():
     from moe_peft.data import encoding, mixing, pipeline, row_store, rows
 
 POINTS = 20  # of the course of memory

@@ -203,7 +203,7 @@ def adapt(
         }
     )
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(run_folder.opened(model_dir))
+        folder = stack.enter_context(run_folder.locked(model_dir))
         progress = progress_lib.make(num_steps, len(data))
         stack.callback(progress.close)
         groups = groups_lib.Groups(

@@ -51,7 +51,7 @@ def scorer(
         goes on after an interruption does not ask for them again.
       mesh: devices.
     """
-    answerer = inference.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
+    answerer = inference.AnsweringModel(network, how.batch_size, dict(how.feature_lengths), mesh)
 
     def ask(trainable, part, seed):
         params = patching.merge(fleet.frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))

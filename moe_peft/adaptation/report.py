@@ -22,7 +22,7 @@ def run_scores(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
     found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         found.setdefault((row["task"], row["seed"]), []).append(row)
-    return {run: bootstrap_lib.Examples.of(own).score() for run, own in found.items()}
+    return {run: bootstrap_lib.Examples.from_rows(own).score() for run, own in found.items()}
 
 
 def of_rows(

@@ -26,19 +26,12 @@ RESULTS, TABLE, PREDICTIONS = "results.json", "table.md", "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What differs from the evaluation's own settings; None keeps them.
+    """What differs from the evaluation's own settings; None keeps them."""
 
-    Attributes:
-      average: rule of the overall number.
-      group: regular expression whose first parenthesis finds a task's group in its name.
-      metric: of answers in text.
-      bootstrap: how intervals are found.
-    """
-
-    average: str | None = None
-    group: str | None = None
-    metric: str | None = None
-    bootstrap: bootstrap_lib.Bootstrap | None = None
+    average: str | None = None  # rule of the overall number
+    group: str | None = None  # regular expression: its first parenthesis finds a task's group
+    metric: str | None = None  # of answers in text
+    bootstrap: bootstrap_lib.Bootstrap | None = None  # how intervals are found
 
     def __post_init__(self):
         if self.average is not None:
@@ -58,7 +51,7 @@ class Changes:
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row of predictions with these changes.
 
-        Raises UserError for a row without answer in text, if it should be scored anew.
+        Raises UserError for a row without answer in text, if it should be scored again.
         """
         if self.group is not None:
             group = questions.group_of(row["task"], questions.compile_group(self.group))

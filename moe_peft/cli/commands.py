@@ -1,29 +1,17 @@
 """Commands that take settings from gin: what each calls, imports and sets before any file."""
 
-import dataclasses
+from collections.abc import Sequence
+
+from moe_peft.config import entry
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-      entry_point: the gin configurable that is called without arguments.
-      help: one line.
-      example: complete command lines that work.
-      modules: imported before any gin file is read, the entry point's module last.
-      defaults: gin statements read before any file.
-    """
-
-    entry_point: str
-    help: str
-    example: str
-    modules: tuple[str, ...]
-    defaults: tuple[str, ...] = ()
+def _from_macros(entry_point: str, *parameters: str) -> tuple[str, ...]:
+    """Statements that give parameters the values of the macros of their names."""
+    return tuple(f"{entry_point}.{name} = %{name.upper()}" for name in parameters)
 
 
 COMMANDS = {
-    "plan": Command(
+    "plan": entry.Command(
         entry_point="plan",
         help="show what would be adapted and trained, without weights",
         example=(
@@ -32,15 +20,13 @@ COMMANDS = {
         ),
         modules=("moe_peft.models", "moe_peft.methods", "moe_peft.preflight.plan"),
         defaults=(
-            "NOMINAL_SIZE = None",
-            "TARGET_METHOD = None",
-            "plan.target_method = %TARGET_METHOD",
-            "plan.model = %MODEL",
-            "plan.method = %METHOD",
-            "plan.nominal_size = %NOMINAL_SIZE",
+            *("NOMINAL_SIZE = None", "TARGET_METHOD = None"),
+            *_from_macros("plan", "target_method", "model", "method", "nominal_size"),
         ),
+        # Unlike the commands that load it: a plan needs no weights.
+        optional=("BACKBONE",),
     ),
-    "train": Command(
+    "train": entry.Command(
         entry_point="train",
         help="adapt a frozen backbone, or go on where an earlier run stopped",
         example=(
@@ -50,7 +36,7 @@ COMMANDS = {
         ),
         modules=("moe_peft.training.train",),
     ),
-    "preflight": Command(
+    "preflight": entry.Command(
         entry_point="preflight",
         help="compile training or evaluation for TPUs or GPUs that are not here; say if it fits",
         example=(
@@ -61,29 +47,22 @@ COMMANDS = {
         ),
         modules=("moe_peft.models", "moe_peft.methods", "moe_peft.preflight.programs"),
         defaults=(
-            "FROZEN_DTYPE = 'bfloat16'",
-            "EVAL_BATCH_SIZE = 64",
-            "preflight.eval_batch_size = %EVAL_BATCH_SIZE",
-            "preflight.model = %MODEL",
-            "preflight.method = %METHOD",
-            "preflight.optimizer = %OPTIMIZER",
-            "preflight.feature_lengths = %FEATURE_LENGTHS",
-            "preflight.batch_size = %BATCH_SIZE",
-            "preflight.frozen_dtype = %FROZEN_DTYPE",
+            *("FROZEN_DTYPE = 'bfloat16'", "EVAL_BATCH_SIZE = 64"),
+            *_from_macros("preflight", "eval_batch_size", "model", "method", "optimizer"),
+            *_from_macros("preflight", "feature_lengths", "batch_size", "frozen_dtype"),
             "preflight.loss = @LossConfig()",
         ),
     ),
-    "adapt": Command(
+    "adapt": entry.Command(
         entry_point="adapt",
         help="adapt a multi-task run, or the bare backbone, to new tasks with a few examples",
         example=(
             "  moe-peft adapt --gin_file experiments/cldr/fewshot/lora.gin "
-            "--gin.MODEL_DIR=results/fewshot/lora \\\n"
-            "    --gin.SOURCE=results/cldr/lora"
+            "--gin.MODEL_DIR=results/fewshot/lora \\\n    --gin.SOURCE=results/cldr/lora"
         ),
         modules=("moe_peft.adaptation.adapt",),
     ),
-    "eval": Command(
+    "eval": entry.Command(
         entry_point="evaluate",
         help="evaluate a trained run, or the bare backbone, over tasks and templates",
         example=(
@@ -92,7 +71,7 @@ COMMANDS = {
         ),
         modules=("moe_peft.evaluation.evaluate",),
     ),
-    "infer": Command(
+    "infer": entry.Command(
         entry_point="infer",
         help="write answers to the lines of a text file",
         example=(
@@ -101,7 +80,7 @@ COMMANDS = {
         ),
         modules=("moe_peft.evaluation.infer",),
     ),
-    "export": Command(
+    "export": entry.Command(
         entry_point="export",
         help="write the trained parameters of a run as one safetensors file",
         example=(
@@ -110,9 +89,9 @@ COMMANDS = {
             "--gin.OUTPUTS=mov.safetensors"
         ),
         modules=("moe_peft.convert.export",),
-        defaults=("export.model_dir = %MODEL_DIR", "export.path = %OUTPUTS"),
+        defaults=(*_from_macros("export", "model_dir"), "export.path = %OUTPUTS"),
     ),
-    "merge": Command(
+    "merge": entry.Command(
         entry_point="merge",
         help="fold a run's adapters into the network's weights, for one task, as a backbone file",
         example=(
@@ -123,30 +102,21 @@ COMMANDS = {
         ),
         modules=("moe_peft.models", "moe_peft.methods", "moe_peft.convert.merge"),
         defaults=(
-            "TASK = None",
-            "FROZEN_DTYPE = 'float32'",
-            "merge.model = %MODEL",
-            "merge.method = %METHOD",
-            "merge.backbone = %BACKBONE",
-            "merge.model_dir = %MODEL_DIR",
-            "merge.path = %OUTPUTS",
-            "merge.task = %TASK",
-            "merge.frozen_dtype = %FROZEN_DTYPE",
+            *("TASK = None", "FROZEN_DTYPE = 'float32'", "merge.path = %OUTPUTS"),
+            *_from_macros("merge", "model", "method", "backbone", "model_dir"),
+            *_from_macros("merge", "task", "frozen_dtype"),
         ),
     ),
 }
-
 
 # Verbs of `moe-peft data` that take settings.
 _DATA_MODULES = ("moe_peft.models", "moe_peft.methods")  # what files of an experiment name
 _DATA_DEFAULTS = (
     "include 'data/files.gin'",
-    "MIXTURE = None",
-    "TARGET_MIXTURE = None",
-    "EVAL_MIXTURES = ()",
+    *("MIXTURE = None", "TARGET_MIXTURE = None", "EVAL_MIXTURES = ()"),
 )
 DATA_COMMANDS = {
-    "data prepare": Command(
+    "data prepare": entry.Command(
         entry_point="data_prepare",
         help="make the caches of token ids beforehand, in parallel; goes on where it stopped",
         example=(
@@ -159,10 +129,11 @@ DATA_COMMANDS = {
         defaults=(
             *_DATA_DEFAULTS,
             "data_prepare.mixtures = (%MIXTURE, %TARGET_MIXTURE)",
-            "data_prepare.eval_mixtures = %EVAL_MIXTURES",
+            *_from_macros("data_prepare", "eval_mixtures"),
         ),
+        reads_a_part=True,
     ),
-    "data show": Command(
+    "data show": entry.Command(
         entry_point="data_show",
         help="print examples as the model sees them, with token ids and lengths",
         example=(
@@ -172,9 +143,25 @@ DATA_COMMANDS = {
         ),
         modules=(*_DATA_MODULES, "moe_peft.cli.data_show"),
         defaults=(
-            *_DATA_DEFAULTS,
-            "FEATURE_LENGTHS = None",
-            "data_show.feature_lengths = %FEATURE_LENGTHS",
+            *(*_DATA_DEFAULTS, "FEATURE_LENGTHS = None"),
+            *_from_macros("data_show", "feature_lengths"),
         ),
+        reads_a_part=True,
     ),
 }
+
+ALL = {**COMMANDS, **DATA_COMMANDS}
+
+
+def configure(
+    name: str,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str] = (),
+    gin_search_paths: str = "",
+):
+    """Reads and checks the settings of the command `name`; returns its entry point, to be called.
+
+    Raises UserError for the first mistake, before anything is computed.
+    """
+    folders = [path for path in gin_search_paths.split(",") if path]
+    return entry.configure(ALL[name], gin_files, gin_bindings, folders, ALL.values())

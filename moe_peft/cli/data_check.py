@@ -6,13 +6,13 @@ import json
 import pathlib
 
 import rich.box
-import rich.console
 import rich.table
 
 from moe_peft import errors
 from moe_peft.data import roots, samples
 from moe_peft.data.checking import check, parts
 from moe_peft.runtime import progress as progress_lib
+from moe_peft.runtime import terminal
 
 SUITE = "embedded:cldr"
 _SHOWN = 8  # findings of one rule in the table; JSON has all
@@ -39,11 +39,7 @@ def run(
       1 if a rule of `check.FAILING` that is not ignored found something, otherwise 0.
     """
     for rule in ignored:
-        if rule not in check.FAILING:
-            raise errors.UserError(
-                f"No check fails by the rule {rule!r}; by {', '.join(check.FAILING)}."
-                f"{errors.near(rule, check.FAILING)}"
-            )
+        errors.check_one_of("--ignore", rule, check.FAILING)
     found = []
     for name, folder in _folders(root, benchmarks).items():
         progress = functools.partial(_counted, f"check {name}")
@@ -65,12 +61,8 @@ def _counted(what: str, listed: Sequence[parts.Part]):
 def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | None]:
     if root == SUITE:
         return {"cldr": None}
-    unknown = [name for name in benchmarks if name not in roots.LAYOUT]
-    if unknown:
-        raise errors.UserError(
-            f"There is no benchmark {unknown[0]!r}; there are {', '.join(roots.LAYOUT)}."
-            f"{errors.near(unknown[0], roots.LAYOUT)}"
-        )
+    for name in benchmarks:
+        errors.check_one_of("--benchmark", name, roots.LAYOUT)
     top = samples.folder() if root == roots.SAMPLES else pathlib.Path(root).expanduser()
     found = {name: top / name for name in benchmarks or roots.LAYOUT}
     there = {name: folder for name, folder in found.items() if folder.is_dir()}
@@ -85,8 +77,7 @@ def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | N
 
 def show(found: Sequence[check.Benchmark], ignored: Sequence[str] = ()) -> None:
     """Prints what is there, then what is wrong."""
-    console = rich.console.Console()
-    console = console if console.is_terminal else rich.console.Console(width=140)
+    console = terminal.console(140)
     for benchmark in found:
         table = _table(benchmark.name, "examples of", "tasks", "missing", "examples", "duplicates")
         for name in ("files", "MB", "SHA-256 of all"):
@@ -117,7 +108,7 @@ def _show_findings(console, benchmark: check.Benchmark, ignored: Sequence[str]) 
             table.add_row(f"and {len(rest)} more", f"{count:,}", "all of them with --json")
         console.print(table)
     failures = benchmark.failures(ignored)
-    verdict = f"{failures} findings to mend" if failures else "nothing to mend"
+    verdict = f"{failures} findings to fix" if failures else "nothing to fix"
     console.print(f"{benchmark.name}: {verdict}\n", highlight=False)
 
 

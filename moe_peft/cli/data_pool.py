@@ -1,16 +1,17 @@
 """Processes of `data prepare`, started afresh: TensorFlow's threads do not survive a fork.
 
-A process imports this module first, and what is heavy only when the start-up notes of libraries can
-be kept off the terminal.
+A process imports this module first, so this module imports little: what is heavy comes when the
+start-up notes of libraries can be kept off the terminal. What a process calls reaches it later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import concurrent.futures
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
 import os
 import threading
+from typing import Any
 
 from moe_peft.runtime import tensorflow_logs
 
@@ -18,7 +19,7 @@ from moe_peft.runtime import tensorflow_logs
 _counts: multiprocessing.queues.Queue | None = None
 
 
-def make(
+def start_pool(
     processes: int, config: str, wanted: Sequence[str]
 ) -> tuple[concurrent.futures.ProcessPoolExecutor, multiprocessing.queues.Queue]:
     """A pool, and the queue on which its processes count rows.
@@ -26,7 +27,7 @@ def make(
     Args:
       processes: how many.
       config: gin settings; what no reader of data knows is left out.
-      wanted: mixtures and tasks to prepare.
+      wanted: mixtures and tasks whose tasks are registered.
     """
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()
@@ -39,14 +40,14 @@ def _start(config: str, wanted: Sequence[str], counts: multiprocessing.queues.Qu
     global _counts
     _counts = counts
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with tensorflow_logs.importing():
+    with tensorflow_logs.silenced():
         import gin
 
-        from moe_peft.cli import data_prepare
-        from moe_peft.data import lookup
+        from moe_peft.data import lookup, row_store
+        from moe_peft.tasks import cldr, crossfit, p3, superni
 
         gin.parse_config(config, skip_unknown=True)
-    del data_prepare
+    del row_store, cldr, crossfit, p3, superni  # imported for what they register
     for name in wanted:  # this registers their tasks
         lookup.tasks_of(name)
 
@@ -56,10 +57,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def prepare(name: str, splits: Sequence[str]):
-    """See `data_prepare.prepare`; in a process of the pool."""
-    from moe_peft.cli import data_prepare
+def counted(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a process of the pool; the rows that it writes are counted."""
     from moe_peft.data import row_store
 
     with row_store.watched(_counts.put):
-        return data_prepare.prepare(name, splits)
+        return function(*args)

@@ -10,11 +10,12 @@ import json
 import queue
 import time
 
-import gin
+import seqio
 
 from moe_peft import errors
 from moe_peft.cli import data_pool, data_progress
 from moe_peft.config import gin_files
+from moe_peft.config import settings as settings_lib
 from moe_peft.data import bad_rows, lookup, row_store
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
@@ -22,57 +23,62 @@ REGISTERED = (cldr, crossfit, p3, superni)
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
-    """What came of one task.
+class PreparedTask:
+    """What came of one task."""
 
-    Attributes:
-      task: its name.
-      rows: of all its splits, by split.
-      tokens: of inputs and targets, end marks not counted.
-      written: rows that were not there before.
-      skipped: bad rows, (file, reason, number) each.
-    """
-
-    task: str
-    rows: dict[str, int]
-    tokens: int
-    written: int
-    skipped: tuple[tuple[str, str, int], ...]
+    task: str  # its name
+    rows: dict[str, int]  # of all its splits, by split
+    tokens: int  # of inputs and targets, end marks not counted
+    written: int  # rows that were not there before
+    skipped: tuple[tuple[str, str, int], ...]  # bad rows, (file, reason, number) each
 
 
-@gin.register(module="commands")
-def data_prepare(
-    mixtures: Sequence[str | None] = (),
-    eval_mixtures: Sequence[str] = (),
-    names: Sequence[str] = (),
-    splits: Sequence[str] = (),
-    processes: int = 1,
-) -> list[Done]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `data prepare`."""
+
+    # Names of mixtures or tasks to prepare; None is left out.
+    mixtures: Sequence[str | None] = ()
+    eval_mixtures: Sequence[str] = ()  # further ones
+    names: Sequence[str] = ()  # these alone, if there are any
+    splits: Sequence[str] = ()  # these alone, where a task has them; default: all
+    processes: int = 1  # that work at the same time, each on a task of its own
+
+    def tasks(self) -> dict[str, seqio.Task]:
+        """The tasks to prepare, by name; raises UserError where a setting is wrong."""
+        if not self.wanted:
+            raise errors.UserError(
+                "Nothing to prepare: name mixtures or tasks, such as p3_t0, or give a gin file "
+                "that sets MIXTURE, EVAL_MIXTURES or TARGET_MIXTURE."
+            )
+        errors.check_at_least("--processes", self.processes, 1)
+        tasks = {task.name: task for name in self.wanted for task in lookup.tasks_of(name)}
+        known = {split for task in tasks.values() for split in task.splits}
+        for split in self.splits:
+            if split not in known:
+                raise errors.UserError(
+                    f"No task has a split {split!r}; they have {', '.join(sorted(known))}."
+                    f"{errors.near(split, known)}"
+                )
+        return tasks
+
+    @property
+    def wanted(self) -> list[str]:
+        """Names of mixtures and tasks."""
+        return list(self.names) or [n for n in (*self.mixtures, *self.eval_mixtures) if n]
+
+
+@settings_lib.entry_point(Settings, "data_prepare", module="commands")
+def data_prepare(settings: Settings) -> list[PreparedTask]:
     """Reads every split of every task once. What an earlier call has done is not done again.
 
     Rows go to disk as they are read, so memory does not grow with them.
-
-    Args:
-      mixtures: names of mixtures or tasks to prepare; None is left out.
-      eval_mixtures: further ones.
-      names: these alone, if there are any.
-      splits: these alone, where a task has them; default: all.
-      processes: that work at the same time, each on a task of its own.
     """
-    wanted = names or [name for name in (*mixtures, *eval_mixtures) if name]
-    if not wanted:
-        raise errors.UserError(
-            "Nothing to prepare: name mixtures or tasks, such as p3_t0, or give a gin file that "
-            "sets MIXTURE, EVAL_MIXTURES or TARGET_MIXTURE."
-        )
-    if processes < 1:
-        raise errors.UserError(f"--processes is {processes}; expected 1 or more.")
-    tasks = {task.name: task for name in wanted for task in lookup.tasks_of(name)}
-    _check_splits(tasks, splits)
-    run = _run_here if processes == 1 else functools.partial(_run_apart, processes, wanted)
+    tasks = settings.tasks()
+    run = _run_here if settings.processes == 1 else _run_in_processes
     done = []
     with data_progress.shown("prepare", len(tasks), _work(tasks)) as progress:
-        for result in run(list(tasks), tuple(splits), progress.rows):
+        for result in run(settings, list(tasks), progress.rows):
             done.append(result)
             progress.task(sum(result.rows.values()), not result.written)
     return done
@@ -84,19 +90,7 @@ def _work(names: Iterable[str]) -> int:
     return sum(sizes) if all(sizes) else 0
 
 
-def _check_splits(tasks, splits: Sequence[str]) -> None:
-    if not splits:
-        return
-    known = {split for task in tasks.values() for split in task.splits}
-    for split in splits:
-        if split not in known:
-            raise errors.UserError(
-                f"No task has a split {split!r}; they have {', '.join(sorted(known))}."
-                f"{errors.near(split, known)}"
-            )
-
-
-def prepare(name: str, splits: Sequence[str]) -> Done:
+def prepare_task(name: str, splits: Sequence[str]) -> PreparedTask:
     """Reads the splits of a task: all, or those of `splits` that it has."""
     source = lookup.get(name).source
     counts, tokens, written = {}, 0, []
@@ -108,27 +102,25 @@ def prepare(name: str, splits: Sequence[str]) -> Done:
             counts[split] = len(found)
             tokens += sum(int(column.lengths.sum()) for column in (found.inputs, found.targets))
     listed = tuple((*key, count) for key, count in skipped.items())
-    return Done(name, counts, tokens, sum(written), listed)
+    return PreparedTask(name, counts, tokens, sum(written), listed)
 
 
 def _run_here(
-    tasks: Sequence[str], splits: Sequence[str], tell: Callable[[int], None]
-) -> Iterator[Done]:
+    settings: Settings, tasks: Sequence[str], tell: Callable[[int], None]
+) -> Iterator[PreparedTask]:
     with row_store.watched(tell):
         for name in tasks:
-            yield prepare(name, splits)
+            yield prepare_task(name, settings.splits)
 
 
-def _run_apart(
-    processes: int,
-    wanted: Sequence[str],
-    tasks: Sequence[str],
-    splits: Sequence[str],
-    tell: Callable[[int], None],
-) -> Iterator[Done]:
-    pool, counts = data_pool.make(processes, gin_files.resolved_text(), wanted)
+def _run_in_processes(
+    settings: Settings, tasks: Sequence[str], tell: Callable[[int], None]
+) -> Iterator[PreparedTask]:
+    config = gin_files.resolved_text()
+    pool, counts = data_pool.start_pool(settings.processes, config, settings.wanted)
     with pool:
-        left = {pool.submit(data_pool.prepare, name, splits) for name in tasks}
+        call = functools.partial(pool.submit, data_pool.counted, prepare_task)
+        left = {call(name, settings.splits) for name in tasks}
         try:
             while left:
                 done, left = concurrent.futures.wait(left, 0.2, concurrent.futures.FIRST_COMPLETED)
@@ -148,8 +140,17 @@ def _run_apart(
             pool.shutdown(cancel_futures=True)
 
 
-def show(done: Sequence[Done], seconds: float, as_json: bool = False) -> None:
-    """Prints what is ready."""
+def run(
+    entry_point: Callable[..., list[PreparedTask]],
+    names: Sequence[str],
+    splits: Sequence[str],
+    processes: int,
+    as_json: bool = False,
+) -> None:
+    """Prepares tasks and prints what is ready; see `Settings`."""
+    start = time.monotonic()
+    done = entry_point(names=names, splits=splits, processes=processes)
+    seconds = time.monotonic() - start
     rows = sum(sum(each.rows.values()) for each in done)
     tokens = sum(each.tokens for each in done)
     skipped = [row for each in done for row in each.skipped]
@@ -166,9 +167,3 @@ def show(done: Sequence[Done], seconds: float, as_json: bool = False) -> None:
     print(f"{len(done)} tasks are ready: {rows:,} rows, {tokens:,} tokens, {seconds:.1f} s")
     for file, reason, count in skipped:
         print(f"skipped {count:,} rows of {file}: {reason}")
-
-
-def timed(entry_point: Callable[[], list[Done]]) -> tuple[list[Done], float]:
-    """Its result, and the seconds it took."""
-    start = time.monotonic()
-    return entry_point(), time.monotonic() - start

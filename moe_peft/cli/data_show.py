@@ -6,16 +6,15 @@ import dataclasses
 import itertools
 import json
 
-import gin
-import numpy as np
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 import seqio
 
 from moe_peft import errors
+from moe_peft.config import settings as settings_lib
 from moe_peft.data import encoding, evaluation_data, lookup, mixing, pipeline, rows, task_ids
+from moe_peft.runtime import terminal
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
 REGISTERED = (cldr, crossfit, p3, superni)
@@ -24,105 +23,74 @@ _FIRST, _LAST = 24, 8  # ids that are printed of a long sequence
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens of one feature.
+    """Tokens of one feature."""
 
-    Attributes:
-      text: what they say.
-      ids: with the end mark, cut to the row's length.
-      length: number of ids.
-      whole: number before anything was cut.
-    """
-
-    text: str
-    ids: list[int]
-    length: int
-    whole: int
+    text: str  # what they say
+    ids: list[int]  # with the end mark, cut to the row's length
+    length: int  # number of ids
+    whole: int  # number before anything was cut
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """One example.
+    """One example."""
 
-    Attributes:
-      task: name of its SeqIO task.
-      row: its place in the split.
-      of: rows of the split.
-      task_id: what task routers go by; None where the task has none.
-      template_id: likewise, which wording.
-      inputs: of the encoder.
-      targets: of the decoder.
-      choices: (text, tokens with end mark, whether it is the target) of each answer choice.
-      references: every accepted answer, where the target is one of several.
-    """
-
-    task: str
-    row: int
-    of: int
-    task_id: int | None
-    template_id: int | None
-    inputs: Tokens
-    targets: Tokens
-    choices: tuple[tuple[str, int, bool], ...]
-    references: tuple[str, ...]
+    task: str  # name of its SeqIO task
+    row: int  # its place in the split
+    of: int  # rows of the split
+    task_id: int | None  # what task routers go by; None where the task has none
+    template_id: int | None  # which wording; None where the task has none
+    inputs: Tokens  # of the encoder
+    targets: Tokens  # of the decoder
+    choices: tuple[tuple[str, int, bool], ...]  # (text, tokens with end mark, is it the target)
+    references: tuple[str, ...]  # every accepted answer, where the target is one of several
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A row of a packed batch.
+    """A row of a packed batch."""
 
-    Attributes:
-      capacity: tokens of inputs and of targets.
-      segments: (inputs, targets) of each example, end marks included.
-    """
-
-    capacity: tuple[int, int]
-    segments: tuple[tuple[Tokens, Tokens], ...]
+    capacity: tuple[int, int]  # tokens of inputs and of targets
+    segments: tuple[tuple[Tokens, Tokens], ...]  # (inputs, targets) of each, end marks included
 
 
-@gin.register(module="commands")
-def data_show(
-    name: str = "",
-    split: str = "train",
-    count: int = 3,
-    start: int = 0,
-    seed: int = 0,
-    feature_lengths: Mapping[str, int] | None = None,
-    packed: bool = False,
-) -> list[Shown] | Packed:
-    """Examples of a task in their own order, or of a mixture in the order of training.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `data show`."""
 
-    Args:
-      name: of a task or mixture.
-      split: of it.
-      count: how many.
-      start: examples to leave out.
-      seed: of a mixture's order.
-      feature_lengths: {"inputs": tokens, "targets": tokens} of a row; None: nothing is cut.
-      packed: the first row of packed training instead.
-    """
-    _check(count=count, start=start)
+    name: str = ""  # of a task or mixture
+    split: str = "train"  # of it
+    count: int = 3  # how many
+    start: int = 0  # examples to leave out
+    seed: int = 0  # of a mixture's order
+    # {"inputs": tokens, "targets": tokens} of a row; None: nothing is cut.
+    feature_lengths: Mapping[str, int] | None = None
+    packed: bool = False  # the first row of packed training instead
+
+
+@settings_lib.entry_point(Settings, "data_show", module="commands")
+def data_show(settings: Settings) -> list[Shown] | Packed:
+    """Examples of a task in their own order, or of a mixture in the order of training."""
+    name, split, start = settings.name, settings.split, settings.start
+    errors.check_at_least("--count", settings.count, 1)
+    errors.check_at_least("--start", start, 0)
     provider = find(name)
-    if packed:
-        return _packed(name, split, feature_lengths, seed)
-    tasks = lookup.tasks_with(name, split)
-    lengths = lookup.check_lengths(feature_lengths) if feature_lengths else (1 << 30,) * 2
-    sources = [evaluation_data.task_rows(task, split, lengths, start + count) for task in tasks]
+    if settings.packed:
+        return _packed(settings)
+    tasks, end = lookup.tasks_with(name, split), start + settings.count
+    wanted = settings.feature_lengths
+    lengths = lookup.check_lengths(wanted) if wanted else (1 << 30,) * 2
+    sources = [evaluation_data.task_rows(task, split, lengths, end) for task in tasks]
     if isinstance(provider, seqio.Task):
         places = ((0, row) for row in range(len(sources[0])))
     else:
-        places = mixing.Stream(sources, pipeline.rates(name, tasks), seed).places(0)
-    chosen = list(itertools.islice(places, start, start + count))
+        places = mixing.Stream(sources, pipeline.rates(name, tasks), settings.seed).places(0)
+    chosen = list(itertools.islice(places, start, end))
     if not chosen:
         raise errors.UserError(
             f"{name!r} has {len(sources[0])} examples in its split {split!r}; --start is {start}."
         )
     return [_shown(tasks[task], sources[task], row, lengths) for task, row in chosen]
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < (name == "count"):
-            raise errors.UserError(f"--{name} is {value}; expected {int(name == 'count')} or more.")
 
 
 def find(name: str) -> seqio.Task | seqio.Mixture:
@@ -136,58 +104,51 @@ def find(name: str) -> seqio.Task | seqio.Mixture:
 
 
 def _shown(task: seqio.Task, source: rows.Rows, row: int, lengths: tuple[int, int]) -> Shown:
-    limits = tuple(
-        min(limit, len(getattr(source, name)[row]) + 1)
-        for name, limit in zip(encoding.FEATURES, lengths)
-    )
-    batch = encoding.encode([(source, row)], limits)
+    found = evaluation_data.example(task, source, row)
+    vocabulary = task.output_features["targets"].vocabulary
+    whole = [len(getattr(source, name)[row]) + 1 for name in encoding.FEATURES]
+    batch = encoding.encode([(source, row)], tuple(map(min, zip(lengths, whole))))
     if "template_ids" in batch:
         batch = task_ids.per_template(batch)
     scalar = lambda name: int(batch[name][0]) if name in batch else None
-    found = evaluation_data.example(task, source, row)
-    vocabulary = task.output_features["targets"].vocabulary
-    decode = lambda ids: vocabulary.decode([i for i in ids.tolist() if i > 1])
-
-    def sequence(name: str, ids: np.ndarray) -> Tokens:
-        return Tokens(decode(ids), ids.tolist(), len(ids), len(getattr(source, name)[row]) + 1)
-
-    return Shown(
-        task.name,
-        row,
-        len(source),
-        scalar("task_ids"),
-        scalar("template_ids"),
-        sequence("inputs", batch["encoder_input_tokens"][0]),
-        sequence("targets", batch["decoder_target_tokens"][0]),
-        tuple(
-            (text, len(vocabulary.encode(text)) + 1, text == found.targets)
-            for text in found.answer_choices
-        ),
-        found.references,
+    sides = [
+        _tokens(vocabulary, batch[name][0].tolist(), length)
+        for name, length in zip(("encoder_input_tokens", "decoder_target_tokens"), whole)
+    ]
+    choices = tuple(
+        (text, len(vocabulary.encode(text)) + 1, text == found.targets)
+        for text in found.answer_choices
     )
+    ids = scalar("task_ids"), scalar("template_ids")
+    return Shown(task.name, row, len(source), *ids, *sides, choices, found.references)
 
 
-def _packed(name: str, split: str, feature_lengths: Mapping[str, int] | None, seed: int) -> Packed:
-    if feature_lengths is None:
+def _tokens(vocabulary: seqio.Vocabulary, ids: list[int], whole: int) -> Tokens:
+    return Tokens(vocabulary.decode([i for i in ids if i > 1]), ids, len(ids), whole)
+
+
+def _packed(settings: Settings) -> Packed:
+    name, lengths = settings.name, settings.feature_lengths
+    if lengths is None:
         raise errors.UserError(
             "Packing needs the length of a row, such as "
             """--gin.FEATURE_LENGTHS='{"inputs": 256, "targets": 64}'."""
         )
-    batch = next(pipeline.train_batches(name, 1, feature_lengths, seed, pack=True, split=split))
-    decode = lookup.vocabulary(name).decode
+    batches = pipeline.train_batches(
+        name, 1, lengths, settings.seed, pack=True, split=settings.split
+    )
+    batch, vocabulary = next(batches), lookup.vocabulary(name)
 
     def segments(tokens: str, ids: str) -> list[Tokens]:
-        found = []
-        for segment in range(1, int(batch[ids][0].max()) + 1):
-            own = batch[tokens][0][batch[ids][0] == segment].tolist()
-            found.append(Tokens(decode([i for i in own if i > 1]), own, len(own), len(own)))
-        return found
+        rows, numbers = batch[tokens][0], batch[ids][0]
+        own = [rows[numbers == n].tolist() for n in range(1, int(numbers.max()) + 1)]
+        return [_tokens(vocabulary, some, len(some)) for some in own]
 
     sides = zip(
         segments("encoder_input_tokens", "encoder_segment_ids"),
         segments("decoder_target_tokens", "decoder_segment_ids"),
     )
-    return Packed((feature_lengths["inputs"], feature_lengths["targets"]), tuple(sides))
+    return Packed((lengths["inputs"], lengths["targets"]), tuple(sides))
 
 
 def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -> None:
@@ -196,7 +157,7 @@ def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -
         listed = [dataclasses.asdict(each) for each in found]
         print(json.dumps(listed, indent=2, ensure_ascii=False))
         return
-    console = _console()
+    console = terminal.console(120)
     for each in found:
         title = f"{each.task}  row {each.row} of {each.of}"
         for what, value in (("task id", each.task_id), ("template", each.template_id)):
@@ -236,15 +197,10 @@ def show_packed(found: Packed, as_json: bool = False, all_ids: bool = False) -> 
         for count, capacity in zip(used, found.capacity)
     )
     table.add_row("filled", *shares)
-    _console().print(table, highlight=False)
+    terminal.console(120).print(table, highlight=False)
 
 
 def _ids(ids: Sequence[int], all_ids: bool) -> str:
     if all_ids or len(ids) <= _FIRST + _LAST:
         return " ".join(map(str, ids))
     return f"{_ids(ids[:_FIRST], True)} ... {_ids(ids[-_LAST:], True)}"
-
-
-def _console() -> rich.console.Console:
-    console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=120)

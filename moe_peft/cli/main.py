@@ -6,11 +6,12 @@ the gin configurable that is its entry point; everything that configurable takes
 
 import argparse
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import functools
 import os
+import pathlib
 import sys
+from typing import Any
 
 from moe_peft import errors
 from moe_peft.cli import arguments as arguments_lib
@@ -18,6 +19,11 @@ from moe_peft.cli import commands
 
 USER_ERROR = errors.EXIT_CODE
 INTERRUPTED = 130
+
+configure = commands.configure  # for callers in Python
+
+# They compute next to nothing, so they leave the accelerator to those who do.
+_ON_CPU = ("plan", "report", "export", "merge", "convert", "aggregate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    gin_bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
-    arguments = [a for a in arguments if not a.startswith("--gin.")]
-    args = arguments_lib.parser().parse_args(arguments)
+    others = [a for a in arguments if not a.startswith("--gin.")]
+    args = arguments_lib.parser().parse_args(others)
+    args.gin_bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
     # TensorFlow reads the input; its start-up notes would bury a one-line message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if args.command in ("plan", "report", "export", "merge", "convert", "aggregate"):
-        # They compute next to nothing, so they leave the accelerator to those who do.
+    if args.command in _ON_CPU:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.command == "preflight":
         from moe_peft.preflight import surroundings
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         surroundings.without_devices(os.environ)
     skipped_before = _skipped()
     try:
-        code = _run(args, gin_bindings)
+        code = _run(args)
         if args.command != "data" or args.verb == "show":  # the other verbs tell it themselves
             _say_skipped(skipped_before)
         return code
@@ -72,59 +77,29 @@ def _say_skipped(before: collections.Counter[tuple[str, str]]) -> None:
         print(f"{sys.modules['moe_peft.data.bad_rows'].summary(found)}.", file=sys.stderr)
 
 
-def _run(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
-    if args.command == "files":
-        from moe_peft.config import gin_files
+def _run(args: argparse.Namespace) -> int:
+    name = f"{args.command} {args.verb}" if args.command == "data" else args.command
+    if name in commands.ALL:
+        code = _RUN.get(name, _compute)(_entry_point(name, args), args)
+    elif args.gin_bindings:
+        raise errors.UserError(f"--gin.{args.gin_bindings[0]}: no settings are taken from gin.")
+    else:
+        code = _RUN[name](args)
+    return code or 0
 
-        folder = gin_files.packaged_folder()
-        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
-        print(folder if args.folder else "\n".join(found))
-        return 0
 
-    if args.command == "compare":
-        _compare(args.folders, args.out)
-        return 0
-
-    if args.command == "report":
-        _report(args)
-        return 0
-
-    if args.command == "convert":
-        _convert(args)
-        return 0
-
-    if args.command == "data":
-        return _data(args, gin_bindings)
-
-    if args.command == "experiments":
-        return _experiments(args)
-
-    if args.command == "aggregate":
-        _aggregate(args)
-        return 0
-
-    command = commands.COMMANDS[args.command]
-    if not args.gin_file and not gin_bindings:
+def _entry_point(name: str, args: argparse.Namespace) -> Callable:
+    """The configured entry point of a command, ready to be called."""
+    command = commands.ALL[name]
+    if not (args.gin_file or args.gin_bindings or command.reads_a_part):
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
-    _set_up(args)
-    entry_point = configure(args.command, args.gin_file, gin_bindings, args.gin_search_paths)
-    if args.command == "plan":
-        from moe_peft.preflight import plan
-
-        plan.show(entry_point(), as_json=args.json)
-        return 0
-    if args.command == "preflight":
-        return _preflight(entry_point(), args)
-    result = entry_point()
-    if args.command in ("export", "merge"):
-        print(f"wrote {result}")
-    return 0
+    if name not in _RUN:
+        _join_processes(args)
+    return configure(name, args.gin_file, args.gin_bindings, args.gin_search_paths)
 
 
-def _set_up(args: argparse.Namespace) -> None:
+def _join_processes(args: argparse.Namespace) -> None:
     """Readies the processor and joins the other processes of a run, if there are any."""
-    if args.command in ("plan", "preflight", "export", "merge"):
-        return
     from moe_peft.runtime import host_memory, processes
 
     host_memory.run_programs_inline()
@@ -138,108 +113,111 @@ def _set_up(args: argparse.Namespace) -> None:
         processes.join(cluster, args.distributed_timeout)
 
 
-def _preflight(experiment, args: argparse.Namespace) -> int:
+# Commands that take settings: what happens with their entry point.
+
+
+def _compute(entry_point: Callable, args: argparse.Namespace) -> None:
+    del args
+    entry_point()
+
+
+def _write(entry_point: Callable, args: argparse.Namespace) -> None:
+    del args
+    _say_written([entry_point()])
+
+
+def _plan(entry_point: Callable, args: argparse.Namespace) -> None:
+    from moe_peft.preflight import plan
+
+    plan.show(entry_point(), as_json=args.json)
+
+
+def _preflight(entry_point: Callable, args: argparse.Namespace) -> int:
     from moe_peft.preflight import command as command_lib
     from moe_peft.preflight import hardware
 
     return command_lib.run(
-        experiment,
+        entry_point(),
         hardware.find(args.target, args.slices),
-        program=args.program,
-        mesh=args.mesh,
-        microbatches=args.microbatches,
-        remat=args.remat,
-        price=args.price,
+        **_flags(args, "program", "mesh", "microbatches", "remat", "price"),
         is_search=args.search,
         is_quick=args.quick,
         as_json=args.json,
     )
 
 
-def _compare(folders: Sequence[str], out: str) -> None:
+def _data_prepare(entry_point: Callable, args: argparse.Namespace) -> None:
+    from moe_peft.cli import data_prepare
+
+    splits = [split for split in args.splits.split(",") if split]
+    data_prepare.run(entry_point, args.names, splits, args.processes, args.json)
+
+
+def _data_show(entry_point: Callable, args: argparse.Namespace) -> None:
+    from moe_peft.cli import data_show
+
+    found = entry_point(**_flags(args, "name", "split", "count", "start", "packed"))
+    printed = data_show.show_packed if args.packed else data_show.show
+    printed(found, args.json, args.all_ids)
+
+
+# Commands that take flags only.
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from moe_peft.runtime import tensorflow_logs
+
+    with tensorflow_logs.silenced():
+        from moe_peft.cli import data_check
+    return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
+
+
+def _files(args: argparse.Namespace) -> None:
+    from moe_peft.config import gin_files
+
+    folder = gin_files.packaged_folder()
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
+    print(folder if args.folder else "\n".join(found))
+
+
+def _compare(args: argparse.Namespace) -> None:
     """Shows folders of adaptations as parameters against score, others as tables by group."""
     from moe_peft.evaluation import table
     from moe_peft.reports import compare, compare_adapted
 
-    adapted = [folder for folder in folders if compare_adapted.is_adaptation(folder)]
-    evaluated = [folder for folder in folders if folder not in adapted]
+    adapted = [folder for folder in args.folders if compare_adapted.is_adaptation(folder)]
+    evaluated = [folder for folder in args.folders if folder not in adapted]
     for runs in compare.load(evaluated).values():
         table.show(runs)
-        _say_written(compare.write(runs, out))
+        _say_written(compare.write(runs, args.out))
     for mixture, (title, rows) in compare_adapted.load(adapted).items():
         compare_adapted.show(rows, title)
-        _say_written(compare_adapted.write(rows, title, os.path.join(out, f"{mixture}_adapted")))
+        place = os.path.join(args.out, f"{mixture}_adapted")
+        _say_written(compare_adapted.write(rows, title, place))
 
 
 def _convert(args: argparse.Namespace) -> None:
     from moe_peft.convert import convert
 
-    options = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(convert.Options)
-    }
+    options = _flags(args, *(field.name for field in dataclasses.fields(convert.Options)))
     if args.average is not None and len(args.average) < 2:
         raise errors.UserError("--average takes at least two adapters, got 1.")
     if args.weights is not None:
         options["weights"] = _numbers("--weights", args.weights, float)
-    place = convert.convert(args.average or [args.source], args.to, convert.Options(**options))
-    print(f"wrote {place}")
-
-
-def _numbers(flag: str, text: str, kind: type) -> list:
-    """Returns the numbers of a flag like "0,1,2"."""
-    try:
-        return [kind(each) for each in text.split(",")]
-    except ValueError:
-        raise errors.UserError(
-            f"{flag} is {text!r}; expected numbers with commas between them, such as 0,1,2."
-        ) from None
+    sources = args.average or [args.source]
+    _say_written([convert.convert(sources, args.to, convert.Options(**options))])
 
 
 def _report(args: argparse.Namespace) -> None:
     from moe_peft.reports import run_report
 
     splits = None if args.splits is None else _numbers("--splits", args.splits, int)
-    _say_written(
-        run_report.write(
-            args.folders,
-            args.out,
-            step=args.step,
-            group=args.group,
-            layers=args.layers,
-            splits=splits,
-        )
-    )
-
-
-def _data(args: argparse.Namespace, gin_bindings: Sequence[str]) -> int:
-    from moe_peft.runtime import tensorflow_logs
-
-    if args.verb == "prepare":
-        prepare = configure("data prepare", args.gin_file, gin_bindings, args.gin_search_paths)
-        from moe_peft.cli import data_prepare
-
-        splits = [split for split in args.splits.split(",") if split]
-        call = functools.partial(prepare, names=args.names, splits=splits, processes=args.processes)
-        data_prepare.show(*data_prepare.timed(call), args.json)
-        return 0
-    if args.verb == "show":
-        show = configure("data show", args.gin_file, gin_bindings, args.gin_search_paths)
-        from moe_peft.cli import data_show
-
-        wanted = ("name", "split", "count", "start", "packed")
-        found = show(**{name: getattr(args, name) for name in wanted})
-        printed = data_show.show_packed if args.packed else data_show.show
-        printed(found, args.json, args.all_ids)
-        return 0
-    with tensorflow_logs.importing():
-        from moe_peft.cli import data_check
-    return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
+    options = _flags(args, "step", "group", "layers")
+    _say_written(run_report.write(args.folders, args.out, splits=splits, **options))
 
 
 def _experiments(args: argparse.Namespace) -> int:
     """Lists or checks experiments; 1 if one of those checked fails."""
-    import pathlib
-
     from moe_peft.experiments import checks as checks_lib
     from moe_peft.experiments import list
     from moe_peft.experiments import record as record_lib
@@ -253,7 +231,7 @@ def _experiments(args: argparse.Namespace) -> int:
         return 0
     if args.check:
         folder = pathlib.Path(args.folder)
-        rows = checks_lib.check(found, args.check, record, folder, args.again)
+        rows = checks_lib.check(found, args.check, record, folder, args.again, configure=configure)
     else:
         rows = record_lib.rows(found, record, pathlib.Path(args.results))
     list.show(rows, args.json)
@@ -261,8 +239,6 @@ def _experiments(args: argparse.Namespace) -> int:
 
 
 def _aggregate(args: argparse.Namespace) -> None:
-    import pathlib
-
     from moe_peft.cli import aggregate
     from moe_peft.evaluation import bootstrap
 
@@ -277,50 +253,41 @@ def _aggregate(args: argparse.Namespace) -> None:
         aggregate.aggregate(folder, changes, out)
 
 
-def _say_written(paths) -> None:
+def _flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _numbers(flag: str, text: str, kind: type) -> list:
+    """Returns the numbers of a flag like "0,1,2"."""
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError:
+        raise errors.UserError(
+            f"{flag} is {text!r}; expected numbers with commas between them, such as 0,1,2."
+        ) from None
+
+
+def _say_written(paths: Iterable) -> None:
     for path in paths:
         print(f"wrote {path}")
 
 
-def configure(
-    name: str,
-    gin_files: Sequence[str],
-    gin_bindings: Sequence[str] = (),
-    gin_search_paths: str = "",
-):
-    """Reads and checks the settings of the command `name`; returns its entry point, to be called.
-
-    Raises:
-      UserError: for the first mistake, before anything is computed.
-    """
-    import gin
-
-    from moe_peft.config import checks
-    from moe_peft.config import gin_files as config_gin_files
-
-    every = {**commands.COMMANDS, **commands.DATA_COMMANDS}
-    command = every[name]
-    config_gin_files.import_modules(command.modules)
-    search_paths = [path for path in gin_search_paths.split(",") if path]
-    load = lambda bindings: config_gin_files.load(
-        gin_files, bindings, search_paths, command.defaults
-    )
-    config = load(gin_bindings)
-    backbone = config.macro("BACKBONE")
-    if name == "plan" and backbone is not None and isinstance(backbone.value, str):
-        # Optional, unlike for the commands that load it: a plan needs no weights.
-        config = load([*gin_bindings, "plan.backbone=%BACKBONE"])
-    entry_points = [other.entry_point for other in every.values()]
-    checks.check(
-        config,
-        command.entry_point,
-        entry_points,
-        config_gin_files.CALLED_BY_LIBRARY,
-        is_partial=name in commands.DATA_COMMANDS,
-    )
-    for binding in checks.obsolete(config, entry_points, config_gin_files.CALLED_BY_LIBRARY):
-        config.forget(binding)
-    return gin.get_configurable(command.entry_point)
+# By name of the command. Those that take settings and are not here compute, see `_compute`.
+_RUN = {
+    "plan": _plan,
+    "preflight": _preflight,
+    "export": _write,
+    "merge": _write,
+    "data prepare": _data_prepare,
+    "data show": _data_show,
+    "data check": _data_check,
+    "files": _files,
+    "compare": _compare,
+    "convert": _convert,
+    "report": _report,
+    "experiments": _experiments,
+    "aggregate": _aggregate,
+}
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ comes with the package.
 """
 
 from collections.abc import Iterable, Sequence
-import dataclasses
 import difflib
 import importlib
-import inspect
 import pathlib
 import re
-from typing import Any
 
 import gin
 from gin import config as gin_config
@@ -23,107 +20,24 @@ from gin import config_parser
 
 import moe_peft
 from moe_peft import errors
-from moe_peft.config import moved
+from moe_peft.config import bindings as bindings_lib
+from moe_peft.config import moved, registry
 from moe_peft.runtime import tensorflow_logs
-
-# Configurables that library code calls itself, rather than by a reference from a gin file.
-CALLED_BY_LIBRARY = (
-    "backbones.allowed",
-    "partitioning.Layout",
-    "sentences.configured",
-    "task_ids.per_template",
-    "places.configured",
-    "bad_rows.configured",
-    "vocabularies.configured",
-    "superni.configured",
-    "crossfit.configured",
-    "p3.configured",
-)
 
 # A value on the command line that is not a gin value but looks like a name or a path is a string.
 _BARE_STRING = re.compile(r"[A-Za-z~./_][\w./:~@+-]*")
 
-Key = tuple[str, str]  # (scope, full name of the configurable)
-
-
-@dataclasses.dataclass(frozen=True)
-class Binding:
-    """One `scope/name.parameter = value`, and where it was written.
-
-    A macro is a binding of `gin.macro`'s parameter `value` in the scope of its name.
-    """
-
-    scope: str
-    selector: str
-    parameter: str
-    value: Any
-    where: str
-
-    @property
-    def on_command_line(self) -> bool:
-        """Whether a `--gin.` flag set it, rather than a file."""
-        return self.where.startswith("--gin.")
-
-    @property
-    def is_macro(self) -> bool:
-        """Whether this is `NAME = value`."""
-        return self.selector == "gin.macro"
-
-    def __str__(self):
-        if self.is_macro:
-            return self.scope
-        short = gin_config._REGISTRY.minimal_selector(self.selector)
-        return f"{self.scope}{'/' if self.scope else ''}{short}.{self.parameter}"
-
-
-@dataclasses.dataclass
-class Config:
-    """All bindings in force, and the earlier states they replaced.
-
-    Attributes:
-      bindings: by (scope, configurable), then by parameter.
-      history: a copy of `bindings` after each file of the command line and after the `--gin.`
-        bindings. A later file may replace a method: what the first method was given is then
-        overridden, not forgotten.
-    """
-
-    bindings: dict[Key, dict[str, Binding]] = dataclasses.field(default_factory=dict)
-    history: list[dict[Key, dict[str, Binding]]] = dataclasses.field(default_factory=list)
-
-    def bind(self, binding: Binding) -> None:
-        """Sets one parameter here and in gin; a later value wins."""
-        gin.bind_parameter((binding.scope, binding.selector, binding.parameter), binding.value)
-        key = (binding.scope, binding.selector)
-        self.bindings.setdefault(key, {})[binding.parameter] = binding
-
-    def keep(self) -> None:
-        """Remembers the present state in `history`."""
-        self.history.append({key: dict(values) for key, values in self.bindings.items()})
-
-    def forget(self, binding: Binding) -> None:
-        """Takes one binding out, here and in gin, so that `resolved_text` leaves it out."""
-        key = (binding.scope, binding.selector)
-        del self.bindings[key][binding.parameter]
-        del gin_config._CONFIG[key][binding.parameter]
-        if not self.bindings[key]:
-            del self.bindings[key], gin_config._CONFIG[key]
-
-    def macro(self, name: str) -> Binding | None:
-        """The binding of a macro, or None where it has no value."""
-        return self.bindings.get((name, "gin.macro"), {}).get("value")
-
-    def all_bindings(self) -> Iterable[Binding]:
-        """Every binding in force."""
-        return (binding for values in self.bindings.values() for binding in values.values())
+# How gin says that a reference names nothing.
+_NO_MATCH = re.compile(r"No configurable matching reference '@([\w./]+)")
 
 
 def packaged_folder() -> pathlib.Path:
-    """The gin folder of this installation: inside a wheel, or beside the package in a checkout."""
+    """The gin folder of this installation: inside a wheel, or next to the package in a checkout."""
     package = pathlib.Path(moe_peft.__file__).parent
     for folder in (package / "gin", package.parent / "gin"):
         if (folder / "models").is_dir():
             return folder
-    raise errors.UserError(f"The gin files are missing beside {package}; reinstall moe-peft-jax.")
+    raise errors.UserError(f"The gin files are missing next to {package}; reinstall moe-peft-jax.")
 
 
 def search_folders(search_paths: Sequence[str] = ()) -> list[pathlib.Path]:
@@ -157,7 +71,7 @@ def load(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
     defaults: Sequence[str] = (),
-) -> Config:
+) -> bindings_lib.Config:
     """Reads files, then bindings such as "TRAIN_STEPS=10", into gin's (cleared) configuration.
 
     Args:
@@ -170,7 +84,7 @@ def load(
       UserError: for anything that cannot be read or does not exist, with file and line.
     """
     gin.clear_config()
-    config = Config()
+    config = bindings_lib.Config()
     folders = search_folders(search_paths)
     _parse("\n".join(defaults), "defaults of the command", config, folders, ())
     for name in files:
@@ -220,7 +134,7 @@ def _parse(text, source, config, folders, including) -> None:
             elif isinstance(statement, config_parser.BindingStatement):
                 config.bind(_binding(statement, where))
             else:
-                _configurable(statement.selector)
+                registry.find(statement.selector)
     except _Located:
         raise
     except SyntaxError as error:
@@ -232,10 +146,8 @@ def _parse(text, source, config, folders, including) -> None:
     except (ValueError, ImportError) as error:
         # A reference fails while its statement is still being read: then the line is the next one
         # that says so.
-        where = source
-        if is_file:
-            number = _line_of_reference(text, error, line) or line
-            where = f"{source}:{number}" if number else source
+        number = _line_of_reference(text, error, line) or line
+        where = f"{source}:{number}" if is_file and number else source
         raise _Located(f"{where}: {_explain(error)}") from error
 
 
@@ -244,84 +156,42 @@ class _Located(errors.UserError):
 
 
 def _line_of_reference(text: str, error: Exception, after: int) -> int | None:
-    match = re.search(r"No configurable matching reference '(@[\w./]+)", str(error))
-    if not match:
-        return None
-    for number, content in enumerate(text.splitlines(), start=1):
-        if number > after and match[1] in content:
-            return number
-    return None
+    match = _NO_MATCH.search(str(error))
+    lines = enumerate(text.splitlines(), start=1) if match else ()
+    return next((n for n, line in lines if n > after and f"@{match[1]}" in line), None)
 
 
 def _import(statement: config_parser.ImportStatement) -> None:
     statement = statement._replace(module=moved.current(statement.module))
-    # Through gin, which also writes the import into the resolved configuration.
     try:
-        with tensorflow_logs.importing():
-            gin.parse_config(statement.format())
+        import_modules([statement.module])
     except ImportError as error:
-        raise ImportError(f"cannot import {statement.module}: {error.msg}") from error
+        raise ImportError(f"cannot import {statement.module}: {one_line(error)}") from error
+    # Again through gin, which writes the import into the resolved configuration.
+    gin.parse_config(statement.format())
 
 
-def _binding(statement: config_parser.BindingStatement, where: str) -> Binding:
-    if not statement.arg_name:
-        name = "/".join(filter(None, (statement.scope, statement.selector)))
-        return Binding(name, "gin.macro", "value", statement.value, where)
-    configurable = _configurable(statement.selector)
+def _binding(statement: config_parser.BindingStatement, where: str) -> bindings_lib.Binding:
+    scope, selector, name, value, *_ = statement
+    if not name:
+        macro = "/".join(filter(None, (scope, selector)))
+        return bindings_lib.Binding(macro, "gin.macro", "value", value, where)
+    full_name = registry.find(selector).selector
     try:
-        gin_config.ParsedBindingKey.parse((statement.scope, statement.selector, statement.arg_name))
+        gin_config.ParsedBindingKey.parse((scope, selector, name))
     except ValueError:
-        options = parameters(configurable)
+        options = registry.parameters(full_name)
         raise errors.UserError(
-            f"{statement.selector} has no parameter {statement.arg_name!r}."
-            f"{errors.near(statement.arg_name, options)} It has: {', '.join(options) or 'none'}."
+            f"{selector} has no parameter {name!r}."
+            f"{errors.near(name, options)} It has: {', '.join(options) or 'none'}."
         ) from None
-    return Binding(
-        statement.scope, configurable.selector, statement.arg_name, statement.value, where
-    )
-
-
-def configurable_names() -> list[str]:
-    """Full and short names of everything registered with gin."""
-    names = [name for name, _ in gin_config._REGISTRY.items() if not name.startswith("gin.")]
-    return sorted({*names, *(name.rsplit(".", 1)[-1] for name in names)})
-
-
-def signature(configurable: gin_config.Configurable) -> inspect.Signature:
-    """The signature of the wrapped function or class."""
-    return inspect.signature(configurable.wrapped)
-
-
-def parameters(configurable: gin_config.Configurable) -> list[str]:
-    """Names of the parameters gin may set."""
-    names = list(signature(configurable).parameters)
-    allowed = configurable.allowlist or names
-    denied = configurable.denylist or ()
-    return [name for name in names if name in allowed and name not in denied]
-
-
-def _configurable(selector: str) -> gin_config.Configurable:
-    matches = gin_config._REGISTRY.matching_selectors(selector)
-    if len(matches) > 1:
-        raise errors.UserError(f"{selector!r} is ambiguous: {' or '.join(sorted(matches))}.")
-    if not matches:
-        raise errors.UserError(_unknown(selector))
-    return gin_config._REGISTRY[matches[0]]
-
-
-def _unknown(selector: str) -> str:
-    names = configurable_names()
-    hint = errors.near(selector, names) or errors.near(selector.rsplit(".", 1)[-1], names)
-    imports = "" if hint else " Is an `import` of its module missing in the gin file?"
-    return f"nothing named {selector!r} can be configured.{hint}{imports}"
+    return bindings_lib.Binding(scope, full_name, name, value, where)
 
 
 def _explain(error: Exception) -> str:
     """gin's message in our words; anything else as it is, on one line."""
-    match = re.search(r"No configurable matching reference '@([\w./]+)", str(error))
-    if match:
-        return _unknown(match[1].rsplit("/", 1)[-1])
-    return one_line(error)
+    match = _NO_MATCH.search(str(error))
+    return registry.unknown(match[1].rsplit("/", 1)[-1]) if match else one_line(error)
 
 
 def one_line(error: BaseException) -> str:
@@ -342,6 +212,6 @@ def write_config(folder: pathlib.Path) -> None:
 
 def import_modules(names: Iterable[str]) -> None:
     """Imports modules so that what they register can be named in gin files."""
-    with tensorflow_logs.importing():
+    with tensorflow_logs.silenced():
         for name in names:
             importlib.import_module(name)

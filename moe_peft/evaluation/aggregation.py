@@ -16,7 +16,7 @@ number by one of four rules:
 Scores are shares, 1 at best.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -42,59 +42,34 @@ _MeanAndMedian = Float[np.ndarray, "2 B"]
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One line of a table.
+    """One line of a table: a group of tasks, or all of them."""
 
-    Attributes:
-      mean: average over tasks of the mean over templates.
-      median: average over tasks of the median over templates.
-      num_tasks: tasks averaged.
-      num_examples: predictions behind them, all templates together.
-      metric: name; None if the tasks have several, or rows do not say.
-      mean_interval: [low, high] of `mean`; None if nothing was resampled.
-      median_interval: likewise.
-    """
-
-    mean: float
-    median: float
-    num_tasks: int
-    num_examples: int
-    metric: str | None = None
-    mean_interval: list[float] | None = None
+    mean: float  # average over tasks of the mean over templates
+    median: float  # average over tasks of the median over templates
+    num_tasks: int  # tasks averaged
+    num_examples: int  # predictions behind them, all templates together
+    metric: str | None = None  # its name; None if there are several, or rows do not say
+    mean_interval: list[float] | None = None  # [low, high]; None if nothing was resampled
     median_interval: list[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSummary:
-    """Scores of one task.
+    """Scores of one task."""
 
-    Attributes:
-      group: what the task is reported under (a CLDR function, a data set, a category).
-      templates: score by template, in the order of their names.
-      mean: over templates.
-      median: over templates.
-      num_examples: predictions, all templates together.
-      metric: as in `Summary`, and so on.
-    """
-
-    group: str
-    templates: Mapping[str, float]
-    mean: float
-    median: float
-    num_examples: int
-    metric: str | None = None
+    group: str  # what the task is reported under (a CLDR function, a data set, a category)
+    templates: Mapping[str, float]  # score by template, in the order of their names
+    mean: float  # over templates
+    median: float  # over templates
+    num_examples: int  # predictions, all templates together
+    metric: str | None = None  # as in `Summary`, and so on
     mean_interval: list[float] | None = None
     median_interval: list[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Everything a table shows.
-
-    Attributes:
-      tasks: by name, sorted.
-      groups: by name, sorted.
-      overall: over all tasks.
-    """
+    """Everything a table shows; tasks and groups by name, sorted."""
 
     tasks: Mapping[str, TaskSummary]
     groups: Mapping[str, Summary]
@@ -125,12 +100,11 @@ def aggregate(
     intervals = {} if bootstrap is None else _intervals(tasks, scores, lines, average, bootstrap)
 
     def summary(line: _Line, own: Sequence[_Task]) -> dict[str, Any]:
-        names = {task.metric for task in own}
         return {
             "mean": float(lines[line][0, 0]),
             "median": float(lines[line][1, 0]),
             "num_examples": sum(task.num_examples for task in own),
-            "metric": names.pop() if len(names) == 1 else None,
+            "metric": _only({task.metric for task in own}),
             **intervals.get(line, {}),
         }
 
@@ -167,22 +141,31 @@ class _Task:
 def _tasks(rows: Iterable[Row]) -> list[_Task]:
     """Tasks, sorted by name."""
     found: dict[str, dict[str, list[Row]]] = {}
-    first: dict[str, Row] = {}
+    groups: dict[str, str] = {}
+    metrics: dict[str, set[str | None]] = {}
     for row in rows:
         task, group = row["task"], row["group"]
-        was = first.setdefault(task, row)["group"]
-        if was != group:
-            raise ValueError(f"Task {task!r} appears under {was!r} and {group!r}.")
+        if groups.setdefault(task, group) != group:
+            raise ValueError(f"Task {task!r} appears under {groups[task]!r} and {group!r}.")
+        metrics.setdefault(task, set()).add(row.get("metric"))
         found.setdefault(task, {}).setdefault(str(row["template"]), []).append(row)
     if not found:
         raise ValueError("There is nothing to aggregate: no predictions.")
-    tasks = []
-    for task in sorted(found):
-        names = sorted(found[task])
-        templates = [bootstrap_lib.Examples.of(found[task][name]) for name in names]
-        metric = first[task].get("metric")
-        tasks.append(_Task(task, first[task]["group"], metric, names, templates))
-    return tasks
+    return [
+        _Task(
+            task,
+            groups[task],
+            _only(metrics[task]),
+            sorted(templates),
+            [bootstrap_lib.Examples.from_rows(templates[name]) for name in sorted(templates)],
+        )
+        for task, templates in sorted(found.items())
+    ]
+
+
+def _only(names: Collection[str | None]) -> str | None:
+    """The name that all have; None if there are several."""
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _by_group(tasks: Sequence[_Task]) -> dict[str, list[_Task]]:

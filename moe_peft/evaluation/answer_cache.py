@@ -4,7 +4,7 @@
     <folder>/evaluation.json            what the run is, settings, and which tasks are finished
 
 A task counts as finished once `evaluation.json` says so, with the SHA-256 of its file and of the
-questions it answers. The next evaluation of the same model with the same settings asks the rest.
+questions it answers. The next evaluation of the same model and settings asks only the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,7 @@ _NOT_IN_ANSWERS = ("average", "bootstrap")
 
 
 class Answers:
-    """The answers of one mixture.
-
-    Attributes:
-      folder: of the mixture's evaluation.
-    """
+    """The answers of one mixture."""
 
     def __init__(
         self,
@@ -68,12 +64,7 @@ class Answers:
         return self._record["seconds"]
 
     def read(self, task: str, questions: str) -> list[dict[str, Any]] | None:
-        """Rows of a finished task; None if it must be asked.
-
-        Args:
-          task: name.
-          questions: digest of the questions that the rows must answer.
-        """
+        """Rows of a finished task; None if it must be asked: `questions` is their digest."""
         record = self._record["tasks"].get(task)
         if record is None or record["questions"] != questions:
             return None

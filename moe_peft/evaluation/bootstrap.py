@@ -20,22 +20,15 @@ _NUMBERS_AT_ONCE = 1_000_000
 @gin.register(module="evaluation")
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:
-    """Percentile intervals by resampling with replacement (Efron and Tibshirani 1993, chapter 13).
+    """Percentile intervals by resampling with replacement (Efron and Tibshirani 1993, ch. 13)."""
 
-    Attributes:
-      over: "examples" of each task; where all its templates have the same number of rows, the k-th
-        row of each is the same example, drawn for all of them together. "templates" of each task.
-        "tasks": what the overall number is a mean of, tasks or groups; only that number gets an
-        interval.
-      resamples: how many.
-      level: share of resamples inside the interval.
-      seed: of the draws; those of a task do not depend on the tasks beside it.
-    """
-
+    # "examples" of each task; where all its templates have the same number of rows, the k-th row of
+    # each is the same example, drawn for all of them together. "templates" of each task. "tasks":
+    # what the overall number is a mean of, tasks or groups; only that number gets an interval.
     over: str = "examples"
-    resamples: int = 1000
-    level: float = 0.95
-    seed: int = 0
+    resamples: int = 1000  # how many
+    level: float = 0.95  # share of resamples inside the interval
+    seed: int = 0  # of the draws; those of a task do not depend on the tasks next to it
 
     def __post_init__(self):
         errors.check_one_of("Bootstrap.over", self.over, _OVER)
@@ -56,22 +49,28 @@ class Bootstrap:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What the score of a template is computed from.
+    """What the score of a template is computed from."""
 
-    Attributes:
-      values: scores of the examples, [n], or the pairs that a metric of all of them needs, [n, 2].
-      of_pairs: that metric; None: the mean.
-    """
-
-    values: np.ndarray
-    of_pairs: Callable[[np.ndarray], float] | None = None
+    values: np.ndarray  # scores of the examples [n], or pairs [n, 2] for a metric of all of them
+    of_pairs: Callable[[np.ndarray], float] | None = None  # that metric; None: the mean
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
-        """From rows of predictions, all of one metric."""
-        metric = metrics.METRICS.get(rows[0].get("metric"))
-        if metric is None or metric.of_pairs is None:
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
+        """From rows of predictions.
+
+        Raises UserError where a metric of all examples together is not the only one.
+        """
+        names = list(dict.fromkeys(row.get("metric") for row in rows))
+        together = [name for name in names if getattr(metrics.METRICS.get(name), "of_pairs", None)]
+        if not together:  # Every row has a score of its own, by whatever metric.
             return cls(np.array([float(row["score"]) for row in rows]))
+        if len(names) > 1:
+            raise errors.UserError(
+                f"Template {rows[0].get('template')} of {rows[0].get('task')!r} has rows of "
+                f"{' and '.join(map(str, names))}; {together[0]} needs all rows of a template. "
+                "Choose another metric, or leave rank_choices off."
+            )
+        metric = metrics.METRICS[names[0]]
         right = [metrics.references_of(row)[0] for row in rows]
         return cls(metric.pairs([row["prediction"] for row in rows], right), metric.of_pairs)
 

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from flax import linen as nn
-import gin
 import jax
 
 from moe_peft import methods
+from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import answer_cache, questions, restore, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
@@ -18,37 +18,32 @@ from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 
 
-@gin.register(module="evaluation")
-def evaluate(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    evaluator: evaluator_lib.Evaluator = gin.REQUIRED,
-    step: int | None = None,
-    frozen_dtype: str = "float32",
-    start_from: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `evaluate`."""
+
+    model: nn.Module  # the network without adapters
+    method: methods.Method  # as trained; `frozen` evaluates the backbone and needs no checkpoint
+    backbone: str  # as trained, such as "embedded:cldr_tiny"
+    model_dir: str  # folder of the run; for `frozen`, where results go
+    evaluator: evaluator_lib.Evaluator  # what is asked and how
+    step: int | None = None  # which checkpoint; None for the newest
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    # Folder of a multi-task run that `method` (made by `methods.transferred`) takes its parameters
+    # from, to evaluate them before any further step; `model_dir` only gets results. For any other
+    # method, a run of it or the file it was exported to.
+    start_from: str | None = None
+    mesh: jax.sharding.Mesh | None = None  # devices; default: all, data-parallel
+
+
+@settings_lib.entry_point(Settings, "evaluate", module="evaluation")
+def evaluate(settings: Settings) -> dict[str, Any]:
     """Evaluates a run on every mixture of `evaluator` and prints a table.
 
     Into `model_dir`/eval/<mixture> go `results.json` (settings, averages, what the run is),
     `table.md` and, task by task, `predictions/<task>.jsonl` (every example). Each appears when it
     is complete. Tasks that the same model has answered before, with the same settings, are not
     asked again; other answers are replaced.
-
-    Args:
-      model: the network without adapters.
-      method: as trained; `frozen` evaluates the backbone itself and needs no checkpoint.
-      backbone: as trained, such as "embedded:cldr_tiny".
-      model_dir: folder of the run; for `frozen`, where results go.
-      evaluator: what is asked and how.
-      step: which checkpoint; None for the newest.
-      frozen_dtype: "float32", or "bfloat16" for half the memory.
-      start_from: folder of a multi-task run that `method` (made by `methods.transferred`) takes its
-        parameters from, to evaluate them before any further step; `model_dir` only gets results.
-        For any other method, a run of it or the file it was exported to.
-      mesh: devices; default: all, data-parallel.
 
     Returns:
       {mixture: the content of its results.json}.
@@ -58,50 +53,63 @@ def evaluate(
     """
     from moe_peft.data import lookup  # Imports TensorFlow.
 
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    evaluator = settings.evaluator
+    mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
     evaluator.check_devices(mesh)
-    for mixture in evaluator.mixtures:  # Mistakes show before anything is loaded.
-        json_files.check_writable(_folder(model_dir, mixture))
-        lookup.check_vocabulary(mixture, model.config.vocab_size)
-        evaluator.suite(mixture)
-    shapes = evaluator.batch_shapes()
+    folders = {
+        mixture: pathlib.Path(settings.model_dir).expanduser() / "eval" / mixture
+        for mixture in evaluator.mixtures
+    }
+    for mixture, folder in folders.items():  # Mistakes show before anything is loaded.
+        json_files.check_writable(folder)
+        lookup.check_vocabulary(mixture, settings.model.config.vocab_size)
+        evaluator.questions_of(mixture)
     restored = restore.restore(
-        model,
-        method,
-        backbone,
-        model_dir,
-        shapes,
+        settings.model,
+        settings.method,
+        settings.backbone,
+        settings.model_dir,
+        evaluator.batch_shapes(),
         mesh,
-        step=step,
-        frozen_dtype=frozen_dtype,
-        start_from=start_from,
+        step=settings.step,
+        frozen_dtype=settings.frozen_dtype,
+        start_from=settings.start_from,
     )
+    # Answers are kept for these very parameters, whatever their folder is called.
     run = {**restored.run, "parameters_sha256": digest.of_tree(restored.params)}
     restored = dataclasses.replace(restored, run=run)
-    found = {}
-    for mixture in evaluator.mixtures:
-        suite, folder = evaluator.suite(mixture), _folder(model_dir, mixture)
-        rows, seconds = _answer(evaluator, restored, mixture, folder)
-        found[mixture] = {
-            "mixture": mixture,
-            "run": dict(restored.run),
-            "settings": evaluator.settings,
-            "num_cut_targets": sum(suite.is_cut),
-            "seconds": seconds,
-            "results": evaluator.results(rows).to_json(),
-        }
-        json_files.write_json(folder / "results.json", found[mixture])
-        runs = [table.Run(method.name, found[mixture])]
-        json_files.write_text(folder / "table.md", table.markdown(runs))
-        table.show(runs)
-        if found[mixture]["num_cut_targets"]:
-            print(
-                f"WARNING: {sum(suite.is_cut)} of {len(rows)} targets are longer than "
-                f"{evaluator.settings['feature_lengths']['targets']} tokens and count as wrong "
-                "wherever exact match is asked for.",
-                file=sys.stderr,
-            )
-        print(f"Written to {folder}.", file=sys.stderr)
+    return {
+        mixture: _evaluate_mixture(settings, restored, mixture, folder)
+        for mixture, folder in folders.items()
+    }
+
+
+def _evaluate_mixture(
+    settings: Settings, restored: restore.Restored, mixture: str, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Asks, averages, writes and prints; returns the content of results.json."""
+    evaluator, num_cut = settings.evaluator, sum(settings.evaluator.questions_of(mixture).is_cut)
+    rows, seconds = _answer(evaluator, restored, mixture, folder)
+    found = {
+        "mixture": mixture,
+        "run": dict(restored.run),
+        "settings": evaluator.settings,
+        "num_cut_targets": num_cut,
+        "seconds": seconds,
+        "results": evaluator.results(rows).to_json(),
+    }
+    json_files.write_json(folder / "results.json", found)
+    runs = [table.Run(settings.method.name, found)]
+    json_files.write_text(folder / "table.md", table.markdown(runs))
+    table.show(runs)
+    if num_cut:
+        print(
+            f"WARNING: {num_cut} of {len(rows)} targets are longer than "
+            f"{evaluator.feature_lengths['targets']} tokens and count as wrong wherever exact "
+            "match is asked for.",
+            file=sys.stderr,
+        )
+    print(f"Written to {folder}.", file=sys.stderr)
     return found
 
 
@@ -112,18 +120,18 @@ def _answer(
     folder: pathlib.Path,
 ) -> tuple[list[questions.Row], float]:
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
-    suite, rows, num_known = evaluator.suite(mixture), [], 0
-    num_tasks = len(suite.tasks())
+    asked, rows, num_known = evaluator.questions_of(mixture), [], 0
+    num_tasks = len(asked.tasks())
     kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
-    with progress_lib.shown(mixture, len(suite.rows)) as progress:
+    with progress_lib.shown(mixture, len(asked.rows)) as progress:
         for part in evaluator.parts(mixture):
             started = time.monotonic()
-            digests = {task: suite.digest(places) for task, places in part.items()}
+            digests = {task: asked.digest(places) for task, places in part.items()}
             known = {task: kept.read(task, digest) for task, digest in digests.items()}
             places = [place for members in part.values() for place in members]
             if all(found is not None for found in known.values()):
                 old = [row for found in known.values() for row in found]
-                new = [{**row, **suite.rows[i]} for row, i in zip(old, places, strict=True)]
+                new = [{**row, **asked.rows[i]} for row, i in zip(old, places, strict=True)]
                 num_known, seconds = num_known + len(places), 0.0
                 progress.advance(len(places))
             else:
@@ -140,7 +148,3 @@ def _answer(
             file=sys.stderr,
         )
     return rows, kept.seconds
-
-
-def _folder(model_dir: str, mixture: str) -> pathlib.Path:
-    return pathlib.Path(model_dir).expanduser() / "eval" / mixture

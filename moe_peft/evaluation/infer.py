@@ -1,42 +1,50 @@
 """`infer`: answers to questions in a file, one a line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 import sys
 from typing import Any
 
 from flax import linen as nn
-import gin
 import jax
 import numpy as np
 
 from moe_peft import errors, methods
+from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import inference, restore
 from moe_peft.models import strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
 
+_Row = dict[str, Any]
 
-@gin.register(module="evaluation")
-def infer(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    mixture: str = gin.REQUIRED,
-    feature_lengths: Mapping[str, int] = gin.REQUIRED,
-    inputs: str = gin.REQUIRED,
-    outputs: str = gin.REQUIRED,
-    decoding: strategies.Strategy = gin.REQUIRED,
-    batch_size: int = 64,
-    length_normalized_choices: bool = False,
-    step: int | None = None,
-    frozen_dtype: str = "float32",
-    seed: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
-) -> list[dict[str, Any]]:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `infer`."""
+
+    model: nn.Module  # the network without adapters
+    method: methods.Method  # as trained; `frozen` asks the backbone and needs no checkpoint
+    backbone: str  # as trained
+    model_dir: str  # folder of the run
+    mixture: str  # whose vocabulary is used
+    # Tokens of "inputs" (longer questions are cut, with a warning) and "targets".
+    feature_lengths: Mapping[str, int]
+    inputs: str  # the file to read
+    outputs: str  # the file to write; appears when it is complete
+    decoding: strategies.Strategy  # how answers in free text are found, such as `Greedy()`
+    batch_size: int = 64  # rows of a batch, over all devices
+    length_normalized_choices: bool = False  # rank by log-likelihood per token, not by its sum
+    step: int | None = None  # which checkpoint; None for the newest
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    seed: int = 0  # of random decoding
+    mesh: jax.sharding.Mesh | None = None  # devices; default: all, data-parallel
+
+
+@settings_lib.entry_point(Settings, "infer", module="evaluation")
+def infer(settings: Settings) -> list[_Row]:
     """Writes an answer for each line of `inputs` to the JSON-lines file `outputs`, in order.
 
     A line is a question in plain text. In a file that ends in .jsonl it is an object with the
@@ -44,96 +52,51 @@ def infer(
     whatever else it holds is copied. Blank lines are skipped. Each output line holds the input's
     fields and "prediction"; with choices also "log_likelihoods" and "num_tokens" of each.
 
-    Args:
-      model: the network without adapters.
-      method: as trained; `frozen` asks the backbone itself and needs no checkpoint.
-      backbone: as trained.
-      model_dir: folder of the run.
-      mixture: whose vocabulary is used.
-      feature_lengths: tokens of "inputs" (longer questions are cut, with a warning) and "targets".
-      inputs: the file to read.
-      outputs: the file to write; appears when it is complete.
-      decoding: how answers in free text are found, such as `Greedy()`.
-      batch_size: rows of a batch, over all devices.
-      length_normalized_choices: rank choices by log-likelihood per token, not by its sum.
-      step: which checkpoint; None for the newest.
-      frozen_dtype: "float32", or "bfloat16" for half the memory.
-      seed: of random decoding.
-      mesh: devices; default: all, data-parallel.
-
     Raises:
       UserError: a file, a line of it, the run or a setting is wrong.
     """
-    from moe_peft.data import encoding, lookup, sentences  # Imports TensorFlow.
+    from moe_peft.data import lookup  # Imports TensorFlow.
 
-    limits = dict(zip(("inputs", "targets"), lookup.check_lengths(feature_lengths), strict=True))
-    lookup.check_vocabulary(mixture, model.config.vocab_size)
-    vocabulary = lookup.vocabulary(mixture)
-    rows = _read(pathlib.Path(inputs))
-    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
-    encoded = [encode(row["inputs"]) for row in rows]
-    questions = [
-        inference.Question(
-            inputs=encoding.with_end(ids, limits["inputs"]),
-            choices=tuple(
-                encoding.with_end(encode(choice), limits["targets"])
-                for choice in row.get("choices") or ()
-            ),
-        )
-        for ids, row in zip(encoded, rows, strict=True)
-    ]
-    sentence_encoder = sentences.configured()
-    if sentence_encoder is not None:
-        texts = [vocabulary.decode(question.inputs.tolist()) for question in questions]
-        questions = [
-            dataclasses.replace(question, features={"sentence_embeddings": embedding})
-            for question, embedding in zip(questions, sentence_encoder(texts), strict=True)
-        ]
-    num_cut = sum(len(ids) >= limits["inputs"] for ids in encoded)
-    if num_cut:
-        print(
-            f"WARNING: {num_cut} of {len(rows)} questions are longer than {limits['inputs']} "
-            "tokens, end mark included, and were cut.",
-            file=sys.stderr,
-        )
-    if decoding.max_decode_length is None:
-        decoding = dataclasses.replace(decoding, max_decode_length=limits["targets"])
-
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    shapes = {
-        "encoder_input_tokens": (batch_size, limits["inputs"]),
-        "decoder_input_tokens": (batch_size, limits["targets"]),
-        "decoder_target_tokens": (batch_size, limits["targets"]),
-        **{name: (batch_size, *np.shape(v)) for name, v in questions[0].features.items()},
-    }
+    lengths = lookup.check_lengths(settings.feature_lengths)
+    limits = dict(zip(("inputs", "targets"), lengths, strict=True))
+    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
+    vocabulary = lookup.vocabulary(settings.mixture)
+    rows = _read(pathlib.Path(settings.inputs))
+    questions = _questions(rows, vocabulary, limits)
+    mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
+    shapes = inference.batch_shapes(settings.batch_size, limits, questions[0])
     restored = restore.restore(
-        model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
+        settings.model,
+        settings.method,
+        settings.backbone,
+        settings.model_dir,
+        shapes,
+        mesh,
+        step=settings.step,
+        frozen_dtype=settings.frozen_dtype,
     )
-    answerer = inference.Answerer(restored.model, batch_size, limits, mesh)
+    model = inference.AnsweringModel(restored.model, settings.batch_size, limits, mesh)
     with progress_lib.shown("infer", len(rows)) as progress:
-        free = [i for i, question in enumerate(questions) if not question.choices]
-        answers = answerer.generate(
-            restored.params, [questions[i] for i in free], decoding, progress, seed
-        )
-        for i, ids in zip(free, answers, strict=True):
-            rows[i]["prediction"] = vocabulary.decode(ids.tolist())
-        ranked = [i for i, question in enumerate(questions) if question.choices]
-        scores = answerer.score_choices(
+        answers = model.answer(
             restored.params,
-            [questions[i] for i in ranked],
+            questions,
+            inference.limited(settings.decoding, limits["targets"]),
             progress,
-            is_length_normalized=length_normalized_choices,
+            seed=settings.seed,
+            is_length_normalized=settings.length_normalized_choices,
         )
-        for i, score in zip(ranked, scores, strict=True):
-            rows[i]["prediction"] = rows[i]["choices"][score.best]
-            rows[i]["log_likelihoods"] = score.log_likelihoods
-            rows[i]["num_tokens"] = score.num_tokens
-    json_files.write_jsonl(outputs, rows)
-    print(f"Written to {outputs}.", file=sys.stderr)
+    for row, answer in zip(rows, answers, strict=True):
+        if isinstance(answer, inference.ChoiceScore):
+            row["prediction"] = row["choices"][answer.best]
+            row |= answer.as_fields()
+        else:
+            row["prediction"] = vocabulary.decode(answer.tolist())
+    json_files.write_jsonl(settings.outputs, rows)
+    print(f"Written to {settings.outputs}.", file=sys.stderr)
     return rows
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: pathlib.Path) -> list[_Row]:
     """Objects with "inputs", from a .jsonl file or a plain text."""
     if path.suffix == ".jsonl":
         rows = list(json_files.read_jsonl(path))
@@ -151,7 +114,40 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
             )
         choices = row.get("choices") or []
         if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise errors.UserError(f'{path}: "choices" of object {number} is no list of texts.')
+            raise errors.UserError(f'{path}: "choices" of object {number} is not a list of texts.')
     if not rows:
         raise errors.UserError(f"{path} holds no questions.")
     return rows
+
+
+def _questions(
+    rows: Sequence[_Row], vocabulary: Any, limits: Mapping[str, int]
+) -> list[inference.Question]:
+    """The rows as the model reads them; says how many are cut."""
+    from moe_peft.data import encoding, sentences
+
+    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
+    encoded = [encode(row["inputs"]) for row in rows]
+    num_cut = sum(len(ids) >= limits["inputs"] for ids in encoded)
+    if num_cut:
+        print(
+            f"WARNING: {num_cut} of {len(rows)} questions are longer than {limits['inputs']} "
+            "tokens, end mark included, and were cut.",
+            file=sys.stderr,
+        )
+    inputs = [encoding.with_end(ids, limits["inputs"]) for ids in encoded]
+    sentence_encoder, features = sentences.configured(), [{} for _ in rows]
+    if sentence_encoder is not None:
+        # Of what the model reads: a question that is cut has the embedding of its beginning.
+        embeddings = sentence_encoder([vocabulary.decode(ids.tolist()) for ids in inputs])
+        features = [{"sentence_embeddings": embedding} for embedding in embeddings]
+    choices = [
+        tuple(
+            encoding.with_end(encode(text), limits["targets"]) for text in row.get("choices") or ()
+        )
+        for row in rows
+    ]
+    return [
+        inference.Question(ids, choices=texts, features=own)
+        for ids, texts, own in zip(inputs, choices, features, strict=True)
+    ]

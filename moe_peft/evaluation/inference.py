@@ -6,7 +6,6 @@ Three kinds of question: would greedy decoding give this target (`exact_match`),
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -27,69 +26,57 @@ _SHORTEST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One input and what is to be found out about it; ids as the model reads them.
-
-    Attributes:
-      inputs: ids of the input.
-      targets: ids of the answer, end mark included; empty where nobody knows it.
-      choices: ids of each answer choice, end mark included; empty for free text.
-      features: further arrays of this row, such as task_ids.
-    """
+    """One input and what is to be found out about it; ids as the model reads them."""
 
     inputs: np.ndarray
+    # Ids of the answer, end mark included; empty where nobody knows it.
     targets: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    choices: tuple[np.ndarray, ...] = ()
+    choices: tuple[np.ndarray, ...] = ()  # ids of each, end mark included; empty for free text
+    # Further arrays of this row, such as task_ids.
     features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceScore:
-    """What the model thinks of the choices of one question.
+    """What the model thinks of the choices of one question."""
 
-    Attributes:
-      best: number of the most likely choice, the first of equal ones.
-      log_likelihoods: of each choice, summed over its tokens.
-      num_tokens: of each choice.
-    """
+    best: int  # number of the most likely choice, the first of equal ones
+    log_likelihoods: list[float]  # of each choice, summed over its tokens
+    num_tokens: list[int]  # of each choice
 
-    best: int
-    log_likelihoods: list[float]
-    num_tokens: list[int]
+    def as_fields(self) -> dict[str, list]:
+        """What a row of answers says of the choices."""
+        return {"log_likelihoods": self.log_likelihoods, "num_tokens": self.num_tokens}
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What is compiled for a model on a mesh; each takes parameters and a batch first.
+    """What is compiled for a model on a mesh; each takes parameters and a batch first."""
 
-    Attributes:
-      exact_match: as `EncoderDecoder.exact_match`.
-      choose: takes the number of choices and whether likelihoods are per token, both static; best
-        choices, log-likelihoods and numbers of tokens.
-      predict: as `EncoderDecoder.predict`.
-    """
-
-    exact_match: Callable[..., Any]
-    choose: Callable[..., Any]
-    predict: Callable[..., Any]
+    exact_match: Callable[..., Any]  # as `EncoderDecoder.exact_match`
+    # Takes the number of choices and whether likelihoods are per token, both static; best choices,
+    # log-likelihoods and numbers of tokens.
+    rank_choices: Callable[..., Any]
+    predict: Callable[..., Any]  # as `EncoderDecoder.predict`
 
 
 def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> Programs:
-    """Returns the jitted functions of an `Answerer`; nothing is compiled yet."""
+    """Returns the jitted functions of an `AnsweringModel`; nothing is compiled yet."""
     split = layout_lib.Layout(mesh).applied
 
-    def choose(params, batch, num_choices, is_length_normalized):
+    def rank_choices(params, batch, num_choices, is_length_normalized):
         scores = model.score_choices(params, batch, num_choices)
         best = scores.best(is_length_normalized=is_length_normalized)
         return best, scores.log_likelihood, scores.num_tokens
 
     return Programs(
         jax.jit(split(model.exact_match)),
-        jax.jit(split(choose), static_argnums=(2, 3)),
+        jax.jit(split(rank_choices), static_argnums=(2, 3)),
         jax.jit(split(model.predict), static_argnums=2),
     )
 
 
-class Answerer:
+class AnsweringModel:
     """A model with its compiled functions; parameters come with every call.
 
     Batches have `batch_size` rows, the last ones filled up with empty rows. Inputs are padded to a
@@ -103,16 +90,9 @@ class Answerer:
         feature_lengths: Mapping[str, int],
         mesh: jax.sharding.Mesh,
     ):
-        """Compiles nothing yet.
+        """Compiles nothing yet; `feature_lengths` are tokens of "inputs" and "targets" at most.
 
-        Args:
-          model: patched or not.
-          batch_size: rows of a batch, over all devices.
-          feature_lengths: tokens of "inputs" and "targets" at most.
-          mesh: devices; batches are split over its data axes.
-
-        Raises:
-          UserError: the batch size does not divide among the devices.
+        Raises UserError where the batch size does not divide among the devices of the mesh.
         """
         mesh_lib.check_batch_size(batch_size, 1, mesh)
         if jax.process_count() > 1:
@@ -122,6 +102,33 @@ class Answerer:
         self._batch_size, self._lengths = batch_size, dict(feature_lengths)
         self._sharding = mesh_lib.batch_sharding(mesh)
         self._programs = programs(model, mesh)
+
+    def answer(
+        self,
+        params: PyTree,
+        questions: Sequence[Question],
+        strategy: strategies.Strategy | None,
+        progress: progress_lib.Progress,
+        *,
+        seed: int,
+        is_length_normalized: bool,
+    ) -> list[ChoiceScore | np.ndarray | bool]:
+        """In order: scores where a question has choices; else ids of the answer or, without
+        strategy, whether greedy decoding would give the target.
+        """
+        ranked = [i for i, question in enumerate(questions) if question.choices]
+        free = [i for i, question in enumerate(questions) if not question.choices]
+        some = [questions[i] for i in ranked]
+        scores = self.score_choices(
+            params, some, progress, is_length_normalized=is_length_normalized
+        )
+        some = [questions[i] for i in free]
+        if strategy is None:
+            texts = self.exact_match(params, some, progress)
+        else:
+            texts = self.generate(params, some, strategy, progress, seed)
+        found = dict(zip((*ranked, *free), (*scores, *texts), strict=True))
+        return [found[i] for i in range(len(questions))]
 
     def exact_match(
         self, params: PyTree, questions: Sequence[Question], progress: progress_lib.Progress
@@ -136,8 +143,8 @@ class Answerer:
                 "decoder_target_tokens": self._pad(targets, length),
             }
 
-        ask = functools.partial(self._programs.exact_match, params)
-        return self._ask(questions, decoder, lambda batch, number: ask(batch), progress)
+        ask_batch = lambda batch, number: self._programs.exact_match(params, batch)
+        return self._ask_batches(questions, decoder, ask_batch, progress)
 
     def generate(
         self,
@@ -153,11 +160,11 @@ class Answerer:
         equal answers.
         """
 
-        def ask(batch, number):
+        def ask_batch(batch, number):
             rng = jax.random.fold_in(jax.random.key(seed), number) if strategy.is_random else None
             return self._programs.predict(params, batch, strategy, rng)
 
-        answers = self._ask(questions, lambda members: {}, ask, progress)
+        answers = self._ask_batches(questions, lambda members: {}, ask_batch, progress)
         return [_until_end(ids, strategy.eos_id) for ids in answers]
 
     def score_choices(
@@ -172,33 +179,28 @@ class Answerer:
         most = max((len(question.choices) for question in questions), default=1)
 
         def decoder(members: Sequence[Question]) -> Batch:
-            needed = max(sum(map(len, question.choices)) for question in members)
-            length = 1 << (needed - 1).bit_length()
-            return self._fill_up(
-                scoring.pack_choices([question.choices for question in members], length)
+            choices = [question.choices for question in members]
+            needed = max(sum(map(len, texts)) for texts in choices)
+            # Powers of two, so that few lengths are compiled.
+            return self._fill_up(scoring.pack_choices(choices, 1 << (needed - 1).bit_length()))
+
+        ask_batch = lambda batch, number: self._programs.rank_choices(
+            params, batch, most, is_length_normalized
+        )
+        rows = self._ask_batches(questions, decoder, ask_batch, progress)
+        counts = [len(question.choices) for question in questions]
+        return [
+            ChoiceScore(
+                int(best), likelihoods[:count].tolist(), num_tokens[:count].astype(int).tolist()
             )
+            for count, (best, likelihoods, num_tokens) in zip(counts, rows, strict=True)
+        ]
 
-        def ask(batch, number):
-            del number
-            return self._programs.choose(params, batch, most, is_length_normalized)
-
-        def readable(question, row):
-            best, log_likelihoods, num_tokens = row
-            count = len(question.choices)
-            return ChoiceScore(
-                int(best),
-                [float(x) for x in log_likelihoods[:count]],
-                [int(x) for x in num_tokens[:count]],
-            )
-
-        rows = self._ask(questions, decoder, ask, progress)
-        return [readable(*pair) for pair in zip(questions, rows, strict=True)]
-
-    def _ask(
+    def _ask_batches(
         self,
         questions: Sequence[Question],
         decoder: Callable[[Sequence[Question]], Batch],
-        ask: Callable[[Any, int], Any],
+        ask_batch: Callable[[Any, int], Any],
         progress: progress_lib.Progress,
     ) -> list[Any]:
         """Asks batch by batch; returns row i's part of the answers at place i."""
@@ -207,7 +209,7 @@ class Answerer:
             for number, (length, places) in enumerate(self._places(questions)):
                 members = [questions[place] for place in places]
                 batch = {**self._encoder(members, length), **decoder(members)}
-                found = ask(mesh_lib.put_batch(batch, self._sharding), number)
+                found = ask_batch(mesh_lib.put_batch(batch, self._sharding), number)
                 found = jax.tree.map(np.asarray, found)
                 for row, place in enumerate(places):
                     answers[place] = jax.tree.map(lambda rows: rows[row], found)  # noqa: B023
@@ -216,6 +218,7 @@ class Answerer:
 
     def _places(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[int]]]:
         """(input length, places of the questions) of each batch."""
+        # Questions of similar length share a batch, so that little of it is padding.
         by_length: dict[int, list[int]] = {}
         order = sorted(range(len(questions)), key=lambda place: len(questions[place].inputs))
         for place in order:
@@ -242,6 +245,25 @@ class Answerer:
         """Adds empty rows up to the batch size."""
         fill = lambda rows: [(0, self._batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
         return {name: np.pad(rows, fill(rows)) for name, rows in batch.items()}
+
+
+def batch_shapes(
+    batch_size: int, lengths: Mapping[str, int], question: Question
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the features of a batch of such questions, for initialisation."""
+    return {
+        "encoder_input_tokens": (batch_size, lengths["inputs"]),
+        "decoder_input_tokens": (batch_size, lengths["targets"]),
+        "decoder_target_tokens": (batch_size, lengths["targets"]),
+        **{name: (batch_size, *np.shape(value)) for name, value in question.features.items()},
+    }
+
+
+def limited(strategy: strategies.Strategy, length: int) -> strategies.Strategy:
+    """The strategy, for answers of `length` tokens at most where it does not say how many."""
+    if strategy.max_decode_length is not None:
+        return strategy
+    return dataclasses.replace(strategy, max_decode_length=length)
 
 
 def padded_length(length: int, limit: int) -> int:

@@ -49,19 +49,13 @@ Pairs = Float[np.ndarray, "n 2"]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric by its name.
+    """A metric of examples (`of_example`), or of all of them together (the other two)."""
 
-    Attributes:
-      name: in settings and reports.
-      of_example: (prediction, references) -> score; None for a metric of all examples together.
-      pairs: (predictions, first references) -> numbers that stand for them.
-      of_pairs: score of such numbers, or of some of their rows.
-    """
-
-    name: str
-    of_example: Callable[[str, Sequence[str]], float] | None = None
+    name: str  # in settings and reports
+    of_example: Callable[[str, Sequence[str]], float] | None = None  # (prediction, references)
+    # (Predictions, first references) -> numbers that stand for them.
     pairs: Callable[[Sequence[str], Sequence[str]], Pairs] | None = None
-    of_pairs: Callable[[Pairs], float] | None = None
+    of_pairs: Callable[[Pairs], float] | None = None  # score of such numbers, or some of their rows
 
 
 def normalize(text: str) -> str:
@@ -84,24 +78,19 @@ def normalize_squad(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", normalize(text)).split())
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction is one of the references to the letter, white space around aside."""
-    return _any_equal(str.strip, prediction, references)
+def _equality(form: Callable[[str], str]) -> Callable[[str, Sequence[str]], float]:
+    """1 if the prediction equals one of the references, both in this form."""
+
+    def is_equal(prediction: str, references: Sequence[str]) -> float:
+        return float(form(prediction) in set(map(form, references)))
+
+    return is_equal
 
 
-def exact_match_normalized(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction equals one of the references after `normalize`."""
-    return _any_equal(normalize, prediction, references)
-
-
-def exact_match_squad(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction equals one of the references after `normalize_squad`."""
-    return _any_equal(normalize_squad, prediction, references)
-
-
-def accuracy(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction is the right label, letter case and white space around aside."""
-    return _any_equal(lambda text: text.strip().lower(), prediction, references)
+exact_match = _equality(str.strip)
+exact_match_normalized = _equality(normalize)
+exact_match_squad = _equality(normalize_squad)
+accuracy = _equality(lambda text: text.strip().lower())
 
 
 def qa_f1(prediction: str, references: Sequence[str]) -> float:
@@ -269,10 +258,6 @@ def of_predictions(
 def references_of(row: Mapping[str, Any]) -> Sequence[str]:
     """The accepted answers of a row of predictions."""
     return row.get("references") or [row["targets"]]
-
-
-def _any_equal(form: Callable[[str], str], prediction: str, references: Sequence[str]) -> float:
-    return float(form(prediction) in {form(reference) for reference in references})
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-import itertools
 import json
 import re
 from typing import Any
@@ -19,29 +18,24 @@ _ROUTING_FEATURES = ("task_ids", "sentence_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
-    """A mixture, ready to be asked.
+class MixtureQuestions:
+    """A mixture, ready to be asked."""
 
-    Attributes:
-      questions: as the model reads them.
-      rows: what is known about each: task, group, template, index, inputs, targets, and choices and
-        references (accepted answers) where it has some.
-      is_cut: whether the question's target did not fit and was cut.
-      vocabulary: turns ids into text.
-      own_metrics: task to the metric that its benchmark reports, None where nobody says.
-    """
-
-    questions: list[inference.Question]
+    questions: list[inference.Question]  # as the model reads them
+    # What is known about each: task, group, template, index, inputs, targets, and choices and
+    # references (accepted answers) where it has some.
     rows: list[Row]
-    is_cut: list[bool]
-    vocabulary: Any
-    own_metrics: Mapping[str, str | None]
+    is_cut: list[bool]  # whether the question's target did not fit and was cut
+    vocabulary: Any  # turns ids into text
+    own_metrics: Mapping[str, str | None]  # task to the metric of its benchmark, None if unknown
 
     def tasks(self) -> dict[str, range]:
         """Places of each task's questions."""
-        groups = itertools.groupby(range(len(self.rows)), lambda place: self.rows[place]["task"])
-        found = {task: list(places) for task, places in groups}
-        return {task: range(places[0], places[-1] + 1) for task, places in found.items()}
+        starts = [
+            i for i, row in enumerate(self.rows) if not i or row["task"] != self.rows[i - 1]["task"]
+        ]
+        ends = [*starts[1:], len(self.rows)]
+        return {self.rows[i]["task"]: range(i, end) for i, end in zip(starts, ends, strict=True)}
 
     def parts(self, size: int) -> Iterator[dict[str, range]]:
         """Tasks in order, so many together that they have at least `size` questions."""
@@ -80,19 +74,14 @@ def read(
     split: str,
     max_examples_per_task: int | None = None,
     with_choices: bool = False,
-) -> Suite:
-    """Returns every example of a split, task after task.
+) -> MixtureQuestions:
+    """Returns every example of a split, task after task, or the first so many of each task.
 
-    Args:
-      mixture: name of a SeqIO mixture or task.
-      feature_lengths: tokens of "inputs" and "targets".
-      group: see `compile_group`; None for the groups of the task's benchmark.
-      split: of the tasks.
-      max_examples_per_task: the first so many of each task; None for all.
-      with_choices: keep answer choices where examples have some.
+    `group` is as from `compile_group`; None for the groups of the task's benchmark. Answer choices
+    are kept `with_choices` only.
 
-    Raises:
-      UserError: no such mixture or split, a task without group, a target that is no choice.
+    Raises UserError: no such mixture or split, a task without group, a target that is not among
+    the choices.
     """
     from moe_peft.data import encoding, evaluation_data, lookup  # Imports TensorFlow.
 
@@ -102,7 +91,9 @@ def read(
         task: own.group or task if group is None else group_of(task, group)
         for task, own in reporting.items()
     }
-    suite = Suite([], [], [], vocabulary, {task: own.metric for task, own in reporting.items()})
+    asked = MixtureQuestions(
+        [], [], [], vocabulary, {task: own.metric for task, own in reporting.items()}
+    )
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     batches = evaluation_data.eval_examples(
         mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
@@ -118,11 +109,11 @@ def read(
                 features={k: v for k, v in features.items() if k in _ROUTING_FEATURES},
             )
             is_full = len(question.targets) == limit
-            suite.questions.append(question)
+            asked.questions.append(question)
             group_name = groups[example.task]
-            suite.rows.append(_row(example, len(suite.rows), group_name, list(choices)))
-            suite.is_cut.append(is_full and len(encode(example.targets)) >= limit)
-    return suite
+            asked.rows.append(_row(example, len(asked.rows), group_name, list(choices)))
+            asked.is_cut.append(is_full and len(encode(example.targets)) >= limit)
+    return asked
 
 
 def compile_group(task_group: str) -> re.Pattern:
@@ -131,7 +122,7 @@ def compile_group(task_group: str) -> re.Pattern:
         pattern = re.compile(task_group)
     except re.error as error:
         raise errors.UserError(
-            f"task_group {task_group!r} is no regular expression: {error}."
+            f"task_group {task_group!r} is not a regular expression: {error}."
         ) from error
     if pattern.groups < 1:
         raise errors.UserError(

@@ -10,21 +10,17 @@ import rich.console
 import rich.table
 
 from moe_peft.evaluation import aggregation
+from moe_peft.runtime import terminal
 
 OVERALL = "all tasks"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-      name: what the column is called.
-      content: of the run's results.json.
-    """
-
-    name: str
-    content: Mapping[str, Any]
+    name: str  # what the column is called
+    content: Mapping[str, Any]  # of the run's results.json
 
     @property
     def lines(self) -> dict[str, Mapping[str, Any]]:
@@ -135,7 +131,7 @@ def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> No
         table.add_row(*row)
     table.add_section()
     table.add_row(*body[-1], style="bold")
-    console = console or _console()
+    console = console or terminal.console(140)
     console.print(title(runs), style="bold", highlight=False)
     console.print(table)
     console.print(_notes(runs), style="dim", highlight=False)
@@ -152,14 +148,6 @@ def markdown(runs: Sequence[Run]) -> str:
     sizes = [run.size() for run in runs] + [""] * (len(names) - 2 - len(runs))
     lines.append("| trainable | | " + " | ".join(sizes) + " |")
     return "\n".join(lines)
-
-
-def _console() -> rich.console.Console:
-    """Standard output; a file or a pipe gets lines wide enough for many runs."""
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = 140
-    return console
 
 
 def _cell(summary: Mapping[str, Any]) -> str:

@@ -139,7 +139,9 @@ class Experiment:
         if not is_ranking:
             return compiled.Program(jitted.exact_match, (params, _batch_at(shapes, mesh)), mesh)
         shapes["decoder_segment_ids"] = shapes["decoder_target_tokens"]
-        step = jax.jit(lambda params, batch: jitted.choose(params, batch, self.num_choices, False))
+        step = jax.jit(
+            lambda params, batch: jitted.rank_choices(params, batch, self.num_choices, False)
+        )
         return compiled.Program(step, (params, _batch_at(shapes, mesh)), mesh)
 
     def _network(self, remat_policy: str) -> nn.Module:

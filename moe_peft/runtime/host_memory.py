@@ -19,9 +19,9 @@ _FIRST_STEPS = 8
 def run_programs_inline() -> None:
     """Lets the calling thread run programs on a CPU; has to come before jax looks for devices.
 
-    Otherwise threads of jax's own do, and what those get of glibc cannot be kept: their arenas hold
-    64 MB. Nothing overlaps less, as batches come from a thread (`training.prefetch`). Accelerators
-    are started as ever.
+    Otherwise jax's own threads run them, and glibc cannot keep their memory: the arena of a thread
+    holds 64 MB. Work overlaps as before, because batches come from a thread (`runtime.prefetch`).
+    Accelerators are not affected.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -29,8 +29,8 @@ def run_programs_inline() -> None:
 def keep() -> bool:
     """Stops glibc from returning memory, for good, if jax computes on a CPU; says whether.
 
-    Only glibc, on Linux, can be told so. Called when the weights are loaded, so that what loading
-    took still goes back.
+    Only glibc on Linux can do that. Call it after loading the weights, so that the memory of
+    loading is still returned.
     """
     if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False

@@ -16,16 +16,7 @@ def write_jsonl(path: pathlib.Path | str, rows: Iterable[Mapping[str, Any]]) -> 
     The file appears under its name when all of it is on disk: a run that stops in the middle, for
     whatever reason, leaves what was there before.
     """
-    count = 0
-
-    def lines():
-        nonlocal count
-        for row in rows:
-            count += 1
-            yield _dump(row)
-
-    _write_atomically(pathlib.Path(path), lines())
-    return count
+    return _write_atomically(pathlib.Path(path), map(_dump, rows))
 
 
 def write_json(path: pathlib.Path | str, value: Any) -> None:
@@ -54,7 +45,7 @@ def check_writable(folder: pathlib.Path | str) -> None:
 def read_jsonl(path: pathlib.Path | str) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSON-lines file; blank lines are skipped.
 
-    Raises UserError naming the line that is no JSON object, or the file that cannot be read.
+    Raises UserError naming the line that is not a JSON object, or the file that cannot be read.
     """
     path = pathlib.Path(path)
     try:
@@ -73,7 +64,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise errors.UserError(f"{where} is not JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise errors.UserError(f"{where} is no JSON object but {type(row).__name__}.")
+        raise errors.UserError(f"{where} is not a JSON object but {type(row).__name__}.")
     return row
 
 
@@ -87,16 +78,17 @@ def _dump(row: Mapping[str, Any]) -> str:
     return text
 
 
-def _write_atomically(path: pathlib.Path, lines: Iterable[str]) -> None:
+def _write_atomically(path: pathlib.Path, lines: Iterable[str]) -> int:
+    """Returns the number of lines."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
+            count = sum(bool(file.write(line + "\n")) for line in lines)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # so that a crash leaves the old file or the new one
         partial.replace(path)
+        return count
     except OSError as error:
         raise errors.UserError(f"{path} cannot be written: {error}.") from error
     finally:

@@ -26,19 +26,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Processes that belong together.
+    """Processes that belong together."""
 
-    Attributes:
-      found_in: what said so, for messages.
-      coordinator: HOST:PORT of the first process; None leaves all three to jax's own detection.
-      num_processes: of them.
-      process_id: of this one, from 0.
-    """
-
-    found_in: str
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    found_in: str  # what said so, for messages
+    coordinator: str | None = None  # HOST:PORT of the first; None leaves all to jax's own detection
+    num_processes: int | None = None  # of them
+    process_id: int | None = None  # of this one, from 0
 
 
 def find(flag: str | None, environ: Mapping[str, str]) -> Cluster | None:
@@ -92,15 +85,10 @@ def _given(text: str, where: str) -> Cluster | None:
 def join(cluster: Cluster, timeout: int = TIMEOUT) -> None:
     """Waits until all processes are there; before anything else of jax is used.
 
-    Where they do not come in time, one line says so and the process ends with code 2: jax itself
-    would abort it without a chance to explain.
+    Where they do not come in `timeout` seconds, one line says so and the process ends with code 2:
+    jax itself would abort it without a chance to explain.
 
-    Args:
-      cluster: as `find` returns it.
-      timeout: seconds.
-
-    Raises:
-      UserError: nobody says who the processes are, or this one cannot take its place.
+    Raises UserError where nobody says who the processes are, or this one cannot take its place.
     """
     who = "this process"
     if cluster.coordinator:
@@ -141,11 +129,8 @@ def is_first() -> bool:
 def in_turn(function: Callable[[], T], name: str) -> T:
     """Calls the function in the first process, then in all others; returns its result.
 
-    So what the first one tidies up on disk is done when the others look.
-
-    Args:
-      function: without collective operations.
-      name: of this place in the program.
+    The first one has tidied up on disk before the others look. The function must not contain
+    collective operations; `name` is the name of this place in the program.
     """
     if jax.process_count() == 1:
         return function()
@@ -155,19 +140,14 @@ def in_turn(function: Callable[[], T], name: str) -> T:
 
 
 def anywhere(condition: bool) -> bool:
-    """Whether the condition holds in any process; all must ask together."""
+    """Whether the condition holds in any process; all processes must call it."""
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.asarray(condition))))
 
 
-def put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Host arrays, the same in every process, to devices.
-
-    Args:
-      tree: arrays.
-      shardings: one, or a tree of them.
-    """
+def put_on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Host arrays, the same in every process, to devices; one sharding or a tree of them."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -180,8 +160,8 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def get(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """A copy of a whole array on the host; all processes must ask together."""
+def fetch_to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """A copy of a whole array on the host; all processes must call it."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.array(leaf, copy=True)

@@ -16,13 +16,13 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def opened(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
+def locked(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
     """Makes the folder, tries to write into it, and keeps other runs out until the end.
 
-    Of several processes of one run the first keeps the others' place.
+    Where several processes share a run, the first one holds the lock.
 
     Raises:
-      UserError: it is no path of a file system, cannot be made or written, or another process
+      UserError: it is not a path of a file system, cannot be made or written, or another process
         trains in it.
     """
     if "://" in str(model_dir):

@@ -16,7 +16,7 @@ _NOISE = re.compile(
 
 
 @contextlib.contextmanager
-def importing() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Drops TensorFlow's start-up lines from standard error; every other line comes out after."""
     sys.stderr.flush()
     try:

@@ -63,11 +63,11 @@ class Adapters:
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Called by T5X in every process with what it is about to save; changes nothing."""
         params = state_utils.flatten_state_dict(state["target"])
-        step = int(processes.get(state["state"]["step"]))
+        step = int(processes.fetch_to_host(state["state"]["step"]))
         if not any(map(patching.is_adapter, params)):
             return state, infos  # The method trains the whole model, which T5X saves.
         trained = {
-            path: processes.get(leaf)
+            path: processes.fetch_to_host(leaf)
             for path, leaf in params.items()
             if self.method.is_trainable(path)
         }
@@ -100,6 +100,6 @@ def fingerprint(base: Mapping[str, jax.Array], checkpoint: str) -> str:
         logging.warning("%s The fingerprint is of float32 weights.", error)
         stored = {}
     return digest.of_leaves(
-        digest.of_leaf(path, processes.get(leaf).astype(stored.get(path, leaf.dtype)))
+        digest.of_leaf(path, processes.fetch_to_host(leaf).astype(stored.get(path, leaf.dtype)))
         for path, leaf in base.items()
     )

@@ -169,7 +169,7 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
         )
 
     def place(like, value):
-        return processes.put(np.asarray(value), like.sharding)
+        return processes.put_on_devices(np.asarray(value), like.sharding)
 
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
@@ -187,7 +187,7 @@ def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
         "trainable": state.trainable,
         "position": {"opt_state": _numbered(state.opt_state), "rng": state.rng},
     }
-    return jax.tree.map(processes.get, trees)
+    return jax.tree.map(processes.fetch_to_host, trees)
 
 
 def _numbered(opt_state: PyTree) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def fit(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(run_folder.opened(model_dir))
+        folder = stack.enter_context(run_folder.locked(model_dir))
         stop = stack.enter_context(signals.StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
 
@@ -238,9 +238,9 @@ def fit(
         description = start_lib.describe(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
-        frozen = processes.put(trees.frozen, layout.shardings(trees.frozen, axes))
+        frozen = processes.put_on_devices(trees.frozen, layout.shardings(trees.frozen, axes))
         state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = processes.put(state, places)
+        state = processes.put_on_devices(state, places)
         changed = ""
         if saved:
             identity.check_same_run(saved.description, description, folder)

@@ -22,7 +22,7 @@ def existing(path: epath.PathLike) -> epath.Path:
     # A bucket's library is TensorFlow's, where that is installed.
     is_remote = "://" in os.fspath(path)
     try:
-        with tensorflow_logs.importing() if is_remote else contextlib.nullcontext():
+        with tensorflow_logs.silenced() if is_remote else contextlib.nullcontext():
             if found.exists():
                 return found
     except Exception as error:  # of the bucket's library, whichever that is

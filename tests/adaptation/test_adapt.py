@@ -242,7 +242,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
         "feature_lengths": {"inputs": 56, "targets": 8},
         "save_seconds": 0.0,
     }
-    generate, asked = inference.Answerer.generate, []
+    generate, asked = inference.AnsweringModel.generate, []
 
     def watched(self, params, questions, strategy, progress, seed):
         is_test = len(questions) > 4  # one validation example of four wordings
@@ -253,7 +253,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
             asked.append(seed)
         return generate(self, params, questions, strategy, progress, seed)
 
-    monkeypatch.setattr(inference.Answerer, "generate", watched)
+    monkeypatch.setattr(inference.AnsweringModel, "generate", watched)
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, **settings)
     results = adapt(tmp_path, **settings)

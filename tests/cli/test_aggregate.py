@@ -150,5 +150,6 @@ def test_answers_that_cannot_be_scored_anew(tmp_path, capsys):
 
 
 def test_rules_are_named_in_the_table(folder, capsys):
+    assert len(aggregation.AVERAGES) == 4
     for rule, words in aggregation.AVERAGES.items():
         assert f"all tasks: {words}." in aggregate(capsys, folder, "--average", rule).out

@@ -111,6 +111,7 @@ def test_mistakes(capsys, arguments, message):
 
 
 def test_help_has_examples(capsys):
+    assert list(settings.DATA_COMMANDS) == ["data prepare", "data show"]
     for name in settings.DATA_COMMANDS:
         with pytest.raises(SystemExit):
             main.main([*name.split(), "--help"])

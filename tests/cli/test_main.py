@@ -1,7 +1,9 @@
 """The command line: help at once, settings from gin, results on standard output."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +12,9 @@ import gin
 import pytest
 
 import moe_peft
+from moe_peft import tasks
 from moe_peft.cli import commands, main
-from moe_peft.config import checks, gin_files
+from moe_peft.config import gin_files, macros
 from moe_peft.runtime import host_memory
 
 TINY_MOV = ("--gin_file", "models/tiny.gin", "--gin_file", "methods/mov.gin")
@@ -25,8 +28,8 @@ def _clean_gin():
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from moe_peft import cli\n"
-        "try: cli.main(['train', '--help'])\n"
+        "import sys; from moe_peft.cli import main\n"
+        "try: main.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "print({'jax', 'tensorflow', 'gin', 'rich'} & set(sys.modules))"
     )
@@ -34,6 +37,11 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     assert time.monotonic() - started < 5  # 0.1 s on an idle machine
+
+
+def test_these_commands_take_settings():
+    names = "plan train preflight adapt eval infer export merge"
+    assert list(commands.COMMANDS) == names.split()
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
@@ -100,6 +108,45 @@ def test_files_lists_what_can_be_named(capsys):
     assert (pathlib.Path(folder) / "methods" / "mov.gin").is_file()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("files",),
+        ("compare", "results/x"),
+        ("report", "results/x"),
+        ("convert", "--from", "a", "--to", "b"),
+        ("aggregate", "results/x"),
+        ("experiments",),
+        ("data", "check", "embedded:samples"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_without_settings_refuse_them(arguments, capsys):
+    assert main.main([*arguments, "--gin.NO_SUCH_THING=1"]) == main.USER_ERROR
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.endswith("--gin.NO_SUCH_THING=1: no settings are taken from gin.")
+
+
+def test_tasks_are_found_in_a_checkout_that_is_not_installed(tmp_path):
+    package = pathlib.Path(moe_peft.__file__).parent
+    for name, origin in (("moe_peft", package), ("tasks", pathlib.Path(tasks.__file__).parent)):
+        (tmp_path / name).mkdir()
+        shutil.copy(origin / "__init__.py", tmp_path / name)
+    (tmp_path / "tasks" / "mine.py").write_text("FOUND = __name__")
+    code = "from moe_peft.tasks import mine; print(mine.FOUND, moe_peft.tasks.mine is mine)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import moe_peft; {code}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("moe_peft.tasks.mine True\n", "")
+
+
 def test_interrupt_is_one_line(monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -132,5 +179,6 @@ def test_documentation_lists_every_agreed_macro():
     if not page.is_file():
         pytest.skip("not a checkout")
     text = page.read_text()
-    for name, meaning in checks.MACROS.items():
+    assert len(macros.MACROS) > 30
+    for name, meaning in macros.MACROS.items():
         assert f"| `{name}` | {meaning} |" in text

@@ -1,5 +1,6 @@
 """gin files are found, read and checked; a mistake is one line saying where and what to try."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import gin
@@ -18,6 +19,7 @@ class Wheel:
     kind: str | None = None
     sizes: tuple[int, ...] = ()
     lengths: dict[str, int] | None = None
+    names: Sequence[str] = ()
 
 
 @gin.configurable(module="toys")
@@ -130,6 +132,9 @@ MISTAKES = {
     "bool for an int": (GOOD, "SPOKES=True", "takes int, got True"),
     "float for an int": (GOOD, "SPOKES=1e3", "takes int, got 1000.0"),
     "string for a float": (GOOD, "Wheel.radius=wide", "takes float, got 'wide'"),
+    "str for a sequence": (GOOD, "Wheel.names=oak", r"takes Sequence\[str\], got 'oak'"),
+    "last item of many": (GOOD, "Wheel.sizes=(1, 2, 3, 4, 5, 6, 7, 8, 9, 'b')", "takes tuple"),
+    "bool for a float": (GOOD, "Wheel.radius=True", "takes float, got True"),
     "int for a string": (GOOD, "Wheel.kind=3", "takes str or None, got 3"),
     "wrong item of a tuple": (GOOD, "Wheel.sizes=(1, 'b')", r"takes tuple\[int, \.\.\.\]"),
     "wrong item of a dict": (GOOD, "Wheel.lengths={'a': 'b'}", "takes dict"),
@@ -144,8 +149,19 @@ MISTAKES = {
     "binding without value": (GOOD, "LOAD", "expected --gin.NAME=VALUE"),
     "binding that is not gin": (GOOD, "LOAD=a b", "Strings need quotes"),
     "missing include": ("include 'modls/x.gin'", None, "no gin file 'modls/x.gin'"),
-    "missing module": ("import moe_peft.nowhere", None, "a.gin:1: cannot import moe_peft.nowhere"),
+    "missing module": (
+        "import moe_peft.nowhere",
+        None,
+        "a.gin:1: cannot import moe_peft.nowhere: No module named 'moe_peft.nowhere'",
+    ),
 }
+
+
+def test_references_and_whole_numbers_pass_for_what_they_may_become(tmp_path):
+    text = GOOD + "toys.Wheel.sizes = (1, @toys.horse())\ntoys.Wheel.names = ('a', %SPOKES)"
+    read(tmp_path, text.replace("SPOKES = 12", "SPOKES = @toys.horse()"))
+    assert cart()[0].sizes == (1, 4)
+    assert cart()[0].radius == 1
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -103,6 +103,23 @@ def test_metrics_of_all_examples_are_computed_from_predictions():
     assert aggregation.aggregate([*found, *other]).overall.metric is None
 
 
+def test_a_template_with_several_metrics_is_refused_or_says_so():
+    row = {"task": "t", "group": "g", "template": 0, "targets": "a", "prediction": "a"}
+    ranked = {**row, "metric": "rank_accuracy", "score": 1.0}
+    exact = {**row, "metric": "exact_match", "score": 0.0}
+    f1 = {**row, "metric": "macro_f1", "score": None}
+    for rows in ([ranked, f1], [f1, ranked]):  # whichever comes first
+        with pytest.raises(errors.UserError, match="macro_f1 needs all rows of a template"):
+            aggregation.aggregate(rows)
+    for rows in ([ranked, exact], [exact, ranked]):
+        found = aggregation.aggregate(rows)
+        assert (found.overall.mean, found.tasks["t"].metric, found.overall.metric) == (
+            0.5,
+            None,
+            None,
+        )
+
+
 @pytest.fixture(scope="module")
 def noisy():
     """Four tasks, three templates, 60 examples: some are hard in every wording."""

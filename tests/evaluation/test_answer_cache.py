@@ -65,14 +65,14 @@ def test_other_questions_and_changed_files_do_not_count(folder):
         opened(folder)
 
 
-def test_what_a_suite_asks_in_parts():
+def test_what_a_mixture_asks_in_parts():
     question = inference.Question(np.array([3, 1]), np.array([4, 1]), (np.array([5]),))
     names = ["a"] * 3 + ["b"] + ["c"] * 2
     rows = [{"task": n, "group": "g", "index": i, "targets": "x"} for i, n in enumerate(names)]
-    suite = questions.Suite([question] * 6, rows, [False] * 6, None, {})
-    assert suite.tasks() == {"a": range(3), "b": range(3, 4), "c": range(4, 6)}
-    tasks = suite.tasks()
-    of = lambda size: [list(part) for part in suite.parts(size)]
+    asked = questions.MixtureQuestions([question] * 6, rows, [False] * 6, None, {})
+    assert asked.tasks() == {"a": range(3), "b": range(3, 4), "c": range(4, 6)}
+    tasks = asked.tasks()
+    of = lambda size: [list(part) for part in asked.parts(size)]
     assert (of(1), of(4), of(5), of(100)) == (
         [["a"], ["b"], ["c"]],
         [["a", "b"], ["c"]],
@@ -80,20 +80,20 @@ def test_what_a_suite_asks_in_parts():
         [["a", "b", "c"]],
     )
 
-    digest = suite.digest([0])
-    assert digest == suite.digest([1])  # the place does not count
-    assert digest != suite.digest(tasks["a"])
+    digest = asked.digest([0])
+    assert digest == asked.digest([1])  # the place does not count
+    assert digest != asked.digest(tasks["a"])
     for changed in (
         {"inputs": np.array([3, 3, 1])},
         {"targets": np.array([1])},
         {"choices": ()},
         {"features": {"task_ids": np.int32(1)}},
     ):
-        other = dataclasses.replace(suite, questions=[dataclasses.replace(question, **changed)])
+        other = dataclasses.replace(asked, questions=[dataclasses.replace(question, **changed)])
         assert digest != other.digest([0]), changed
-    regrouped = dataclasses.replace(suite, rows=[{**rows[0], "group": "h"}])
+    regrouped = dataclasses.replace(asked, rows=[{**rows[0], "group": "h"}])
     assert digest == regrouped.digest([0])
     for field in ({"targets": "y"}, {"references": ["x", "y"]}):
-        assert digest != dataclasses.replace(suite, rows=[{**rows[0], **field}]).digest([0])
+        assert digest != dataclasses.replace(asked, rows=[{**rows[0], **field}]).digest([0])
     for field in ({"is_cut": [True]}, {"own_metrics": {"a": "qa_f1"}}):
-        assert digest != dataclasses.replace(suite, **field).digest([0])
+        assert digest != dataclasses.replace(asked, **field).digest([0])

@@ -185,7 +185,7 @@ def test_one_forward_pass_and_greedy_decoding_find_the_known_scores(suite, model
     assert [row["score"] for row in by_decoding] == want
     assert [row["prediction"] == row["targets"] for row in by_decoding] == [w == 1 for w in want]
     assert [row["index"] for row in by_pass] == list(range(24))
-    assert {len(q.inputs) <= 20 for q in decoded.suite(suite).questions} == {True, False}
+    assert {len(q.inputs) <= 20 for q in decoded.questions_of(suite).questions} == {True, False}
     # While training: 12 rows of x, templates 0 and 1 alternating; y has nothing right.
     means = passing(model_and_params[0], 7, model_and_params[1])
     assert means == {"toy/mean": (1.0 + 0.5) / 2 / 2, "toy/median": (1.0 + 0.5) / 2 / 2}
@@ -246,7 +246,18 @@ def save_run(folder, method, backbone):
 
 
 def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, capsys):
-    run = functools.partial(evaluate.evaluate, MODULE, evaluator=make_evaluator(suite))
+
+    def run(method, backbone, folder, **more):
+        found = make_evaluator(suite)
+        return evaluate.evaluate(
+            model=MODULE,
+            method=method,
+            backbone=backbone,
+            model_dir=folder,
+            evaluator=found,
+            **more,
+        )
+
     frozen = run(methods.frozen(), backbone, str(tmp_path / "frozen"))["toy"]
     assert frozen["results"]["overall"]["mean"] == 0.375
     assert frozen["run"]["trainable_parameters"] == 0
@@ -287,11 +298,17 @@ def in_two_parts(suite, monkeypatch):
         def watched(model, params, mixture, progress, places):
             if len(asked) == kill_after:
                 raise KeyboardInterrupt
-            asked.append(one.suite(mixture).rows[places[0]]["task"])
+            asked.append(one.questions_of(mixture).rows[places[0]]["task"])
             return predict(model, params, mixture, progress, places)
 
         one.predict = watched
-        evaluate.evaluate(MODULE, methods.frozen(), backbone, str(folder), one)
+        evaluate.evaluate(
+            model=MODULE,
+            method=methods.frozen(),
+            backbone=backbone,
+            model_dir=str(folder),
+            evaluator=one,
+        )
         return list(asked)
 
     return run
@@ -346,20 +363,22 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
 
     add_task("toy_q_1", inputs, answers)
     with pytest.raises(errors.UserError, match="'toy_q_1' has no metric of its own"):
-        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).suite("toy_q_1")
-    reported = evaluator.Evaluator("toy_r_1", LENGTHS, None).suite("toy_r_1")
+        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).questions_of(
+            "toy_q_1"
+        )
+    reported = evaluator.Evaluator("toy_r_1", LENGTHS, None).questions_of("toy_r_1")
     assert reported.rows[0]["group"] == "letters"
 
 
 def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
     run = functools.partial(
         infer.infer,
-        MODULE,
-        methods.frozen(),
-        backbone,
-        "",
-        suite,
-        LENGTHS,
+        model=MODULE,
+        method=methods.frozen(),
+        backbone=backbone,
+        model_dir="",
+        mixture=suite,
+        feature_lengths=LENGTHS,
         outputs=str(tmp_path / "out.jsonl"),
         decoding=strategies.Greedy(),
         batch_size=8,
@@ -394,17 +413,23 @@ def test_mistakes_are_named_before_anything_is_computed(suite, asked, backbone, 
     with pytest.raises(errors.UserError, match="has no parenthesis"):
         evaluator.Evaluator((suite,), LENGTHS, "toy_.*")
     with pytest.raises(errors.UserError, match="'toy_x_1' does not match task_group"):
-        evaluator.Evaluator((suite,), LENGTHS, "t0_(.*)").suite(suite)
+        evaluator.Evaluator((suite,), LENGTHS, "t0_(.*)").questions_of(suite)
     with pytest.raises(errors.UserError, match="No task or mixture is called 'toj'. Did you mean"):
-        make_evaluator("toj").suite("toj")
+        make_evaluator("toj").questions_of("toj")
     with pytest.raises(errors.UserError, match="divided evenly over 8 devices"):
-        inference.Answerer(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
+        inference.AnsweringModel(encoder_decoder.EncoderDecoder(MODULE), 6, LENGTHS, mesh)
     add_task("toy_w_1", [asked[0][0]], ["abc"], [("a", "b")])
     with pytest.raises(errors.UserError, match="its target 'abc' is none of its choices"):
-        make_evaluator("toy_w_1", rank_choices=True).suite("toy_w_1")
+        make_evaluator("toy_w_1", rank_choices=True).questions_of("toy_w_1")
     small = t5.Transformer(dataclasses.replace(MODULE.config, vocab_size=8))
     with pytest.raises(errors.UserError, match="another vocabulary"):
-        evaluate.evaluate(small, methods.frozen(), backbone, str(tmp_path), make_evaluator(suite))
+        evaluate.evaluate(
+            model=small,
+            method=methods.frozen(),
+            backbone=backbone,
+            model_dir=str(tmp_path),
+            evaluator=make_evaluator(suite),
+        )
 
 
 def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
@@ -413,7 +438,7 @@ def test_a_target_that_was_cut_is_never_right(asked, model_and_params):
     lengths = {**LENGTHS, "targets": len(answer) + 1}
     add_task("toy_v_1", [text], [answer + "aaaa"])
     cut = evaluator.Evaluator(("toy_v_1",), lengths, "toy_([a-z]+)_.*", batch_size=8)
-    assert cut.suite("toy_v_1").is_cut == [True]
+    assert cut.questions_of("toy_v_1").is_cut == [True]
     (row,) = cut.predict(*model_and_params, "toy_v_1")
     assert row["score"] == 0
 

@@ -22,7 +22,7 @@ def main(folder, method, shape, num_steps, spec=None, timeout="60"):
     shape = tuple(map(int, shape.split(",")))
     _, result = runs.train(pathlib.Path(folder), method, shape, int(num_steps), scan_layers=True)
     flat = patching.flatten(result.state.trainable)
-    values = {path: processes.get(leaf) for path, leaf in flat.items()}
+    values = {path: processes.fetch_to_host(leaf) for path, leaf in flat.items()}
     if processes.is_first():
         np.savez(pathlib.Path(folder) / "trained.npz", **values)
 

@@ -266,7 +266,7 @@ def test_answers_do_not_depend_on_the_mesh(method):
     for shape in ((1, 1, 1), (2, 2, 2)):
         mesh = mesh_of(*shape)
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
-        answerer = inference.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
+        answerer = inference.AnsweringModel(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
         texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), progress.Silent())
         scores = answerer.score_choices(placed, questions, progress.Silent())
         found.append((texts, scores))

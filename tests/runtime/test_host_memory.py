@@ -14,7 +14,7 @@ KEEP = host_memory.keep  # Other tests do without: see conftest.py.
 PROGRAM = """
 import resource
 import jax, jax.numpy as jnp
-from moe_peft import host_memory
+from moe_peft.runtime import host_memory
 
 usage = lambda: resource.getrusage(resource.RUSAGE_SELF)
 if {is_kept}:

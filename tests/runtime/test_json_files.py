@@ -44,7 +44,7 @@ def test_unreadable_files_name_the_line(tmp_path):
     with pytest.raises(errors.UserError, match=r"p.jsonl:3 is not JSON"):
         list(json_files.read_jsonl(path))
     path.write_text("[1]\n")
-    with pytest.raises(errors.UserError, match="is no JSON object but list"):
+    with pytest.raises(errors.UserError, match="is not a JSON object but list"):
         list(json_files.read_jsonl(path))
     with pytest.raises(errors.UserError, match="cannot be read"):
         list(json_files.read_jsonl(tmp_path / "missing.jsonl"))

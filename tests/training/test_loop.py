@@ -272,10 +272,10 @@ def test_disk_that_fills_up_while_saving(toy, small_disk, capfd):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with run_folder.opened(tmp_path), pytest.raises(errors.UserError, match="Another process"):
-        with run_folder.opened(tmp_path):
+    with run_folder.locked(tmp_path), pytest.raises(errors.UserError, match="Another process"):
+        with run_folder.locked(tmp_path):
             pass
-    with run_folder.opened(tmp_path):
+    with run_folder.locked(tmp_path):
         pass
 
 

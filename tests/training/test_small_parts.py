@@ -94,5 +94,5 @@ def test_space_is_checked_against_what_is_free(tmp_path):
 
 
 def test_probe_leaves_only_the_lock(tmp_path):
-    with run_folder.opened(tmp_path / "new" / "run") as folder:
+    with run_folder.locked(tmp_path / "new" / "run") as folder:
         assert [path.name for path in folder.iterdir()] == [".lock"]

@@ -185,7 +185,7 @@ def run(capsys, *arguments):
 def test_command(root, capsys):
     code, printed = run(capsys, root)
     assert code == 0
-    assert printed.out.count("nothing to mend") == 3
+    assert printed.out.count("nothing to fix") == 3
     assert "check p3: " in printed.err
     (first, *_), (test, *_) = superni_files(root)
     shown = json.loads(test.read_text())["Instances"][0]
@@ -204,8 +204,8 @@ def test_command(root, capsys):
     ("arguments", "message"),
     [
         (["/nowhere"], "no folder /nowhere/superni; expected a checkout of .*A data folder holds"),
-        (["--benchmark", "crosfit"], "no benchmark 'crosfit'.*Did you mean 'crossfit'"),
-        (["--ignore", "leaks"], "No check fails by the rule 'leaks'.*Did you mean 'leak'"),
+        (["--benchmark", "crosfit"], "--benchmark is 'crosfit'.*Did you mean 'crossfit'"),
+        (["--ignore", "leaks"], "--ignore is 'leaks'.*Did you mean 'leak'"),
     ],
 )
 def test_command_mistakes(tmp_path, capsys, arguments, message):

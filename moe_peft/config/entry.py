@@ -1,0 +1,68 @@
+"""A command that takes its settings from gin: they are read and checked before it is called.
+
+Imports little, so that `moe-peft --help` is instant.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from typing import Any
+
+# Configurables that library code calls itself, rather than by a reference from a gin file.
+CALLED_BY_LIBRARY = (
+    "backbones.allowed",
+    "partitioning.Layout",
+    "sentences.configured",
+    "task_ids.per_template",
+    "places.configured",
+    "bad_rows.configured",
+    "vocabularies.configured",
+    "superni.configured",
+    "crossfit.configured",
+    "p3.configured",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    entry_point: str  # the gin configurable that is called without arguments
+    help: str  # one line
+    example: str  # complete command lines that work
+    modules: tuple[str, ...]  # imported before any gin file is read, the entry point's last
+    defaults: tuple[str, ...] = ()  # gin statements read before any file
+    # Macros that parameters of their names read only where files give a text: no value is needed.
+    optional: tuple[str, ...] = ()
+    # Whether it reads a part of what files set; what it does not read is then not a mistake.
+    reads_a_part: bool = False
+
+
+def configure(
+    command: Command,
+    files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    others: Iterable[Command] = (),
+) -> Callable[..., Any]:
+    """Reads and checks the settings of a command; returns its entry point, to be called.
+
+    `files`, `bindings` and `search_paths` are as in `gin_files.load`; `others` are the commands
+    that the same files may serve. Raises UserError for the first mistake, before anything is
+    computed.
+    """
+    import gin
+
+    from moe_peft.config import checks, gin_files
+
+    gin_files.import_modules(command.modules)
+    config = gin_files.load(files, bindings, search_paths, command.defaults)
+    macros = {name: config.macro(name) for name in command.optional}
+    given = [name for name, found in macros.items() if found and isinstance(found.value, str)]
+    if given:
+        more = [f"{command.entry_point}.{name.lower()}=%{name}" for name in given]
+        config = gin_files.load(files, [*bindings, *more], search_paths, command.defaults)
+    entry_points = [command.entry_point, *(other.entry_point for other in others)]
+    checks.check(config, command.entry_point, entry_points, CALLED_BY_LIBRARY, command.reads_a_part)
+    for binding in checks.obsolete(config, entry_points, CALLED_BY_LIBRARY):
+        config.forget(binding)
+    return gin.get_configurable(command.entry_point)
