@@ -14,7 +14,7 @@ from moe_peft.routing import task_routers
 from moe_peft.weights import identity, merging, records, saved_run
 
 
-def of(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
+def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
     """Returns the LoRA or the (IA)3 that the adapter is for one task.
 
     The modules are averaged with the weights of the task, as every batch does it. Splits disappear:

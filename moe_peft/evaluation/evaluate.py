@@ -11,11 +11,12 @@ import gin
 import jax
 
 from moe_peft import methods
-from moe_peft.evaluation import answer_cache, questions, restore, table
+from moe_peft.evaluation import answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
+from moe_peft.training import restore
 
 
 @gin.register(module="evaluation")
@@ -65,7 +66,7 @@ def evaluate(
         lookup.check_vocabulary(mixture, model.config.vocab_size)
         evaluator.suite(mixture)
     shapes = evaluator.batch_shapes()
-    restored = restore.restore(
+    restored = restore.model(
         model,
         method,
         backbone,

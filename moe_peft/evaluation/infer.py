@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from moe_peft import errors, methods
-from moe_peft.evaluation import inference, restore
+from moe_peft.evaluation import inference
 from moe_peft.models import strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
+from moe_peft.training import restore
 
 
 @gin.register(module="evaluation")
@@ -106,7 +107,7 @@ def infer(
         "decoder_target_tokens": (batch_size, limits["targets"]),
         **{name: (batch_size, *np.shape(v)) for name, v in questions[0].features.items()},
     }
-    restored = restore.restore(
+    restored = restore.model(
         model, method, backbone, model_dir, shapes, mesh, step=step, frozen_dtype=frozen_dtype
     )
     answerer = inference.Answerer(restored.model, batch_size, limits, mesh)
