@@ -23,7 +23,7 @@ def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
     Args:
       saved: a run of Poly, MHR, private, random or uniform routing.
       task: its id.
-      where: `saved` is from, for messages.
+      where: what was trained is from, for messages.
 
     Raises:
       UserError: the method does not tell tasks apart, or not this one.

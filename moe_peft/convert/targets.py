@@ -16,14 +16,9 @@ _SUFFIX = ".safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A file or folder and its format.
+    """A file or folder and its format."""
 
-    Attributes:
-      kind: "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x".
-      path: of it.
-    """
-
-    kind: str
+    kind: str  # "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x"
     path: epath.Path | pathlib.Path
 
     def __str__(self) -> str:
@@ -52,9 +47,7 @@ def source(spec: str) -> Place:
 def target(spec: str, default: str | None) -> Place:
     """Returns where "FORMAT:PATH", "FILE.safetensors" or "FOLDER" means to write.
 
-    Args:
-      spec: as the user wrote it.
-      default: format of a folder; None if it has to be said.
+    `default` is the format of a folder that names none; None if it has to name one.
     """
     kind, name = _split(spec)
     path = pathlib.Path(name)

@@ -67,7 +67,7 @@ def save_tree(
 ) -> pathlib.Path:
     """Writes a tree with names such as "encoder/layers_0/attention/query/kernel".
 
-    Serves backbones and adapters alike. One leaf is in memory at a time.
+    For backbones and adapters; one leaf is in memory at a time.
 
     Args:
       params: nested dict of arrays or of `leaves.Leaf`.

@@ -46,12 +46,8 @@ def recognise(shapes: Shapes, where: str) -> t5.T5Config:
     The number of heads is the number of rows of the relative position bias. A gated feed-forward
     block (`wi_0`, `wi_1`) is that of T5 1.1 and has its activation, gelu; a plain one has relu.
 
-    Args:
-      shapes: by path of our tree.
-      where: the weights' place, for messages.
-
     Raises:
-      UserError: leaves that any T5 has are missing; names the first of them.
+      UserError: leaves that any T5 has are missing `where` the weights are from; names the first.
     """
 
     def shape(path: str) -> tuple[int, ...]:

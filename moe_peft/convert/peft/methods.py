@@ -102,10 +102,7 @@ def method(
 ) -> tuple[methods.Method, list[str]]:
     """Returns our method with the settings of a PEFT folder, and the gin lines that make it.
 
-    Args:
-      config: of the folder.
-      layers: that have an adapter, as paths of the unscanned network.
-      network: that they belong to.
+    `layers` are those with an adapter, as paths of the unscanned network.
     """
     own = config["peft_type"]
     name, settings = own.lower(), {ours: config[theirs] for ours, theirs in _NAMES[own].items()}

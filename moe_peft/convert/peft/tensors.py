@@ -70,14 +70,7 @@ def key_of(layer: str, suffix: str) -> str:
 
 
 def to_peft(kind: str, own: Arrays, alpha: float, scales_inputs: bool) -> Arrays:
-    """Returns {suffix: tensor} of one layer.
-
-    Args:
-      kind: "LORA", "IA3" or "POLY".
-      own: our leaves by name.
-      alpha: that B takes in.
-      scales_inputs: of IA3.
-    """
+    """Returns {suffix: tensor} of one layer from our leaves by name; B takes in `alpha`."""
     if kind == "IA3":
         return {"ia3_l": own["vectors"].reshape((1, -1) if scales_inputs else (-1, 1))}
     a, b = own["lora_a"], own["lora_b"]
@@ -102,13 +95,7 @@ def from_peft(kind: str, tensors: leaves.Leaves, alpha: float) -> Arrays:
 def shapes_of(
     config: Mapping[str, int], layer: str, kernel: tuple[int, int]
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Returns the shapes that each tensor of a layer may have.
-
-    Args:
-      config: settings of the folder.
-      layer: whose tensors they are.
-      kernel: inputs and outputs of it.
-    """
+    """Returns the shapes that each tensor of a layer may have; its kernel is (inputs, outputs)."""
     kind, (inputs, outputs) = config["peft_type"], kernel
     if kind == "IA3":
         # What wi_1 returns may also be scaled as what wo reads.
