@@ -26,7 +26,7 @@ from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.training import optimizers
 from moe_peft.training import state as state_lib
-from moe_peft.weights import backbone as backbone_lib
+from moe_peft.weights import leaves
 
 RATE = 3e-4
 
@@ -125,7 +125,7 @@ def main() -> None:
     batch = jax.tree.map(jnp.asarray, batch)
     shapes = jax.tree.map(jnp.shape, batch)
     backbone = encoder_decoder.EncoderDecoder(module).init(jax.random.key(0), shapes)
-    frozen = backbone_lib.cast(backbone, options.frozen_dtype)
+    frozen = leaves.cast_tree(backbone, options.frozen_dtype)
     rows, figures = [], {}
     for name in options.methods:
         method = methods.get(name)(**step_benchmark.METHODS[name])

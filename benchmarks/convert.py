@@ -22,7 +22,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from moe_peft.weights import formats, hugging_face, leaves, safetensors_files, t5_sizes, t5x_files
+from moe_peft.weights import (
+    formats,
+    hugging_face,
+    leaves,
+    locations,
+    safetensors_files,
+    t5_sizes,
+    t5x_files,
+)
 
 CONVERSIONS = {
     "hf to t5x": ("hf", "t5x", "legacy", False),
@@ -35,7 +43,7 @@ CONVERSIONS = {
 
 def make(folder, name):
     """Writes random bfloat16 weights of the network called `name`."""
-    config = t5_sizes.named(name)
+    config = t5_sizes.config_named(name)
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1_000_003, np.float32).astype(leaves.BFLOAT16)
 
@@ -43,7 +51,7 @@ def make(folder, name):
         values = lambda: np.resize(np.roll(block, rng.integers(block.size)), shape)
         return leaves.Leaf(shape, leaves.BFLOAT16, values, path)
 
-    found = {path: leaf(path, shape) for path, shape in t5_sizes.of_config(config).items()}
+    found = {path: leaf(path, shape) for path, shape in t5_sizes.shapes_of(config).items()}
     hugging_face.write(folder / "hf", config, found)
 
 
@@ -70,8 +78,7 @@ def convert(folder, source, target, layout, scanned):
 def same(folder, one, other):
     """Whether two folders of Hugging Face hold the same bytes, tensor by tensor."""
     one, other = (
-        safetensors_files.open_folder(formats.folders.existing(folder / name))
-        for name in (one, other)
+        safetensors_files.open_folder(locations.existing(folder / name)) for name in (one, other)
     )
     return one.keys() == other.keys() and all(
         leaf.read().tobytes() == other[key].read().tobytes() for key, leaf in one.items()

@@ -9,7 +9,7 @@ import pytest
 
 from moe_peft.cli import main
 from moe_peft.runtime import digest
-from moe_peft.weights import exported
+from moe_peft.weights import saved_run
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "version_0_1"
 
@@ -49,7 +49,7 @@ def test_a_run_answers_as_it_did(run, tmp_path):
 
 def test_an_exported_file_is_read_and_converted(tmp_path):
     file = FIXTURES / "mhr_export.safetensors"
-    saved = exported.load(file)
+    saved = saved_run.load(file)
     assert (saved.step, saved.description["method"]["name"]) == (3, "mhr")
     assert (
         digest.of_tree(saved.trainable)

@@ -16,7 +16,7 @@ from moe_peft.adaptation import data, programs
 from moe_peft.adaptation import progress as progress_lib
 from moe_peft.adaptation import scores as scores_lib
 from moe_peft.training import metrics_writer
-from moe_peft.weights import backbone
+from moe_peft.weights import safetensors_files
 
 SELECTIONS = ("validation", "reported_split", "last")
 _PROGRESS = "progress.safetensors"
@@ -230,7 +230,7 @@ class GroupRun:
     def _save(self, states, best, standings, step) -> None:
         count = len(standings)
         tree = {"states": _numbered(states), "best": _numbered(best)}
-        backbone.save(
+        safetensors_files.save_tree(
             self._fleet.get(tree, count),
             self._folder / _PROGRESS,
             metadata={
@@ -246,7 +246,7 @@ class GroupRun:
         path = self._folder / _PROGRESS
         if not path.exists():
             return None
-        tree, record = backbone.read(path), backbone.read_metadata(path)
+        tree, record = safetensors_files.read_tree(path), safetensors_files.read_metadata(path)
         if record["jobs"] != [str(job) for job in self._jobs]:
             raise errors.UserError(f"{path} is of other runs. Choose another MODEL_DIR.")
         self.seconds_before = record["seconds"]
@@ -297,11 +297,11 @@ def write_adapters(
 ) -> None:
     """Writes stacked leaves [R, ...] as safetensors; the metadata says which run is which."""
     runs = [dataclasses.asdict(job) for job in jobs]
-    backbone.save(trainable, path, metadata={**metadata, "runs": runs})
+    safetensors_files.save_tree(trainable, path, metadata={**metadata, "runs": runs})
 
 
 def read_adapters(path: pathlib.Path) -> dict[data.Job, PyTree]:
     """The trainable tree of every run in a file that `write_adapters` wrote."""
-    tree, metadata = backbone.read(path), backbone.read_metadata(path)
+    tree, metadata = safetensors_files.read_tree(path), safetensors_files.read_metadata(path)
     jobs = [data.Job(**run) for run in metadata["runs"]]
     return {job: programs.unstack(tree, run) for run, job in enumerate(jobs)}

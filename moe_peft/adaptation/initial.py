@@ -1,7 +1,6 @@
 """What every run of a fleet starts from: one frozen tree, and the trainable leaves of each job."""
 
 from collections.abc import Callable, Sequence
-import pathlib
 
 import jax
 from jaxtyping import Float, PyTree
@@ -12,7 +11,7 @@ from moe_peft.adaptation import data
 from moe_peft.methods import transfer
 from moe_peft.training import start as start_lib
 from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import exported, identity
+from moe_peft.weights import leaves
 
 _NO_JOB = data.Job("", 0)  # stands for any: frozen leaves are the same for all
 
@@ -51,31 +50,28 @@ class Start:
         self._start, self._task_weights = start, task_weights
         self._method = method = start.method
         _check(method, source)
-        saved = exported.load(_existing(source)) if source else None
-        if saved:
-            identity.check_source(method, saved.description, str(source))
+        self._source = start_lib.Source.load(method, source) if source else None
         shapes = start.base_shapes()
         loaded = backbone_lib.load(
             backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)
         )
         self.fingerprint = loaded.fingerprint
-        self.source = saved.description if saved else None
-        self.source_step = saved.step if saved else None
-        self._source = saved.trainable if saved else None
-        if saved:
-            self._check_backbone(str(source))
-        self._base = patching.flatten(backbone_lib.cast(loaded.params, "float32"))
+        self.source = self._source and self._source.description
+        self.source_step = self._source and self._source.step
+        if self._source is not None:
+            self._source.check_backbone(self.fingerprint)
+        self._base = patching.flatten(leaves.cast_tree(loaded.params, "float32"))
         self._shapes = jax.eval_shape(self._init, jax.random.key(0))
         self._fresh = jax.jit(self._fresh_adapters)
         frozen = patching.flatten(self._split(_NO_JOB)[0])
-        cast = backbone_lib.cast(
+        cast = leaves.cast_tree(
             {path: leaf for path, leaf in frozen.items() if path in self._base}, frozen_dtype
         )
         self.frozen = patching.trees.unflatten({**frozen, **cast})
 
     def trainables(self, jobs: Sequence[data.Job]) -> list[PyTree]:
         """Initial trainable leaves of every job, float32."""
-        return [backbone_lib.cast(self._split(job)[1], "float32") for job in jobs]
+        return [leaves.cast_tree(self._split(job)[1], "float32") for job in jobs]
 
     @property
     def num_trainable(self) -> int:
@@ -88,7 +84,9 @@ class Start:
             adapters = self._fresh(rng)
         else:
             weights = self._weights(job)
-            found = transfer.initial(self._method, self._source, self._shapes, rng, weights)
+            found = transfer.initial(
+                self._method, self._source.trainable, self._shapes, rng, weights
+            )
             adapters = patching.flatten(found)
         return self._method.split(patching.trees.unflatten({**self._base, **adapters}))
 
@@ -108,22 +106,6 @@ class Start:
 
     def _init(self, rng):
         return self._start.model.init(rng, self._start.batch_shapes)
-
-    def _check_backbone(self, source: str) -> None:
-        saved = self.source["backbone"]["fingerprint"]
-        if saved != self.fingerprint:
-            raise errors.UserError(
-                f"The run in {source} stands on another backbone ({self.source['backbone_spec']!r},"
-                f" fingerprint {saved[:12]}...) than this one ({self.fingerprint[:12]}...)."
-            )
-
-
-def _existing(source: str) -> pathlib.Path:
-    path = pathlib.Path(source).expanduser()
-    if not path.exists():
-        near = errors.near(path.name, [p.name for p in path.parent.glob("*")])
-        raise errors.UserError(f"SOURCE: there is no folder {source}.{near}")
-    return path
 
 
 def _check(method: methods.Method, source: str | None) -> None:

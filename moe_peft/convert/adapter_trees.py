@@ -1,13 +1,13 @@
 """Trained leaves layer by layer, as the unscanned network has them, and back into a tree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import re
 from typing import Any
 
 import numpy as np
 
 from moe_peft import methods, patching
-from moe_peft.models import encoder_decoder, t5
+from moe_peft.models import t5
 from moe_peft.training import start as start_lib
 from moe_peft.weights import leaves, merging, saved_run, scan_layout
 
@@ -16,19 +16,13 @@ Layers = dict[str, Arrays]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ADAPTER = f"/{patching.ADAPTER}/"
-_FEATURES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
+BATCH_SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}  # of any batch
 
 
 def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
     """Returns the shape of every leaf that a run of the method on the network trains."""
-    start = start_lib.Start(
-        encoder_decoder.EncoderDecoder(method.patch(network), method=method),
-        encoder_decoder.EncoderDecoder(network),
-        method,
-        _FEATURES,
-    )
-    flat = patching.flatten(start.trainable_shapes())
-    return {path: leaf.shape for path, leaf in flat.items()}
+    trainable = start_lib.Start.of_network(network, method, BATCH_SHAPES).trainable_shapes()
+    return {path: leaf.shape for path, leaf in patching.flatten(trainable).items()}
 
 
 def by_layer(saved: saved_run.Saved) -> Layers:
@@ -54,7 +48,7 @@ def assemble(layers: Layers, shapes: Shapes) -> dict[str, Any]:
         axis, is_stack = patching.trees.LAYER_AXIS, patching.trees.stack(path) is not None
         one_shape = (*shape[:axis], *shape[axis + 1 :]) if is_stack else shape
         parts = []
-        for one in _unscanned(path, shape):
+        for one in scan_layout.unscanned_paths(path, shape):
             layer, _, name = one.partition(_ADAPTER)
             part = layers[layer][name] if layer in layers else np.ones(one_shape, np.float32)
             parts.append(np.ascontiguousarray(part).reshape(one_shape))
@@ -64,12 +58,15 @@ def assemble(layers: Layers, shapes: Shapes) -> dict[str, Any]:
 
 def layers_of(shapes: Shapes) -> list[str]:
     """Returns the adapted layers of the unscanned network."""
-    paths = (one for path, shape in shapes.items() for one in _unscanned(path, shape))
+    paths = (
+        one for path, shape in shapes.items() for one in scan_layout.unscanned_paths(path, shape)
+    )
     return list(dict.fromkeys(path.partition(_ADAPTER)[0] for path in paths))
 
 
 def rule_of(method: methods.Method, layer: str) -> patching.Rule:
     """Returns the rule that adapts a layer of the unscanned network."""
+    # A pattern may be of either layout: the method does not say which network it was written for.
     paths = layer, _scanned(layer)
     return next(
         rule for rule in method.rules if any(re.fullmatch(rule.pattern, path) for path in paths)
@@ -83,12 +80,3 @@ def path_in(layer: str, network: t5.T5Config) -> str:
 
 def _scanned(layer: str) -> str:
     return re.sub(r"^(encoder|decoder)/layers_\d+/", r"\1/\1/", layer)
-
-
-def _unscanned(path: str, shape: Sequence[int]) -> list[str]:
-    """Returns the paths in the unscanned tree of what a leaf holds."""
-    stack = patching.trees.stack(path)
-    if stack is None:
-        return [path]
-    coder, rest = stack.split("/")[0], path.removeprefix(f"{stack}/")
-    return [f"{coder}/layers_{index}/{rest}" for index in range(shape[patching.trees.LAYER_AXIS])]

@@ -22,16 +22,21 @@ def average(
     """
     weights = _checked_weights(len(members), weights)
     (first_name, first), *others = members.items()
-    leaves = {name: patching.flatten(saved.trainable) for name, saved in members.items()}
     for name, saved in others:
-        _check_same(first_name, first.description, name, saved.description)
-        _check_shapes(first_name, leaves[first_name], name, leaves[name])
+        pairs = zip(_comparable(first), _comparable(saved), strict=True)
+        found = (
+            identity.first_difference(*p, where=(f"in {first_name}", f"in {name}")) for p in pairs
+        )
+        difference = next(filter(None, found), None)
+        if difference:
+            raise errors.UserError(f"{first_name} and {name} cannot be averaged: {difference}.")
+    leaves = [patching.flatten(saved.trainable) for saved in members.values()]
     mean = {
         path: sum(
             np.float32(weight) * np.asarray(own[path], np.float32)
-            for weight, own in zip(weights, leaves.values(), strict=True)
+            for weight, own in zip(weights, leaves, strict=True)
         )
-        for path in leaves[first_name]
+        for path in leaves[0]
     }
     description = {
         **first.description,
@@ -59,24 +64,12 @@ def _checked_weights(number: int, weights: Sequence[float] | None) -> list[float
     return list(weights)
 
 
-def _check_same(first: str, one: Mapping, name: str, other: Mapping) -> None:
-    for part, path in (("method", ()), ("backbone", ("fingerprint",))):
-        values = [description.get(part) for description in (one, other)]
-        for key in path:
-            values = [(value or {}).get(key) for value in values]
-        difference = identity.first_difference(*values, ".".join((part, *path)))
-        if difference:
-            difference = difference.replace("in the checkpoint", f"in {first}")
-            difference = difference.replace("here", f"in {name}")
-            raise errors.UserError(f"{first} and {name} cannot be averaged: {difference}.")
-
-
-def _check_shapes(first: str, one: Mapping, name: str, other: Mapping) -> None:
-    shapes = [{path: np.shape(leaf) for path, leaf in leaves.items()} for leaves in (one, other)]
-    for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        found = [own.get(path) for own in shapes]
-        if found[0] != found[1]:
-            raise errors.UserError(
-                f"{first} and {name} cannot be averaged: {path} is {found[0] or 'missing'} and "
-                f"{found[1] or 'missing'}."
-            )
+def _comparable(saved: saved_run.Saved) -> list[Mapping]:
+    """Returns what members of an average must share, in the order in which it is compared."""
+    fingerprint = (saved.description.get("backbone") or {}).get("fingerprint")
+    shapes = {path: np.shape(leaf) for path, leaf in patching.flatten(saved.trainable).items()}
+    return [
+        {"method": saved.description.get("method")},
+        {"backbone": {"fingerprint": fingerprint}},
+        shapes,
+    ]

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.convert import averaging, merged, models, single_task, targets
+from moe_peft.convert import averaging, merge, models, single_task, targets
 from moe_peft.convert.peft import adapters
 from moe_peft.weights import (
     backbone,
     checkpoint_file,
-    exported,
     formats,
+    leaves,
+    locations,
     records,
     saved_run,
     t5_sizes,
@@ -73,38 +74,39 @@ def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
         name, content = " and ".join(names), _average(names, contents, options)
     else:
         (name,), (content,) = names, contents
-    if isinstance(content, saved_run.Saved) and _trains_all(content):
-        content = models.open_saved(content, name)
-    if isinstance(content, checkpoint_file.Opened):
+    if isinstance(content, saved_run.Saved) and content.description["method"]["name"] == "full":
+        config = records.network(content.description, name).config
+        flat = leaves.flatten(content.trainable)
+        content = checkpoint_file.CheckpointFile(name, config, flat)
+    if isinstance(content, checkpoint_file.CheckpointFile):
         return _convert_model(content, found[0], to, options)
     if options.merge:
         return _merge(content, name, to, options)
     return _convert_adapter(content, name, to, options)
 
 
-def _open(place: targets.Place, options: Options) -> saved_run.Saved | checkpoint_file.Opened:
+def _open(
+    place: targets.Place, options: Options
+) -> saved_run.Saved | checkpoint_file.CheckpointFile:
     if place.kind == targets.RUN:
-        return exported.load(place.path, options.step, options.member)
+        return saved_run.load(place.path, options.step, options.member)
     for name in ("member", "step"):
         if getattr(options, name) is not None:
-            raise errors.UserError(f"{place} is no folder of runs, so it has no --{name}.")
+            raise errors.UserError(f"{place} is not a folder of runs, so it has no --{name}.")
     if place.kind == formats.PEFT:
         saved = adapters.read(place.path, _base(options.base) if options.base else None)
         for line in saved.description.get("gin", ()):
             print(line)
         return saved
-    is_adapter = place.kind == formats.ADAPTERS and exported.holds_adapter(place.path)
-    return exported.load(place.path) if is_adapter else models.open_place(place)
-
-
-def _trains_all(saved: saved_run.Saved) -> bool:
-    return saved.description["method"]["name"] == "full"
+    if place.kind == formats.ADAPTERS and saved_run.is_adapter_file(place.path):
+        return saved_run.load(place.path)
+    return formats.open_backbone(place.path, place.kind)
 
 
 def _average(names, contents, options: Options) -> saved_run.Saved:
     for name, content in zip(names, contents, strict=True):
         if not isinstance(content, saved_run.Saved):
-            raise errors.UserError(f"{name} is no adapter; --average takes adapters.")
+            raise errors.UserError(f"{name} is not an adapter; --average takes adapters.")
     if len(set(names)) < len(names):
         raise errors.UserError(f"--average names {', '.join(names)}: one of them twice.")
     return averaging.average(dict(zip(names, contents, strict=True)), options.weights)
@@ -114,11 +116,13 @@ def _base(spec: str) -> adapters.Base:
     """Returns the model that `--base` names, with the fingerprint of its weights."""
     place = targets.source(spec)
     if place.kind in (targets.RUN, formats.PEFT):
-        raise errors.UserError(f"--base {spec} is in the format {place.kind!r}, no whole model.")
-    config = models.open_place(place).config
+        raise errors.UserError(
+            f"--base {spec} is in the format {place.kind!r}, which is not a whole model."
+        )
+    config = formats.open_backbone(place.path, place.kind).config
     shapes = {
         path: jax.ShapeDtypeStruct(shape, "float32")
-        for path, shape in t5_sizes.of_config(config).items()
+        for path, shape in t5_sizes.shapes_of(config).items()
     }
     spec = _backbone_spec(spec)
     loaded = backbone.load(spec, patching.trees.unflatten(shapes), None)
@@ -136,7 +140,7 @@ def _backbone_spec(base: str) -> str:
 
 def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Place:
     if options.task is not None:
-        saved = single_task.of(saved, options.task, name)
+        saved = single_task.of_task(saved, options.task, name)
     place = targets.target(to, formats.PEFT)
     if place.kind not in (formats.PEFT, formats.ADAPTERS):
         raise errors.UserError(
@@ -144,7 +148,7 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
             "into its backbone first."
         )
     targets.check_free(place, options.overwrite)
-    with targets.placed(place) as partial:
+    with locations.created(place.path, replace=True) as partial:
         if place.kind == formats.PEFT:
             adapters.write(saved, partial, name)
             gap = adapters.gap(saved, partial, options.seed)
@@ -152,17 +156,22 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
             if not gap.relative < 1e-5:
                 raise errors.UserError(f"{name}: the layers differ; nothing was written.")
         else:
-            exported.save(saved, partial, options.dtype or "float32")
+            saved_run.save(saved, partial, options.dtype or "float32")
         _check_adapter(saved, partial, place.kind, options)
     return place
 
 
 def _check_adapter(saved, partial, kind: str, options: Options) -> None:
     """Reads an adapter again and compares every value."""
-    again = adapters.read(partial) if kind == formats.PEFT else exported.load(partial)
-    want = backbone.cast(saved.trainable, options.dtype or "float32")
-    want, have = patching.flatten(want), patching.flatten(again.trainable)
-    same = {path: np.array_equal(want[path], have.get(path)) for path in want}
+    again = adapters.read(partial) if kind == formats.PEFT else saved_run.load(partial)
+    want = patching.flatten(leaves.cast_tree(saved.trainable, options.dtype or "float32"))
+    have = patching.flatten(again.trainable)
+    odd = sorted(want.keys() ^ have.keys())
+    if odd:
+        raise errors.UserError(
+            f"{odd[0]} was {'lost' if odd[0] in want else 'added'} on the way; nothing was kept."
+        )
+    same = {path: np.array_equal(want[path], have[path]) for path in want}
     print(f"read again: {sum(same.values())} of {len(want)} leaves are the same, bit by bit")
     # A scale that PEFT has no place for is multiplied into B: rounding.
     odd = [p for p in want if not same[p] and not np.allclose(want[p], have[p], rtol=1e-6, atol=0)]
@@ -171,66 +180,54 @@ def _check_adapter(saved, partial, kind: str, options: Options) -> None:
 
 
 def _merge(saved, name: str, to: str, options: Options) -> targets.Place:
-    place = targets.target(to, None)
-    if place.kind == formats.PEFT:
-        raise errors.UserError("--merge makes a whole model, which PEFT's format cannot hold.")
-    targets.check_free(place, options.overwrite)
-    spec = saved.description.get("backbone_spec", "")
-    spec = _backbone_spec(options.base) if options.base else spec
+    place = _target_of_model(to, None, "--merge makes", options)
+    given = _backbone_spec(options.base) if options.base else None
+    spec = given or saved.description.get("backbone_spec", "")
     method = records.method(saved.description["method"], name)
     network = records.network(saved.description, name)
+    # Rounding of activations would hide what rounding of kernels does.
     network = network.clone(config=dataclasses.replace(network.config, dtype="float32"))
     frozen_dtype = saved.description["backbone"].get("frozen_dtype", "float32")
-    result = merged.merge(
-        network,
-        method,
-        spec,
-        saved,
-        name,
-        task=options.task,
-        frozen_dtype=frozen_dtype,
-        seed=options.seed,
-    )
-    print(f"logits of adapted and merged network on a random batch: {result.gap}")
-    model = checkpoint_file.Opened(name, network.config, models.leaves.flatten(result.params))
-    like = None
-    if spec.startswith("hf:"):
-        like = formats.open_backbone(spec.removeprefix("hf:"))
-    return _write_model(model, place, options, like, result.record)
+    how = {"task": options.task, "frozen_dtype": frozen_dtype, "seed": options.seed}
+    params, gap, record = merge.merge_saved(network, method, spec, saved, name, **how)
+    print(f"logits of adapted and merged network on a random batch: {gap}")
+    model = checkpoint_file.CheckpointFile(name, network.config, leaves.flatten(params))
+    kind, _, folder = spec.partition(":")
+    like = formats.open_backbone(folder) if kind == formats.HUGGING_FACE else None
+    return _write_model(model, place, options, like, record)
 
 
 def _convert_model(model, source: targets.Place, to: str, options: Options) -> targets.Place:
-    for name in ("merge", "task", "base"):
-        if getattr(options, name):
+    given = {"merge": options.merge, "task": options.task is not None, "base": options.base}
+    for name in given:
+        if given[name]:
             raise errors.UserError(f"{source} is a whole model; --{name} is for adapters.")
     other = {formats.HUGGING_FACE: formats.T5X, formats.T5X: formats.HUGGING_FACE}
-    place = targets.target(to, other.get(source.kind))
-    if place.kind == formats.PEFT:
-        raise errors.UserError(f"{source} is a whole model, which PEFT's format cannot hold.")
-    targets.check_free(place, options.overwrite)
+    place = _target_of_model(to, other.get(source.kind), f"{source} is", options)
     print(f"{source}: {t5_sizes.describe(model.config)}")
     like = model if source.kind == formats.HUGGING_FACE else None
     return _write_model(model, place, options, like)
+
+
+def _target_of_model(to: str, default: str | None, subject: str, options) -> targets.Place:
+    place = targets.target(to, default)
+    if place.kind == formats.PEFT:
+        raise errors.UserError(f"{subject} a whole model, which PEFT's format cannot hold.")
+    targets.check_free(place, options.overwrite)
+    return place
 
 
 def _write_model(model, place, options: Options, like, record=None) -> targets.Place:
     if options.scan_layers is not None and place.kind != formats.HUGGING_FACE:
         model = model.scanned(options.scan_layers)
     started = time.monotonic()
-    with targets.placed(place) as partial:
-        models.write(
-            place.kind,
-            partial,
-            model,
-            options.dtype,
-            metadata=record,
-            like=like,
-            layout=options.t5x_layout,
-        )
+    with locations.created(place.path, replace=True) as partial:
+        what = model, options.dtype, record, like, options.t5x_layout
+        models.write(place.kind, partial, *what)
         seconds = time.monotonic() - started
         size = sum(leaf.nbytes for leaf in model.leaves.values()) / 1e6
         print(f"{size:.0f} MB in {seconds:.1f} s, {size / max(seconds, 1e-3):.0f} MB/s")
-        written = models.open_place(targets.Place(place.kind, partial))
+        written = formats.open_backbone(partial, place.kind)
         gap = models.check_written(model, written, options.dtype, options.seed)
         print(f"read again: all {len(model.leaves)} leaves are the same, bit by bit")
         print(f"logits before and after on a random batch: {gap or 'left out, the model is large'}")

@@ -5,7 +5,7 @@ import pathlib
 import gin
 
 from moe_peft import errors
-from moe_peft.weights import exported
+from moe_peft.weights import saved_run
 
 
 @gin.register(module="commands")
@@ -34,4 +34,4 @@ def export(
     """
     if not path.endswith(".safetensors"):
         raise errors.UserError(f"The exported file is called {path!r}; expected *.safetensors.")
-    return exported.save(exported.load(model_dir, step, member), path, dtype)
+    return saved_run.save(saved_run.load(model_dir, step, member), path, dtype)

@@ -1,14 +1,21 @@
-"""`merge`: a run's adapters folded into the network's own weights, as a backbone file."""
+"""`merge`: a run's adapters folded into the network's own weights, checked on logits."""
 
+import math
 import pathlib
 
 from flax import linen as nn
 import gin
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from moe_peft import errors, methods
-from moe_peft.convert import merged as merged_lib
-from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import exported, identity
+from moe_peft.convert import adapter_trees
+from moe_peft.training import restore
+from moe_peft.training import start as start_lib
+from moe_peft.weights import identity, leaves, merging, safetensors_files, saved_run
+
+# Of the largest logit: rounding of float32, and of activations in bfloat16.
+_ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 @gin.register(module="commands")
@@ -50,19 +57,63 @@ def merge(
     """
     if not path.endswith(".safetensors"):
         raise errors.UserError(f"The merged file is called {path!r}; expected *.safetensors.")
-    backbone_lib.check_dtype(dtype)
-    merged_lib.check(method, task)
-    saved = exported.load(model_dir, step, member)
-    merged = merged_lib.merge(
-        model,
-        method,
-        backbone,
-        saved,
-        str(model_dir),
-        task=task,
-        frozen_dtype=frozen_dtype,
-        seed=seed,
-    )
-    print(f"logits before and after on a random batch: {merged.gap}")
-    metadata = {**merged.record, "model": identity.describe_model(model)}
-    return backbone_lib.save(merged.params, path, dtype, identity.as_json(metadata))
+    leaves.check_dtype(dtype)
+    check_method(method, task)
+    saved, where = saved_run.load(model_dir, step, member), str(model_dir)
+    options = {"task": task, "frozen_dtype": frozen_dtype, "seed": seed}
+    params, gap, record = merge_saved(model, method, backbone, saved, where, **options)
+    print(f"logits before and after on a random batch: {gap}")
+    metadata = identity.as_json({**record, "model": identity.describe_model(model)})
+    return safetensors_files.save_tree(params, path, dtype, metadata)
+
+
+def check_method(method: methods.Method, task: int | None) -> None:
+    """Raises UserError unless the method can be merged for that task."""
+    if not method.rules:
+        raise errors.UserError(f"The method {method.name!r} has no adapters to merge.")
+    merging.check(method, task)
+
+
+def merge_saved(
+    network: nn.Module,
+    method: methods.Method,
+    backbone: str,
+    saved: saved_run.Saved,
+    where: str,
+    *,
+    task: int | None = None,
+    frozen_dtype: str = "float32",
+    seed: int = 0,
+) -> tuple[PyTree, merging.Gap, dict]:
+    """Merges what a run has trained, and compares logits on a random batch.
+
+    Args, besides those of `merge`:
+      network: without adapters.
+      saved: what was trained.
+      where: it is from, for messages.
+
+    Returns:
+      Weights without adapters, float32; the gap between logits; what was merged, as JSON types.
+
+    Raises:
+      UserError: the method cannot be merged, the run does not fit, or the logits differ.
+    """
+    check_method(method, task)
+    start = start_lib.Start.of_network(network, method, adapter_trees.BATCH_SHAPES)
+    params = restore.params_of(start, backbone, saved, where, frozen_dtype)
+    merged = merging.merge_into_base(network, method, params, task)
+    gap = merging.logit_gap(network, method, params, merged, task, seed)
+    allowed = _ALLOWED[jnp.dtype(network.config.dtype).name]
+    if not gap.relative < allowed or not math.isfinite(gap.relative):
+        raise errors.UserError(
+            f"Merged logits differ by {gap.relative:.2g} of the largest logit, more than "
+            f"{allowed:g}; nothing was written. Are the run's weights finite?"
+        )
+    record = {
+        "merged": identity.as_json(method.describe()),
+        "task": task,
+        "step": saved.step,
+        "model_dir": where,
+        "backbone_spec": backbone,
+    }
+    return merged, gap, record

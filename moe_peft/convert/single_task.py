@@ -14,7 +14,7 @@ from moe_peft.routing import task_routers
 from moe_peft.weights import identity, merging, records, saved_run
 
 
-def of(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
+def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
     """Returns the LoRA or the (IA)3 that the adapter is for one task.
 
     The modules are averaged with the weights of the task, as every batch does it. Splits disappear:
@@ -23,7 +23,7 @@ def of(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
     Args:
       saved: a run of Poly, MHR, private, random or uniform routing.
       task: its id.
-      where: `saved` is from, for messages.
+      where: what was trained is from, for messages.
 
     Raises:
       UserError: the method does not tell tasks apart, or not this one.

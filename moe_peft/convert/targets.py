@@ -1,16 +1,13 @@
 """What `--from`, `--to` and `--base` name, and putting a finished conversion in its place."""
 
-from collections.abc import Iterator
-import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 
 from etils import epath
 
 from moe_peft import errors
-from moe_peft.weights import backbone, exported, formats, saved_run
+from moe_peft.weights import backbone, formats, saved_run
 
 RUN = "run"
 _KINDS = (RUN, *formats.FORMATS)
@@ -19,14 +16,9 @@ _SUFFIX = ".safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A file or folder and its format.
+    """A file or folder and its format."""
 
-    Attributes:
-      kind: "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x".
-      path: of it.
-    """
-
-    kind: str
+    kind: str  # "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x"
     path: epath.Path | pathlib.Path
 
     def __str__(self) -> str:
@@ -45,9 +37,8 @@ def source(spec: str) -> Place:
     if prefix == "embedded":
         return Place(formats.ADAPTERS, backbone.embedded_path(spec, name))
     kind, path = _split(spec)
-    if kind is None and _is_run(path):
-        kind = RUN
-    detected = formats.detect(path) if kind != RUN else RUN
+    is_run = saved_run.steps(path) or saved_run.is_adaptation(pathlib.Path(path))
+    detected = RUN if kind == RUN or (kind is None and is_run) else formats.detect(path)
     if kind not in (None, detected):
         raise errors.UserError(f"{path} is in the format {detected!r}, not {kind!r}.")
     return Place(detected, epath.Path(path))
@@ -56,9 +47,7 @@ def source(spec: str) -> Place:
 def target(spec: str, default: str | None) -> Place:
     """Returns where "FORMAT:PATH", "FILE.safetensors" or "FOLDER" means to write.
 
-    Args:
-      spec: as the user wrote it.
-      default: format of a folder; None if it has to be said.
+    `default` is the format of a folder that names none; None if it has to name one.
     """
     kind, name = _split(spec)
     path = pathlib.Path(name)
@@ -89,30 +78,8 @@ def check_free(place: Place, overwrite: bool) -> None:
     if found != place.kind:
         raise errors.UserError(
             f"{place} exists and is {found}, not {place.kind}; it is not replaced. Choose another "
-            "place or remove it."
+            "path or remove it."
         )
-
-
-@contextlib.contextmanager
-def placed(place: Place) -> Iterator[pathlib.Path]:
-    """Yields a path beside the place, which gets its name at the end; after an error it is gone."""
-    path = place.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    old = path.with_name(f".{os.getpid()}.old.{path.name}")
-    try:
-        yield partial
-        if path.exists():
-            path.rename(old)
-        try:
-            partial.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _split(spec: str) -> tuple[str | None, str]:
@@ -120,7 +87,3 @@ def _split(spec: str) -> tuple[str | None, str]:
     kind = {"file": formats.ADAPTERS}.get(kind, kind)
     kind, path = (kind, rest) if colon and kind in _KINDS else (None, spec)
     return kind, os.path.expanduser(path)
-
-
-def _is_run(path: str) -> bool:
-    return bool(saved_run.steps(path)) or exported.is_adaptation(pathlib.Path(path))

@@ -11,11 +11,12 @@ import jax
 
 from moe_peft import methods
 from moe_peft.config import settings as settings_lib
-from moe_peft.evaluation import answer_cache, questions, restore, table
+from moe_peft.evaluation import answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
+from moe_peft.training import restore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         json_files.check_writable(folder)
         lookup.check_vocabulary(mixture, settings.model.config.vocab_size)
         evaluator.questions_of(mixture)
-    restored = restore.restore(
+    restored = restore.model(
         settings.model,
         settings.method,
         settings.backbone,

@@ -12,11 +12,12 @@ import numpy as np
 
 from moe_peft import errors, methods
 from moe_peft.config import settings as settings_lib
-from moe_peft.evaluation import inference, restore
+from moe_peft.evaluation import inference
 from moe_peft.models import strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
+from moe_peft.training import restore
 
 _Row = dict[str, Any]
 
@@ -65,7 +66,7 @@ def infer(settings: Settings) -> list[_Row]:
     questions = _questions(rows, vocabulary, limits)
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
     shapes = inference.batch_shapes(settings.batch_size, limits, questions[0])
-    restored = restore.restore(
+    restored = restore.model(
         settings.model,
         settings.method,
         settings.backbone,

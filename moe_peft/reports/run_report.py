@@ -51,7 +51,7 @@ def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list
       UserError: a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
-    saved = [saved_run.load_trainable(folder, step) for folder in folders]
+    saved = [saved_run.load(folder, step) for folder in folders]
     found = []
     labels = run_folder.labels(folders, saved)
     for folder, label, each in zip(folders, labels, saved, strict=True):

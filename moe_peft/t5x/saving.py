@@ -13,7 +13,7 @@ from t5x import state_utils
 
 from moe_peft import errors, methods, patching
 from moe_peft.runtime import digest, processes
-from moe_peft.weights import exported, saved_run, t5x_files
+from moe_peft.weights import saved_run, t5x_files
 
 FOLDER = "adapters"
 
@@ -23,7 +23,7 @@ def write(saved: saved_run.Saved, path: epath.Path) -> epath.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with tempfile.TemporaryDirectory() as folder:
-        local = exported.save(saved, pathlib.Path(folder) / path.name)
+        local = saved_run.save(saved, pathlib.Path(folder) / path.name)
         partial.write_bytes(local.read_bytes())
     return partial.replace(path)
 
@@ -36,7 +36,7 @@ def read(path: str) -> saved_run.Saved:
     with tempfile.TemporaryDirectory() as folder:
         local = pathlib.Path(folder) / given.name
         local.write_bytes(given.read_bytes())
-        return exported.load(local)
+        return saved_run.load(local)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from moe_peft.training import logbook as logbook_lib
 from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training.monitors import base
-from moe_peft.weights import backbone, saved_run
+from moe_peft.weights import leaves, saved_run
 
 _AGREEMENT_PERIOD = 10  # steps after which several processes ask each other whether to stop
 
@@ -47,7 +47,7 @@ class Settings:
         for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
             if getattr(self, name) < 1:
                 raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        backbone.check_dtype(self.frozen_dtype)
+        leaves.check_dtype(self.frozen_dtype)
 
     def num_new_checkpoints(self, num_old: int) -> int:
         """Returns how many more there will be at once; one more than is kept while saving."""

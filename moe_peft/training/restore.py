@@ -1,16 +1,80 @@
-"""Parameters of a finished or running training run, for evaluation, inference and export."""
+"""The model of a finished or running training run, for evaluation, inference and merging."""
 
+from collections.abc import Mapping
+import dataclasses
 import pathlib
+from typing import Any
 
+from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from moe_peft import errors, patching
+from moe_peft import errors, methods, patching
+from moe_peft.models import encoder_decoder
+from moe_peft.partitioning import layout as layout_lib
 from moe_peft.training import start as start_lib
-from moe_peft.weights import exported, identity, saved_run
+from moe_peft.weights import identity, saved_run
 
 
-def load(
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A model ready to be asked.
+
+    Attributes:
+      model: patched.
+      params: on the devices of the mesh, split by `partitioning.Layout`.
+      run: what a report says about it, as JSON types.
+    """
+
+    model: encoder_decoder.EncoderDecoder
+    params: PyTree
+    run: Mapping[str, Any]
+
+
+def model(
+    module: nn.Module,
+    method: methods.Method,
+    backbone: str,
+    model_dir: str,
+    batch_shapes: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    *,
+    step: int | None = None,
+    frozen_dtype: str = "float32",
+    start_from: str | None = None,
+) -> Restored:
+    """Returns the model that a run of `method` left in `model_dir`, on the devices of the mesh.
+
+    Args, besides those of `params`:
+      module: the network without adapters.
+      method: as trained; one that trains nothing needs no checkpoint.
+      batch_shapes: feature name to shape, as the model will see them.
+      mesh: devices.
+
+    Raises:
+      UserError: the checkpoint is missing or damaged, or is of another method, backbone or model.
+    """
+    start = start_lib.Start.of_network(module, method, batch_shapes)
+    shapes = jax.eval_shape(lambda rng: start.model.init(rng, batch_shapes), jax.random.key(0))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    frozen, trainable = map(count, method.split(shapes))
+    found, step = params(
+        start, backbone, model_dir if trainable else None, step, frozen_dtype, start_from
+    )
+    run = {
+        "method": identity.as_json(method.describe()),
+        "backbone": backbone,
+        "model_dir": str(model_dir),
+        "step": step,
+        "trainable_parameters": trainable,
+        "total_parameters": trainable + frozen,
+    }
+    shardings = layout_lib.Layout(mesh).shardings(found, start.logical_axes())
+    return Restored(start.model, jax.device_put(found, shardings), run)
+
+
+def params(
     start: start_lib.Start,
     backbone: str,
     model_dir: str | pathlib.Path | None,
@@ -27,7 +91,7 @@ def load(
       model_dir: folder of the run, or the file it was exported to; None gives the backbone with
         fresh adapters and step 0.
       step: which checkpoint; None takes the newest.
-      frozen_dtype: how frozen leaves are stored.
+      frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16".
       start_from: folder of a run that a transferred method starts from: its parameters, transferred
         and not trained further, instead of those of `model_dir`. A method that is not transferred
         takes them as they are, from a run of its own or from its exported file.
@@ -38,19 +102,17 @@ def load(
     """
     if start_from is not None and start.method.transfer is None:
         model_dir, start_from = start_from, None
-    if start_from is not None:
-        source = start_lib.Source.load(start.method, start_from)
-        trees = start.trees(backbone, 0, frozen_dtype, source)
+    if start_from is None and model_dir is not None:
+        saved = saved_run.load(model_dir, step, member)
+        return params_of(start, backbone, saved, str(model_dir), frozen_dtype), saved.step
+    source = start_lib.Source.load(start.method, start_from) if start_from is not None else None
+    trees = start.trees(backbone, 0, frozen_dtype, source)
+    if source is not None:
         source.check_backbone(trees.fingerprint)
-        return patching.merge(trees.frozen, trees.trainable), 0
-    if model_dir is None:
-        trees = start.trees(backbone, seed=0, frozen_dtype=frozen_dtype)
-        return patching.merge(trees.frozen, trees.trainable), 0
-    saved = exported.load(model_dir, step, member)
-    return of_saved(start, backbone, saved, str(model_dir), frozen_dtype), saved.step
+    return patching.merge(trees.frozen, trees.trainable), 0
 
 
-def of_saved(
+def params_of(
     start: start_lib.Start,
     backbone: str,
     saved: saved_run.Saved,
@@ -59,12 +121,9 @@ def of_saved(
 ) -> PyTree:
     """Returns the backbone and what `saved` holds, merged.
 
-    Args:
-      start: see `load`.
-      backbone: likewise.
+    Args, besides those of `params`:
       saved: what was trained.
       where: it is from, for messages.
-      frozen_dtype: see `load`.
 
     Raises:
       UserError: it is of another method, backbone or model config.
@@ -79,15 +138,12 @@ def of_saved(
         "backbone": {**saved.description["backbone"], "fingerprint": trees.fingerprint},
     }
     identity.check_same_run(saved.description, current, where, ("method", "backbone"))
-    want = {path: leaf.shape for path, leaf in patching.flatten(trees.trainable).items()}
-    have = {path: leaf.shape for path, leaf in patching.flatten(saved.trainable).items()}
-    if want != have:
-        differing = sorted(
-            path for path in want.keys() | have.keys() if want.get(path) != have.get(path)
-        )
+    have, want = (patching.flatten(tree) for tree in (saved.trainable, trees.trainable))
+    shapes = ({path: leaf.shape for path, leaf in tree.items()} for tree in (have, want))
+    difference = identity.first_difference(*shapes)
+    if difference:
         raise errors.UserError(
-            f"The checkpoint of step {saved.step} in {where} does not fit the model: "
-            f"{len(differing)} leaves differ, the first is {differing[0]}."
+            f"The checkpoint of step {saved.step} in {where} does not fit the model: {difference}."
         )
-    trained = {path: jnp.asarray(leaf) for path, leaf in patching.flatten(saved.trainable).items()}
-    return patching.merge(trees.frozen, patching.trees.unflatten(trained))
+    trained = patching.trees.unflatten({path: jnp.asarray(leaf) for path, leaf in have.items()})
+    return patching.merge(trees.frozen, trained)

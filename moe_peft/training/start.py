@@ -4,16 +4,18 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from flax import linen as nn
 import jax
 from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.methods import transfer
+from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.runtime import digest
 from moe_peft.training import optimizers
 from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import exported, identity
+from moe_peft.weights import identity, leaves, saved_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,14 @@ class Start:
     base_model: Any
     method: methods.Method
     batch_shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of_network(
+        cls, network: nn.Module, method: methods.Method, batch_shapes: Mapping[str, tuple[int, ...]]
+    ) -> "Start":
+        """Returns what a run of the method on a network without adapters is made from."""
+        model = encoder_decoder.EncoderDecoder(method.patch(network), method=method)
+        return cls(model, encoder_decoder.EncoderDecoder(network), method, batch_shapes)
 
     def base_shapes(self) -> PyTree:
         """Returns the abstract params of the model without adapters."""
@@ -86,8 +96,8 @@ class Start:
             adapters = patching.flatten(self.transferred(source, seed))
         frozen, trainable = self.method.split(patching.trees.unflatten({**base, **adapters}))
         return Trees(
-            backbone_lib.cast(frozen, frozen_dtype),
-            backbone_lib.cast(trainable, "float32"),
+            leaves.cast_tree(frozen, frozen_dtype),
+            leaves.cast_tree(trainable, "float32"),
             loaded.fingerprint,
         )
 
@@ -127,7 +137,7 @@ class Source:
         Raises:
           UserError: there is none, or it is of another method than `method` starts from.
         """
-        saved = exported.load(folder, step)
+        saved = saved_run.load(folder, step)
         identity.check_source(method, saved.description, folder)
         return cls(str(folder), saved.step, saved.trainable, saved.description)
 

@@ -1,26 +1,27 @@
-"""Backbones: where a model's own weights come from, what identifies them, how they are exported."""
+"""Backbones: where a model's own weights come from, and what identifies them."""
 
-from collections.abc import Callable, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.resources
-import json
 import pathlib
 import sys
-from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from moe_peft import errors, patching
 from moe_peft.runtime import digest
-from moe_peft.weights import checkpoint_file, formats, leaves, saved_run, scan_layout, t5_sizes
+from moe_peft.weights import (
+    checkpoint_file,
+    formats,
+    leaves,
+    safetensors_files,
+    saved_run,
+    scan_layout,
+    t5_sizes,
+)
 
 KINDS = (
     "random:SEED",
@@ -30,8 +31,6 @@ KINDS = (
     "hf:FOLDER",
     "t5x:FOLDER",
 )
-_FLOATS = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_MAX_NAMED = 5
 _CONVERTED = (formats.HUGGING_FACE, formats.T5X)
 
 
@@ -65,8 +64,8 @@ def load(
     Args:
       spec: "random:SEED" (fresh weights), "embedded:NAME" (shipped with the package),
         "run:FOLDER[@STEP]" (a training run of the method `full`; default: its newest checkpoint),
-        "file:PATH" (a safetensors file as `save` writes it), "hf:FOLDER" (a T5 as transformers
-        saves it) or "t5x:FOLDER" (a T5X checkpoint, also "t5x:gs://...").
+        "file:PATH" (a safetensors file as `moe-peft export` writes it), "hf:FOLDER" (a T5 as
+        transformers saves it) or "t5x:FOLDER" (a T5X checkpoint, also "t5x:gs://...").
       abstract_params: shapes of the model's own parameters, without adapters.
       init: rng -> fresh parameters, called for random backbones and for leaves that `allowed` lets
         be missing.
@@ -82,19 +81,22 @@ def load(
     if kind == "random":
         params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
     elif kind == "embedded":
-        params = read(embedded_path(spec, rest))
+        params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":
-        params = read(pathlib.Path(rest))
+        params = safetensors_files.read_tree(rest)
     elif kind == "run":
         params = _from_run(spec, rest)
     else:
         raise errors.UserError(f"Backbone {spec!r} is none of {', '.join(KINDS)}.")
-    params = _in_layout_of(abstract_params, params)
-    check(params, abstract_params, spec)
+    scanned = scan_layout.is_scanned(patching.flatten(abstract_params))
+    if scan_layout.is_scanned(patching.flatten(params)) != scanned:
+        params = leaves.load(scan_layout.convert(leaves.flatten(params), scanned))
+    _check_shapes(params, abstract_params, spec)
     fingerprint = digest.of_tree(params)
     if stored_as is not None:
         flat = patching.flatten(params)
-        params = patching.trees.unflatten({p: cast(x, stored_as(p)) for p, x in flat.items()})
+        flat = {path: leaves.cast(leaf, stored_as(path)) for path, leaf in flat.items()}
+        params = patching.trees.unflatten(flat)
     return Backbone(str(spec), params, fingerprint)
 
 
@@ -118,10 +120,10 @@ def check_headers(spec: str, abstract_params: PyTree) -> None:
       UserError: there is no such checkpoint, or it does not fit.
     """
     if str(spec).partition(":")[0] in _CONVERTED:
-        _opened(spec, abstract_params).report().check(*allowed())
+        _open(spec, abstract_params).report().check(*allowed())
 
 
-def _opened(spec: str, abstract_params: PyTree) -> checkpoint_file.Opened:
+def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
     """Opens a checkpoint in the model's layout of layers, if it is of the model's size."""
     kind, _, folder = str(spec).partition(":")
     found = formats.open_backbone(folder, kind)
@@ -133,7 +135,7 @@ def _opened(spec: str, abstract_params: PyTree) -> checkpoint_file.Opened:
             f"{name} {getattr(found.config, name)} (model config: {getattr(model, name)})"
             for name in differing
         )
-        fitting = t5_sizes.name(found.config)
+        fitting = t5_sizes.name_of(found.config)
         raise errors.UserError(
             f"Backbone {spec!r} has another size than the model: {', '.join(each)}. "
             + (f"Take models/{fitting}.gin." if fitting else "Set T5Config to its sizes.")
@@ -147,7 +149,7 @@ def _streamed(
     init: Callable[[jax.Array], PyTree],
     stored_as: Callable[[str], str] | None,
 ) -> Backbone:
-    found = _opened(spec, abstract_params)
+    found = _open(spec, abstract_params)
     report = found.report()
     report.check(*allowed())
     for line in report.lines()[1:]:
@@ -160,33 +162,17 @@ def _streamed(
     for path in patching.flatten(abstract_params):
         values = np.asarray(fresh[path] if path in fresh else found.leaves[path], order="C")
         digests.append(digest.of_leaf(path, values))
-        params[path] = values if stored_as is None else cast(values, stored_as(path))
+        params[path] = values if stored_as is None else leaves.cast(values, stored_as(path))
     return Backbone(str(spec), patching.trees.unflatten(params), digest.of_leaves(digests))
 
 
-def _in_layout_of(abstract_params: PyTree, params: PyTree) -> PyTree:
-    scanned = scan_layout.is_scanned(patching.flatten(abstract_params))
-    if scan_layout.is_scanned(patching.flatten(params)) == scanned:
-        return params
-    return leaves.load(scan_layout.convert(leaves.flatten(params), scanned))
-
-
-def check(params: PyTree, abstract_params: PyTree, spec: str) -> None:
+def _check_shapes(params: PyTree, abstract_params: PyTree, spec: str) -> None:
     """Raises UserError unless `params` has exactly the leaves and shapes of the model."""
     have = {name: np.shape(leaf) for name, leaf in patching.flatten(params).items()}
     want = {name: leaf.shape for name, leaf in patching.flatten(abstract_params).items()}
     missing, unused = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    if missing:
-        near = errors.near(missing[0], unused)
-        raise errors.UserError(
-            f"Backbone {spec!r} lacks {len(missing)} of the model's {len(want)} leaves, the first "
-            f"ones: {', '.join(missing[:_MAX_NAMED])}.{near} Is this the right model config?"
-        )
-    if unused:
-        raise errors.UserError(
-            f"Backbone {spec!r} has {len(unused)} leaves that the model does not use, the first "
-            f"ones: {', '.join(unused[:_MAX_NAMED])}. Is this the right model config?"
-        )
+    where, advice = f"Backbone {spec!r}", "Is this the right model config?"
+    checkpoint_file.check_leaves(where, missing, unused, len(want), advice)
     for name in want:
         if have[name] != want[name]:
             # The embedding tells most plainly that the vocabulary is another one.
@@ -195,84 +181,6 @@ def check(params: PyTree, abstract_params: PyTree, spec: str) -> None:
                 f"Backbone {spec!r} has another {what} than the model: {name} is {have[name]} in "
                 f"the backbone and {want[name]} in the model config."
             )
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises UserError unless frozen weights can be stored so."""
-    if dtype not in _FLOATS:
-        raise errors.UserError(
-            f"Frozen weights are stored as {' or '.join(_FLOATS)}, got {dtype!r}."
-            f"{errors.near(str(dtype), _FLOATS)}"
-        )
-
-
-def cast(params: PyTree, dtype: str) -> PyTree:
-    """Returns the tree with its floating-point leaves in "float32" or "bfloat16"."""
-    check_dtype(dtype)
-
-    def convert(leaf):
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        is_so_already = leaf.dtype == _FLOATS[dtype]
-        return leaf.astype(_FLOATS[dtype]) if is_float and not is_so_already else leaf
-
-    return jax.tree.map(convert, params)
-
-
-def save(
-    params: PyTree,
-    path: pathlib.Path | str,
-    dtype: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> pathlib.Path:
-    """Writes a tree as safetensors with names such as "encoder/layers_0/attention/query/kernel".
-
-    Serves backbones and adapters alike.
-
-    Args:
-      params: nested dict of arrays.
-      path: the file to write; replaced atomically.
-      dtype: "float32" or "bfloat16"; None keeps each leaf's own.
-      metadata: stored as json under the key "moe_peft".
-    """
-    path = pathlib.Path(path)
-    params = cast(params, dtype) if dtype else params
-    flat = {
-        name: np.ascontiguousarray(jax.device_get(leaf))
-        for name, leaf in patching.flatten(params).items()
-    }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"format": "np", "moe_peft": json.dumps(dict(metadata or {}), sort_keys=True)}
-        partial.touch()
-        # The library's own files are for their owner's eyes only, whatever the umask says.
-        mode = partial.stat().st_mode
-        safetensors.numpy.save_file(flat, partial, metadata=header)
-        partial.chmod(mode)
-        partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"Cannot write {path}: {error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-    return path
-
-
-def read(path: pathlib.Path | str) -> PyTree:
-    """Returns the tree of a file that `save` wrote, as NumPy arrays."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise errors.UserError(f"There is no file {path}.{_beside(path)}")
-    try:
-        return patching.trees.unflatten(safetensors.numpy.load_file(path))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
-
-
-def read_metadata(path: pathlib.Path | str) -> dict[str, Any]:
-    """Returns the metadata given to `save`."""
-    with safetensors.safe_open(path, framework="np") as file:
-        return json.loads((file.metadata() or {}).get("moe_peft", "{}"))
 
 
 def _seed(spec: str, text: str) -> int:
@@ -298,16 +206,10 @@ def _from_run(spec: str, text: str) -> PyTree:
     folder, _, step = text.partition("@")
     if step and not step.isdigit():
         raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
-    saved = saved_run.load_trainable(folder, int(step) if step else None)
+    saved = saved_run.load(folder, int(step) if step else None)
     if saved.description["method"].get("name") != "full":
         raise errors.UserError(
             f"Backbone {spec!r} is a run of the method {saved.description['method'].get('name')!r}"
             " and holds only its adapters; a backbone comes from a run of the method 'full'."
         )
     return saved.trainable
-
-
-def _beside(path: pathlib.Path) -> str:
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist either."
-    return errors.near(path.name, [other.name for other in path.parent.iterdir()])

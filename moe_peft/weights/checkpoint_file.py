@@ -1,7 +1,8 @@
-"""A checkpoint whose headers have been read, whatever its format."""
+"""A checkpoint whose headers have been read, whatever its format, and what loading it will do."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 from jaxtyping import PyTree
@@ -9,11 +10,53 @@ from jaxtyping import PyTree
 from moe_peft import errors
 from moe_peft.models import t5
 from moe_peft.weights import leaves, scan_layout, t5_sizes
-from moe_peft.weights import report as report_lib
+
+_MAX_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class Report:
+    """What a restore does with every leaf of a checkpoint and of the model that it is read for.
+
+    Attributes:
+      path: of the checkpoint.
+      loaded: paths that are read.
+      cast: of those, path to (dtype in the file, dtype after loading).
+      missing: paths of the model that the checkpoint lacks.
+      unused: keys of the checkpoint that the model has no place for.
+      known: keys left out because they are copies or were never used, with the reason.
+    """
+
+    path: str
+    loaded: tuple[str, ...]
+    cast: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    known: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check(self, allow_missing: Sequence[str] = (), allow_unused: Sequence[str] = ()) -> None:
+        """Raises UserError for a missing or unused leaf that no regular expression names."""
+        missing = _not_named(self.missing, allow_missing)
+        unused = _not_named(self.unused, allow_unused)
+        total = len(self.loaded) + len(self.missing)
+        advice = "Name them in allow_{} if that is meant."
+        check_leaves(self.path, missing, unused, total, advice)
+
+    def lines(self) -> list[str]:
+        """Returns the report as text: one line of counts, then one for each that was not loaded."""
+        kinds = sorted({f"{old} to {new}" for old, new in self.cast.values()})
+        cast = f" ({', '.join(kinds)})" if kinds else ""
+        return [
+            f"{self.path}: {len(self.loaded)} leaves loaded, {len(self.cast)} cast{cast}, "
+            f"{len(self.missing)} missing, {len(self.unused)} unused",
+            *(f"  missing: {path}" for path in self.missing),
+            *(f"  unused: {key}" for key in self.unused),
+            *(f"  left out: {key} ({why})" for key, why in sorted(self.known.items())),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFile:
     """A checkpoint of which only headers have been read.
 
     Attributes:
@@ -32,46 +75,84 @@ class Opened:
     known: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def report(self, dtype: str | None = None) -> report_lib.Report:
+    def report(self, dtype: str | None = None) -> Report:
         """Returns what loading as `dtype` does with every leaf; checks shapes.
 
         Raises:
           UserError: a leaf has another shape than the network's.
         """
-        expected = t5_sizes.of_config(self.config)
-        for path, leaf in self.leaves.items():
-            if path in expected and leaf.shape != expected[path]:
+        expected = t5_sizes.shapes_of(self.config)
+        loaded = {path: leaf for path, leaf in self.leaves.items() if path in expected}
+        for path, leaf in loaded.items():
+            if leaf.shape != expected[path]:
                 raise errors.UserError(
                     f"{leaf.source} gives {path} the shape {leaf.shape}; the config says "
                     f"{expected[path]}."
                 )
         extra = [leaf.source for path, leaf in self.leaves.items() if path not in expected]
-        loaded = {path: leaf for path, leaf in self.leaves.items() if path in expected}
-        return report_lib.Report(
+        cast = {p: leaf.dtype.name for p, leaf in loaded.items() if leaves.is_cast(leaf, dtype)}
+        return Report(
             path=self.path,
             loaded=tuple(loaded),
-            cast=leaves.casts(loaded, dtype),
+            cast={path: (own, dtype) for path, own in cast.items()},
             missing=tuple(path for path in expected if path not in self.leaves),
             unused=(*self.unused, *extra),
             known=self.known,
         )
 
-    def scanned(self, scan_layers: bool) -> "Opened":
-        """Returns the checkpoint in the other layout of leaves; nothing is read."""
+    def scanned(self, scan_layers: bool) -> "CheckpointFile":
+        """Returns the checkpoint in that layout of leaves; nothing is read."""
         config = dataclasses.replace(self.config, scan_layers=scan_layers)
         found = scan_layout.convert(self.leaves, scan_layers)
         return dataclasses.replace(self, config=config, leaves=found)
 
-    def load(
+    def read(
         self,
         dtype: str | None = None,
+        *,
+        scan_layers: bool = False,
         sharding: leaves.Sharding | leaves.ShardingOf | None = None,
         allow_missing: Sequence[str] = (),
         allow_unused: Sequence[str] = (),
-    ) -> tuple[PyTree, report_lib.Report]:
-        """Reads the weights; see `read`."""
-        leaves.check_dtype(dtype)
-        report = self.report(dtype)
+    ) -> tuple[t5.T5Config, PyTree]:
+        """Reads the weights; returns the config and the parameters.
+
+        Args:
+          dtype: "float32", "bfloat16", or None for that of the file.
+          scan_layers: the layout of the tree, whatever that of the file.
+          sharding: where leaves go, such as `leaves.spread(mesh)`; None gives NumPy arrays.
+          allow_missing: regular expressions of paths that may be missing; they are left out.
+          allow_unused: regular expressions of keys that may have no place.
+
+        Raises:
+          UserError: a leaf is missing, left over or of another shape, or a file is damaged.
+        """
+        found = self.scanned(scan_layers)
+        report = found.report(dtype)
         report.check(allow_missing, allow_unused)
-        loaded = {path: self.leaves[path] for path in report.loaded}
-        return leaves.load(loaded, dtype, sharding), report
+        loaded = {path: found.leaves[path] for path in report.loaded}
+        return found.config, leaves.load(loaded, dtype, sharding)
+
+
+def check_leaves(
+    where: str, missing: Sequence[str], unused: Sequence[str], total: int, advice: str
+) -> None:
+    """Raises UserError if leaves are missing, of so many in the model, or some are left over.
+
+    The message ends with the advice, in which "{}" stands for "missing" or "unused".
+    """
+    first = lambda names: ", ".join(names[:_MAX_NAMED])
+    if missing:
+        raise errors.UserError(
+            f"{where} lacks {len(missing)} of the model's {total} leaves, the first ones: "
+            f"{first(missing)}.{errors.near(missing[0], unused)} {advice.format('missing')}"
+        )
+    if unused:
+        raise errors.UserError(
+            f"{where} has {len(unused)} leaves that the model has no place for, the first ones: "
+            f"{first(unused)}. {advice.format('unused')}"
+        )
+
+
+def _not_named(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [path for path in paths if not any(re.fullmatch(p, path) for p in patterns)]

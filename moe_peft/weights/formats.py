@@ -3,7 +3,15 @@
 from etils import epath
 
 from moe_peft import errors
-from moe_peft.weights import checkpoint_file, hugging_face, locations, safetensors_files, t5x_files
+from moe_peft.weights import (
+    checkpoint_file,
+    hugging_face,
+    locations,
+    records,
+    safetensors_files,
+    t5_sizes,
+    t5x_files,
+)
 
 HUGGING_FACE, T5X, PEFT, ADAPTERS = "hf", "t5x", "peft", "ours"
 FORMATS = (HUGGING_FACE, T5X, PEFT, ADAPTERS)
@@ -25,7 +33,7 @@ def detect(path: epath.PathLike) -> str:
             return ADAPTERS
         if found.name == t5x_files.INDEX:
             return T5X
-        raise errors.UserError(f"{found} is no file of weights that is known; expected a folder.")
+        raise errors.UserError(f"{found} is not a known file of weights; expected a folder.")
     if (found / "adapter_config.json").exists():
         return PEFT
     if t5x_files.is_checkpoint(found) or t5x_files.steps(found):
@@ -33,18 +41,28 @@ def detect(path: epath.PathLike) -> str:
     weights = (safetensors_files.SINGLE, safetensors_files.INDEX, hugging_face.CONFIG)
     if any((found / name).exists() for name in weights):
         return HUGGING_FACE
-    for file in sorted(found.iterdir()):
-        locations.refuse_pickle(file)
+    locations.refuse_pickle(found)
     raise errors.UserError(
-        f"{found} holds no weights that are known; expected transformers' model.safetensors and "
+        f"{found} holds no known weights; expected transformers' model.safetensors and "
         "config.json, a T5X checkpoint_N, or PEFT's adapter_config.json."
     )
 
 
-def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_file.Opened:
-    """Returns the whole model at `path`, headers only; `kind` is "hf" or "t5x", None detects it."""
+def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_file.CheckpointFile:
+    """Returns the whole model at a path, headers only; kind None detects its format."""
     kind = kind or detect(path)
-    openers = {HUGGING_FACE: hugging_face.open_folder, T5X: t5x_files.open_folder}
+    folders = {HUGGING_FACE: hugging_face.open_folder, T5X: t5x_files.open_folder}
+    openers = {**folders, ADAPTERS: _open_ours}
     if kind not in openers:
         raise errors.UserError(f"{path} is in the format {kind!r}, which holds no whole model.")
     return openers[kind](path)
+
+
+def _open_ours(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
+    found = safetensors_files.open_file(path)
+    description = safetensors_files.read_metadata(path)
+    if description.get("model"):
+        config = records.network(description, str(path)).config
+    else:
+        config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
+    return checkpoint_file.CheckpointFile(str(path), config, found)

@@ -5,7 +5,7 @@ activation and vocabulary are in config.json. Nothing here imports torch or tran
 pickle is ever opened.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
@@ -27,12 +27,8 @@ from moe_peft.weights import (
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
+    *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "generation_config.json"),
 )
 SHARD_BYTES = 5_000_000_000
 _STRIP = 64  # rows
@@ -40,64 +36,58 @@ _STRIP = 64  # rows
 _MODEL_TYPES = ("t5", "mt5")
 # The two that shapes tell apart; released models have no others.
 _ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
+# Sizes: what config.json calls them, and what our config does.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "emb_dim",
+    "num_heads": "num_heads",
+    "d_kv": "head_dim",
+    "d_ff": "mlp_dim",
+    "num_layers": "num_encoder_layers",
+    "num_decoder_layers": "num_decoder_layers",
+}
 # What our network does not leave open.
 _FIXED = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
+_EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _NEVER_USED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def read(
-    path: epath.PathLike,
-    dtype: str | None = None,
-    *,
-    scan_layers: bool = False,
-    sharding: leaves.Sharding | leaves.ShardingOf | None = None,
-    allow_missing: Sequence[str] = (),
-    allow_unused: Sequence[str] = (),
+    path: epath.PathLike, dtype: str | None = None, **options: Any
 ) -> tuple[t5.T5Config, PyTree]:
-    """Returns the config and the parameters of a folder that transformers wrote.
+    """Returns `CheckpointFile.read` of a folder that transformers wrote, or of one file in it."""
+    return open_folder(path).read(dtype, **options)
 
-    Args:
-      path: the folder, or one safetensors file in it.
-      dtype: "float32", "bfloat16", or None for that of the file.
-      scan_layers: the layout of the tree.
-      sharding: where leaves go, such as `leaves.spread(mesh)`; None gives NumPy arrays.
-      allow_missing: regular expressions of paths that may be missing; they are left out.
-      allow_unused: regular expressions of keys that may have no place.
+
+def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
+    """Reads config.json and the headers of the weights.
 
     Raises:
-      UserError: the folder holds no T5, a pickle, a damaged file, or leaves that do not fit.
+      UserError: the folder holds no T5, a pickle, or a damaged file.
     """
-    found = open_folder(path).scanned(scan_layers)
-    params, _ = found.load(dtype, sharding, allow_missing, allow_unused)
-    return found.config, params
-
-
-def open_folder(path: epath.PathLike) -> checkpoint_file.Opened:
-    """Reads config.json and the headers of the weights; raises UserError as `read` does."""
     folder = locations.existing(path)
-    single = None
-    if folder.is_file():
-        folder, single = folder.parent, folder
-        locations.refuse_pickle(single)
+    single = folder if folder.is_file() else None
+    folder = folder.parent if single else folder
     settings = {}
     if (folder / CONFIG).exists():
         settings = safetensors_files.read_json(folder / CONFIG)
         _check_settings(settings, folder / CONFIG)
     if single is not None:
+        locations.refuse_pickle(single)
         tensors = safetensors_files.open_file(single)
     else:
-        _check_has_weights(folder)
         tensors = safetensors_files.open_folder(folder)
     found, unused, known = _renamed(tensors, settings)
-    config = _config(settings, folder / CONFIG)
-    if config is None:
-        config = t5_sizes.recognise({path: leaf.shape for path, leaf in found.items()}, str(path))
-    return checkpoint_file.Opened(str(path), config, found, unused, known, settings)
+    if settings:
+        config = _config(settings, folder / CONFIG)
+    else:
+        config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
+    return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, settings)
 
 
 def write(
@@ -124,21 +114,22 @@ def write(
     Raises:
       UserError: the folder exists or cannot be written, or a leaf does not fit the config.
     """
-    leaves.check_dtype(dtype)
-    given = checkpoint_file.Opened(str(folder), config, leaves.flatten(params))
+    given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
     given.report().check()
-    found = given.scanned(False).leaves
     tensors = {
-        t5_names.name_of(path): leaves.stored_as(_transposed(path, leaf), dtype)
-        for path, leaf in found.items()
+        t5_names.name_of(path): leaves.cast_when_read(_transposed(path, leaf), dtype)
+        for path, leaf in given.scanned(False).leaves.items()
     }
     stored = sorted({leaf.dtype.name for leaf in tensors.values()})
     with locations.created(folder) as partial:
+        partial.mkdir()
         safetensors_files.write_folder(partial, tensors, shard_bytes)
         described = _settings(config, settings or {}, stored[0] if len(stored) == 1 else "float32")
         (partial / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         if copy_from is not None:
-            _copy_tokenizer(epath.Path(copy_from), partial)
+            for source in (epath.Path(copy_from) / name for name in TOKENIZER_FILES):
+                if source.exists():
+                    (partial / source.name).write_bytes(source.read_bytes())
     return pathlib.Path(folder)
 
 
@@ -147,26 +138,23 @@ def _renamed(
 ) -> tuple[leaves.Leaves, tuple[str, ...], dict[str, str]]:
     """Returns (leaves by our paths, keys without a place, keys left out with the reason)."""
     tensors, known = dict(tensors), {}
-    embedding = "shared.weight"
     for copy in _COPIES:
-        if copy in tensors and embedding not in tensors:
-            tensors[embedding] = tensors.pop(copy)
-        elif copy in tensors and _equal(tensors[copy], tensors[embedding]):
-            known[copy] = f"the same as {embedding}"
+        if copy in tensors and _EMBEDDING not in tensors:
+            tensors[_EMBEDDING] = tensors.pop(copy)
+        elif copy in tensors and _equal(tensors[copy], tensors[_EMBEDDING]):
+            known[copy] = f"the same as {_EMBEDDING}"
     if _NEVER_USED in tensors:
         known[_NEVER_USED] = "no T5 uses it"
-    if embedding in tensors and settings:
-        _output_layer(tensors, known, embedding, _is_scaled(settings))
-    found, unused = {}, []
-    for key, leaf in tensors.items():
-        path = t5_names.path_of(key)
-        if key in known:
-            continue
-        if path is None:
-            unused.append(key)
-        else:
-            found[path] = _transposed(path, leaf)
-    return found, tuple(unused), known
+    if _EMBEDDING in tensors and settings:
+        # Our network scales exactly where it has no output layer of its own.
+        is_scaled, head = _is_scaled(settings), tensors.get(_HEAD)
+        if is_scaled and head is not None and _equal(head, tensors[_EMBEDDING]):
+            known[_HEAD] = f"the same as {_EMBEDDING}"
+        elif not is_scaled and head is None:
+            tensors[_HEAD] = tensors[_EMBEDDING]
+    paths = {key: t5_names.path_of(key) for key in tensors if key not in known}
+    found = {path: _transposed(path, tensors[key]) for key, path in paths.items() if path}
+    return found, tuple(key for key, path in paths.items() if not path), known
 
 
 def _is_scaled(settings: Mapping[str, Any]) -> bool:
@@ -180,17 +168,6 @@ def _is_scaled(settings: Mapping[str, Any]) -> bool:
     return settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
 
 
-def _output_layer(
-    tensors: leaves.Leaves, known: dict[str, str], embedding: str, is_scaled: bool
-) -> None:
-    """Our network scales exactly where it has no output layer of its own."""
-    head = tensors.get("lm_head.weight")
-    if is_scaled and head is not None and _equal(head, tensors[embedding]):
-        known["lm_head.weight"] = f"the same as {embedding}"
-    elif not is_scaled and head is None:
-        tensors["lm_head.weight"] = tensors[embedding]
-
-
 def _equal(one: leaves.Leaf, other: leaves.Leaf) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
@@ -199,7 +176,7 @@ def _equal(one: leaves.Leaf, other: leaves.Leaf) -> bool:
 
 
 def _transposed(path: str, leaf: leaves.Leaf) -> leaves.Leaf:
-    if not t5_names.is_transposed(path) or leaf.ndim != 2:
+    if not t5_names.is_transposed(path) or len(leaf.shape) != 2:
         return leaf
     return leaves.mapped(leaf, leaf.shape[::-1], _turned)
 
@@ -210,18 +187,6 @@ def _turned(matrix: np.ndarray) -> np.ndarray:
     for start in range(0, len(matrix), _STRIP):
         turned[:, start : start + _STRIP] = matrix[start : start + _STRIP].T
     return turned
-
-
-def _check_has_weights(folder: epath.Path) -> None:
-    weights = (safetensors_files.SINGLE, safetensors_files.INDEX)
-    if any((folder / name).exists() for name in weights):
-        return
-    for path in sorted(folder.iterdir()):
-        locations.refuse_pickle(path)
-    raise errors.UserError(
-        f"{folder} has neither {weights[0]} nor {weights[1]}; expected a folder that transformers' "
-        "save_pretrained wrote."
-    )
 
 
 def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
@@ -239,31 +204,18 @@ def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
             )
 
 
-def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config | None:
-    if not settings:
-        return None
-
-    def get(key: str) -> Any:
-        if key not in settings:
-            raise errors.UserError(f"{path} has no {key!r}.")
-        return settings[key]
-
+def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
     is_mt5 = settings["model_type"] == "mt5"
     projection = settings.get("feed_forward_proj", "gated-gelu" if is_mt5 else "relu")
-    if projection not in _ACTIVATIONS:
-        raise errors.UserError(
-            f"{path}: feed_forward_proj is {projection!r}; expected {', '.join(_ACTIVATIONS)}."
-        )
-    num_layers = get("num_layers")
-    num_decoder_layers = settings.get("num_decoder_layers")
+    errors.check_one_of(f"{path}: feed_forward_proj", projection, _ACTIVATIONS)
+    given = dict(settings)
+    if given.get("num_decoder_layers") is None:  # as many as the encoder has
+        given["num_decoder_layers"] = given.get("num_layers")
+    missing = [key for key in _SIZES if key not in given]
+    if missing:
+        raise errors.UserError(f"{path} has no {missing[0]!r}.")
     return t5.T5Config(
-        vocab_size=get("vocab_size"),
-        emb_dim=get("d_model"),
-        num_heads=get("num_heads"),
-        head_dim=get("d_kv"),
-        mlp_dim=get("d_ff"),
-        num_encoder_layers=num_layers,
-        num_decoder_layers=num_layers if num_decoder_layers is None else num_decoder_layers,
+        **{ours: given[theirs] for theirs, ours in _SIZES.items()},
         mlp_activations=_ACTIVATIONS[projection],
         logits_via_embedding=_is_scaled(settings),
     )
@@ -289,22 +241,10 @@ def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[s
         **_FIXED,
         **old,
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "d_model": config.emb_dim,
-        "num_heads": config.num_heads,
-        "d_kv": config.head_dim,
-        "d_ff": config.mlp_dim,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "feed_forward_proj": projections[config.mlp_activations],
         # transformers 5 says so where it scales, and stores the layer where it is the embedding's.
         "tie_word_embeddings": is_tied,
         **scaled,
         "torch_dtype" if "torch_dtype" in old else "dtype": dtype,
     }
-
-
-def _copy_tokenizer(source: epath.Path, target: pathlib.Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            (target / name).write_bytes((source / name).read_bytes())

@@ -31,21 +31,14 @@ def as_json(value: Any) -> Any:
 
 
 def check_source(method: methods.Method, description: Mapping[str, Any], folder: str) -> None:
-    """Refuses a source run whose method is not the one that `method` starts from.
-
-    Args:
-        method: made by `transfer.transferred`.
-        description: of the source run's checkpoint.
-        folder: of the source run, for the message.
-    """
+    """Raises UserError unless the run described, in `folder`, is what `method` starts from."""
     if method.transfer is None:
         raise errors.UserError(
             f"{method.name!r} does not say what it takes from {folder}: make it with "
             "`@methods.transferred()`, as methods/transferred.gin does."
         )
-    saved = description["method"]
     current = as_json(method.transfer.source.describe())
-    difference = first_difference(saved, current)
+    difference = first_difference(description["method"], current)
     if difference:
         raise errors.UserError(
             f"The run in {folder} was trained with another method: {difference}. Give METHOD the "
@@ -59,16 +52,13 @@ def check_same_run(
     model_dir: pathlib.Path | str,
     parts: Sequence[str] = tuple(_MUST_AGREE),
 ) -> None:
-    """Refuses checkpoints of another run.
+    """Raises UserError, naming the difference, where a checkpoint is of another run.
 
     Args:
       saved: description in the checkpoint.
       current: description of this run, at least its `parts`.
       model_dir: for the message.
-      parts: what must agree: "method", "backbone", "model", "data".
-
-    Raises:
-      UserError: a part differs; the message names the difference.
+      parts: what must agree: "method", "backbone", "model", "data", "source".
     """
     for part in parts:
         difference = first_difference(saved.get(part), current.get(part))
@@ -79,7 +69,9 @@ def check_same_run(
             )
 
 
-def first_difference(saved: Any, current: Any, path: str = "") -> str:
+def first_difference(
+    saved: Any, current: Any, path: str = "", where: tuple[str, str] = ("in the checkpoint", "here")
+) -> str:
     """Returns "a.b is 1 in the checkpoint and 2 here", or "" where both are equal."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         pairs = [(key, saved.get(key), current.get(key)) for key in sorted({*saved, *current})]
@@ -88,12 +80,10 @@ def first_difference(saved: Any, current: Any, path: str = "") -> str:
     elif saved == current:
         return ""
     else:
-        return f"{path} is {_short(saved)} in the checkpoint and {_short(current)} here"
-    for key, old, new in pairs:
-        found = first_difference(old, new, f"{path}.{key}" if path else str(key))
-        if found:
-            return found
-    return ""
+        return f"{path} is {_short(saved)} {where[0]} and {_short(current)} {where[1]}"
+    inner = lambda key: f"{path}.{key}" if path else str(key)
+    found = (first_difference(old, new, inner(key), where) for key, old, new in pairs)
+    return next(filter(None, found), "")
 
 
 def _short(value: Any) -> str:

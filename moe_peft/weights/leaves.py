@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 import ml_dtypes
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.weights import report
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": BFLOAT16}
@@ -26,7 +26,7 @@ class Leaf:
 
     Attributes:
       shape: as `read` returns it.
-      dtype: likewise.
+      dtype: as `read` returns it.
       read: returns the values, every time from the file.
       source: file and key, for messages.
     """
@@ -41,11 +41,6 @@ class Leaf:
         """Bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads the values."""
         values = self.read()
@@ -57,10 +52,10 @@ Leaves = dict[str, Leaf]
 
 def flatten(params: PyTree) -> Leaves:
     """Returns {"encoder/layers_0/...": leaf} of a tree of arrays or of leaves."""
-    return {path: of(leaf, path) for path, leaf in patching.flatten(params).items()}
+    return {path: from_array(leaf, path) for path, leaf in patching.flatten(params).items()}
 
 
-def of(array: Any, source: str) -> Leaf:
+def from_array(array: Any, source: str) -> Leaf:
     """Returns an array in memory as a leaf; a leaf as it is."""
     if isinstance(array, Leaf):
         return array
@@ -73,27 +68,35 @@ def mapped(leaf: Leaf, shape: tuple[int, ...], change: Callable[[np.ndarray], np
     return dataclasses.replace(leaf, shape=shape, read=lambda: change(leaf.read()))
 
 
-def cast(array: np.ndarray, dtype: str | None) -> np.ndarray:
+def check_dtype(dtype: str) -> None:
+    """Raises UserError unless weights can be stored so."""
+    errors.check_one_of("The dtype of weights", dtype, DTYPES)
+
+
+def is_cast(leaf: Any, dtype: str | None) -> bool:
+    """Whether `cast` changes an array or a leaf: one of floating point and another dtype."""
+    if dtype is None:
+        return False
+    check_dtype(dtype)
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != DTYPES[dtype]
+
+
+def cast(array: Any, dtype: str | None) -> Any:
     """Returns floating-point values as "float32" or "bfloat16"; None and integers as they are."""
-    if dtype is None or not _is_float(array.dtype):
-        return array
-    return array.astype(DTYPES[dtype], copy=False)
+    return array.astype(DTYPES[dtype]) if is_cast(array, dtype) else array
 
 
-def stored_as(leaf: Leaf, dtype: str | None) -> Leaf:
+def cast_tree(params: PyTree, dtype: str) -> PyTree:
+    """Returns the tree with its floating-point leaves in "float32" or "bfloat16"."""
+    check_dtype(dtype)  # also of an empty tree
+    return jax.tree.map(lambda leaf: cast(leaf, dtype), params)
+
+
+def cast_when_read(leaf: Leaf, dtype: str | None) -> Leaf:
     """Returns the leaf cast to "float32" or "bfloat16" when it is read; None keeps its own."""
-    if dtype is None or not _is_float(leaf.dtype):
+    if not is_cast(leaf, dtype):
         return leaf
     return dataclasses.replace(leaf, dtype=DTYPES[dtype], read=lambda: cast(leaf.read(), dtype))
-
-
-def check_dtype(dtype: str | None) -> None:
-    """Raises UserError unless weights can be read as `dtype`."""
-    if dtype is not None and dtype not in DTYPES:
-        raise errors.UserError(
-            f"Weights are read as {' or '.join(DTYPES)}, got {dtype!r}."
-            f"{errors.near(str(dtype), DTYPES)}"
-        )
 
 
 def load(
@@ -103,24 +106,12 @@ def load(
 ) -> PyTree:
     """Reads leaf by leaf, casts, and places each where it belongs before the next is read.
 
-    Args:
-      found: by path.
-      dtype: "float32", "bfloat16"; None keeps each leaf's own.
-      sharding: of every leaf, or a function from path and shape to it; None for NumPy arrays.
+    `sharding` is that of every leaf, or a function from path and shape to it; None gives NumPy
+    arrays.
     """
-    check_dtype(dtype)
     return patching.trees.unflatten(
         {path: _place(path, cast(leaf.read(), dtype), sharding) for path, leaf in found.items()}
     )
-
-
-def casts(found: Mapping[str, Leaf], dtype: str | None) -> dict[str, report.Cast]:
-    """Returns what `load` will cast, by path."""
-    return {
-        path: (leaf.dtype.name, dtype)
-        for path, leaf in found.items()
-        if dtype is not None and _is_float(leaf.dtype) and leaf.dtype.name != dtype
-    }
 
 
 def spread(mesh: jax.sharding.Mesh) -> ShardingOf:
@@ -149,7 +140,3 @@ def _place(path: str, array: np.ndarray, sharding: Sharding | ShardingOf | None)
     target = sharding if isinstance(sharding, Sharding) else sharding(path, array.shape)
     piece = lambda index: np.ascontiguousarray(array[index])
     return jax.make_array_from_callback(array.shape, target, piece)
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype == BFLOAT16

@@ -1,4 +1,4 @@
-"""Places of checkpoints: what is there, what is never opened, and writing all or nothing."""
+"""Paths of checkpoints: what is there, what is never opened, and writing all or nothing."""
 
 from collections.abc import Iterator
 import contextlib
@@ -28,42 +28,59 @@ def existing(path: epath.PathLike) -> epath.Path:
     except Exception as error:  # of the bucket's library, whichever that is
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise errors.UserError(f"{found} cannot be reached: {first}.") from error
-    parent = found.parent
-    near = errors.near(found.name, [p.name for p in parent.iterdir()]) if parent.exists() else ""
-    raise errors.UserError(f"There is no {found}.{near}")
+    raise errors.UserError(f"There is no {found}.{hint_at(found)}")
+
+
+def hint_at(path: epath.Path | pathlib.Path) -> str:
+    """Returns what to try where a path is not there, "" if it is: names near it."""
+    if path.exists():
+        return ""
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist."
+    return errors.near(path.name, [other.name for other in path.parent.iterdir()])
 
 
 def refuse_pickle(path: epath.Path) -> None:
-    """Raises UserError for a file that must not, or cannot, be read as weights."""
-    if path.suffix in _PICKLES:
-        raise errors.UserError(
-            f"{path} is a pickle, which can run anything when it is opened, and is not read. Where "
-            "you trust it, convert it with transformers: from_pretrained(FOLDER), then "
-            "save_pretrained(NEW_FOLDER), which writes safetensors."
-        )
-    if path.suffix in _OTHERS:
-        raise errors.UserError(
-            f"{path} is in a format that is not read; save the model with transformers' "
-            "save_pretrained, which writes safetensors."
-        )
+    """Raises UserError for a file that must not, or cannot, be read as weights; in a folder too."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix in _PICKLES:
+            raise errors.UserError(
+                f"{file} is a pickle, which can run anything when it is opened, and is not read. "
+                "Where you trust it, convert it with transformers: from_pretrained(FOLDER), then "
+                "save_pretrained(NEW_FOLDER), which writes safetensors."
+            )
+        if file.suffix in _OTHERS:
+            raise errors.UserError(
+                f"{file} is in a format that is not read; save the model with transformers' "
+                "save_pretrained, which writes safetensors."
+            )
 
 
 @contextlib.contextmanager
-def created(folder: pathlib.Path | str) -> Iterator[pathlib.Path]:
-    """Yields a folder to write into, which takes its name at the end; after an error it is gone.
+def created(path: pathlib.Path | str, *, replace: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a path next to `path` for a file or folder, which takes that name at the end.
+
+    After an error what was written is gone, and what was there before is there again.
 
     Raises:
-      UserError: the folder exists, or it cannot be written.
+      UserError: there is something that may not be replaced, or it cannot be written.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if folder.exists():
-        raise errors.UserError(f"{folder} exists; choose another place or remove it.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    path = pathlib.Path(path).expanduser()
+    if path.exists() and not replace:
+        raise errors.UserError(f"{path} exists; choose another place or remove it.")
+    partial, old = (path.with_name(f".{path.name}.{w}-{os.getpid()}") for w in ("partial", "old"))
     try:
-        partial.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.rename(folder)
+        # Only a file takes another's name in one step; a folder has to make room first.
+        if path.exists() and (path.is_dir() or partial.is_dir()):
+            path.rename(old)
+        partial.replace(path)
     except OSError as error:
-        raise errors.UserError(f"Cannot write {folder}: {error.strerror or error}.") from error
+        raise errors.UserError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if old.exists() and not path.exists():
+                old.rename(path)
+            for left in (partial, old):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ shape, first and last byte), then the values. https://github.com/huggingface/saf
 Reading plain bytes keeps one tensor in memory, and a file cut short can be told by its key.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import math
 import pathlib
@@ -13,23 +14,23 @@ import struct
 from typing import Any
 
 from etils import epath
+from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.weights import leaves
+from moe_peft.weights import leaves, locations
 
 _DTYPES = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
     "BF16": leaves.BFLOAT16,
-    "I64": np.dtype("int64"),
-    "I32": np.dtype("int32"),
-    "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"),
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_METADATA = "__metadata__"  # in the header, text by text
+_OURS = "moe_peft"  # our part of the metadata, as JSON
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -38,28 +39,62 @@ def open_file(path: epath.PathLike) -> leaves.Leaves:
     """Returns the tensors of a file by key; only the header is read.
 
     Raises:
-      UserError: it is no safetensors file or is cut short; names the file and the key.
+      UserError: it is not a safetensors file or is cut short; names the file and the key.
     """
     path = epath.Path(path)
-    try:
-        size = path.stat().length
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-            header = json.loads(file.read(length)) if length <= min(size, _MAX_HEADER) else None
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read as safetensors: {error}.") from error
-    if not isinstance(header, dict):
-        raise errors.UserError(
-            f"{path} cannot be read as safetensors: its header is missing or cut short "
-            f"({size} bytes in all). Copy it again."
-        )
-    header.pop("__metadata__", None)
-    return {key: _leaf(path, key, entry, 8 + length, size) for key, entry in header.items()}
+    header, start, size = _read_header(path)
+    header.pop(_METADATA, None)
+    return {key: _leaf(path, key, entry, start, size) for key, entry in header.items()}
+
+
+def read_metadata(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the metadata given to `save_tree`, {} where a file has none."""
+    header, _, _ = _read_header(epath.Path(path))
+    with _explained(path, "safetensors"):
+        return json.loads(header.get(_METADATA, {}).get(_OURS, "{}"))
+
+
+def read_tree(path: epath.PathLike) -> PyTree:
+    """Returns the tree of a file that `save_tree` wrote, as NumPy arrays."""
+    return leaves.load(open_file(locations.existing(path)))
+
+
+def save_tree(
+    params: PyTree,
+    path: pathlib.Path | str,
+    dtype: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes a tree with names such as "encoder/layers_0/attention/query/kernel".
+
+    For backbones and adapters; one leaf is in memory at a time.
+
+    Args:
+      params: nested dict of arrays or of `leaves.Leaf`.
+      path: the file to write; replaced atomically.
+      dtype: "float32" or "bfloat16"; None keeps each leaf's own.
+      metadata: stored as JSON under the key "moe_peft".
+    """
+    found = leaves.flatten(params)
+    found = {name: leaves.cast_when_read(leaf, dtype) for name, leaf in found.items()}
+    with locations.created(path, replace=True) as partial:
+        write_file(partial, found, {"format": "np", **encode_metadata(metadata or {})})
+    return pathlib.Path(path)
+
+
+def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the part of a file's header that `read_metadata` reads."""
+    return {_OURS: json.dumps(dict(metadata), sort_keys=True)}
 
 
 def open_folder(folder: epath.Path) -> leaves.Leaves:
     """Returns the tensors of `model.safetensors`, or of all files that its index names."""
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        locations.refuse_pickle(folder)
+        raise errors.UserError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; expected a folder that transformers' "
+            "save_pretrained wrote."
+        )
     if not (folder / INDEX).exists():
         return open_file(folder / SINGLE)
     index = read_json(folder / INDEX)
@@ -71,8 +106,8 @@ def open_folder(folder: epath.Path) -> leaves.Leaves:
         if not (folder / name).exists():
             key = next(key for key, place in places.items() if place == name)
             raise errors.UserError(
-                f"{folder / INDEX} says that {key} is in {name}, but there is no such file beside "
-                "it. Copy the missing part."
+                f"{folder / INDEX} says that {key} is in {name}, but there is no such file next "
+                "to it. Copy the missing part."
             )
         found |= open_file(folder / name)
     lost = sorted(places.keys() - found.keys())
@@ -85,10 +120,8 @@ def open_folder(folder: epath.Path) -> leaves.Leaves:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Returns the object in a JSON file."""
-    try:
+    with _explained(path, "JSON"):
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(found, dict):
         raise errors.UserError(f"{path} holds {type(found).__name__}, expected an object.")
     return found
@@ -98,7 +131,7 @@ def write_file(
     path: pathlib.Path, tensors: Mapping[str, leaves.Leaf], metadata: Mapping[str, str]
 ) -> None:
     """Writes a file; one tensor is in memory at a time."""
-    header, position = {"__metadata__": dict(metadata)}, 0
+    header, position = {_METADATA: dict(metadata)}, 0
     for key, leaf in tensors.items():
         header[key] = {
             "dtype": _NAMES[leaf.dtype],
@@ -118,8 +151,13 @@ def write_folder(
     folder: pathlib.Path, tensors: Mapping[str, leaves.Leaf], shard_bytes: int
 ) -> None:
     """Writes `model.safetensors`, or numbered parts of at most so many bytes and their index."""
-    metadata = {"format": "pt"}
-    parts = list(_parts(tensors, shard_bytes))
+    metadata, parts, size = {"format": "pt"}, [[]], 0
+    for key, leaf in tensors.items():
+        if parts[-1] and size + leaf.nbytes > shard_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(key)
+        size += leaf.nbytes
     if len(parts) == 1:
         write_file(folder / SINGLE, tensors, metadata)
         return
@@ -133,15 +171,28 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _parts(tensors: Mapping[str, leaves.Leaf], shard_bytes: int) -> Iterator[Sequence[str]]:
-    keys, size = [], 0
-    for key, leaf in tensors.items():
-        if keys and size + leaf.nbytes > shard_bytes:
-            yield keys
-            keys, size = [], 0
-        keys.append(key)
-        size += leaf.nbytes
-    yield keys
+@contextlib.contextmanager
+def _explained(path: epath.PathLike, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"{path} cannot be read as {kind}: {error}.") from error
+
+
+def _read_header(path: epath.Path) -> tuple[dict[str, Any], int, int]:
+    """Returns the header, the byte where values start, and the size of the file in bytes."""
+    with _explained(path, "safetensors"):
+        size = path.stat().length
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+            header = json.loads(file.read(length)) if length <= min(size, _MAX_HEADER) else None
+    if not isinstance(header, dict):
+        raise errors.UserError(
+            f"{path} cannot be read as safetensors: its header is missing or cut short "
+            f"({size} bytes in all). Copy it again."
+        )
+    return header, 8 + length, size
 
 
 def _leaf(path: epath.Path, key: str, entry: Any, values: int, size: int) -> leaves.Leaf:

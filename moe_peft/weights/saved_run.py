@@ -1,8 +1,9 @@
-"""Checkpoints on disk, as any reader sees them: which there are, and what one holds."""
+"""What was trained, wherever it lies: a run's checkpoints, one run of an adaptation, a file."""
 
 from collections.abc import Mapping
 import dataclasses
 import errno
+import json
 import os
 import pathlib
 from typing import Any
@@ -13,13 +14,16 @@ import orbax.checkpoint as ocp
 
 from moe_peft import errors
 from moe_peft.runtime import digest
+from moe_peft.weights import locations, safetensors_files
 
 FOLDER = "checkpoints"
+_GROUPS = "groups"
+_MAX_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """One checkpoint as read from disk.
+    """What one run has trained, as read from disk.
 
     Attributes:
       step: updates made.
@@ -39,15 +43,23 @@ class Saved:
         return self.record["description"]
 
 
-def reason(error: BaseException) -> str:
-    """The system's words for a full disk or a refused write, else the error's first line."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
-        words = errno.errorcode[code]
-        described = os.strerror(code)
-        if getattr(error, "errno", None) == code or described in text or words in text:
-            return described
-    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
+def load(source: pathlib.Path | str, step: int | None = None, member: str | None = None) -> Saved:
+    """Returns what was trained, and the description of the run that trained it.
+
+    Args:
+      source: folder of a run or of an adaptation, or a file as `moe-peft export` writes it.
+      step: which checkpoint of a run; None takes the newest.
+      member: which run of an adaptation, "TASK:SEED".
+
+    Raises:
+      UserError: there is no such thing, it is damaged, or a file has no record of a method.
+    """
+    path = pathlib.Path(source).expanduser()
+    if is_adaptation(path):
+        return _load_member(path, member)
+    if member is not None:
+        raise errors.UserError(f"{source} is not an adaptation, so it has no run {member!r}.")
+    return _load_file(path, step) if path.is_file() else _load_checkpoint(path, step)
 
 
 def steps(model_dir: pathlib.Path | str) -> list[int]:
@@ -58,36 +70,11 @@ def steps(model_dir: pathlib.Path | str) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def load_trainable(model_dir: pathlib.Path | str, step: int | None = None) -> Saved:
-    """Returns the trained leaves of a run, for evaluation, export or as a backbone.
-
-    Args:
-      model_dir: folder of the run.
-      step: which checkpoint; None takes the newest.
-
-    Raises:
-      UserError: no such run, no such step, or the checkpoint is damaged.
-    """
-    found = steps(model_dir)
-    if not found:
-        raise errors.UserError(f"There is no training checkpoint in {model_dir}.")
-    if step is not None and step not in found:
-        raise errors.UserError(
-            f"{model_dir} has no checkpoint of step {step}; it has steps "
-            f"{', '.join(str(other) for other in found)}."
-        )
-    chosen = found[-1] if step is None else step
-    try:
-        return read(pathlib.Path(model_dir), chosen, ("trainable",))
-    except Exception as error:
-        raise errors.UserError(
-            f"The checkpoint of step {chosen} in {model_dir} is damaged ({reason(error)}). "
-            f"Checkpoints there: steps {', '.join(str(other) for other in found)}."
-        ) from error
-
-
 def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
-    """Reads one checkpoint; raises any exception if it is incomplete or its digests differ."""
+    """Reads the "trainable", the "position" or both of one checkpoint.
+
+    Raises any exception if it is incomplete or its digests differ.
+    """
     # Every process reads for itself; orbax's default is to wait for all of them in between.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -95,9 +82,8 @@ def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
     )
     options = ocp.CompositeOptions(multiprocessing_options=alone)
     handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
     wanted = {name: ocp.args.StandardRestore() for name in items}
-    with reader:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         found = reader.restore(
             (model_dir / FOLDER / str(step)).absolute(),
             ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted),
@@ -109,3 +95,86 @@ def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
     if record["step"] != step:
         raise ValueError(f"it is of step {record['step']}")
     return Saved(step, found["trainable"], found.get("position") or {}, record)
+
+
+def reason(error: BaseException) -> str:
+    """The system's words for a full disk or a refused write, else the error's first line."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        words = errno.errorcode[code]
+        described = os.strerror(code)
+        if getattr(error, "errno", None) == code or described in text or words in text:
+            return described
+    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
+
+
+def save(saved: Saved, path: pathlib.Path | str, dtype: str | None = "float32") -> pathlib.Path:
+    """Writes a file that `load` reads, of that dtype; docs/interop.md has the schema."""
+    metadata = {**saved.description, "step": saved.step}
+    return safetensors_files.save_tree(saved.trainable, path, dtype, metadata)
+
+
+def is_adaptation(path: pathlib.Path) -> bool:
+    """Whether `moe-peft adapt` made the folder."""
+    return (path / _GROUPS / "plan.json").is_file()
+
+
+def is_adapter_file(path: pathlib.Path) -> bool:
+    """Whether a file was exported from a run that trained an adapter, not the whole model."""
+    method = safetensors_files.read_metadata(path).get("method", {})
+    return method.get("name") not in (None, "full")
+
+
+def _load_checkpoint(folder: pathlib.Path, step: int | None) -> Saved:
+    found = steps(folder)
+    if not found:
+        raise errors.UserError(
+            f"There is no training checkpoint in {folder}.{locations.hint_at(folder)}"
+        )
+    known = ", ".join(str(other) for other in found)
+    if step is not None and step not in found:
+        raise errors.UserError(f"{folder} has no checkpoint of step {step}; it has steps {known}.")
+    chosen = found[-1] if step is None else step
+    try:
+        return read(folder, chosen, ("trainable",))
+    except Exception as error:
+        raise errors.UserError(
+            f"The checkpoint of step {chosen} in {folder} is damaged ({reason(error)}). "
+            f"Checkpoints there: steps {known}."
+        ) from error
+
+
+def _load_file(path: pathlib.Path, step: int | None) -> Saved:
+    description = safetensors_files.read_metadata(path)
+    if "name" not in description.get("method", {}):
+        raise errors.UserError(
+            f"{path} has no 'method' in its header's 'moe_peft', so it is not an exported adapter."
+        )
+    saved_step = description.pop("step", 0)
+    if step not in (None, saved_step):
+        raise errors.UserError(f"{path} holds step {saved_step}, not step {step}.")
+    tree = safetensors_files.read_tree(path)
+    return Saved(saved_step, tree, {}, {"description": description})
+
+
+def _load_member(folder: pathlib.Path, member: str | None) -> Saved:
+    plan = json.loads((folder / _GROUPS / "plan.json").read_text(encoding="utf-8"))
+    places = {
+        f"{job['task']}:{job['seed']}": (folder / _GROUPS / f"{number:03}", place)
+        for number, jobs in enumerate(plan["groups"])
+        for place, job in enumerate(jobs)
+    }
+    if member not in places:
+        came = f"which has no {member!r}" if member else "of which one has to be named"
+        raise errors.UserError(
+            f"{folder} is an adaptation of {len(places)} runs TASK:SEED, {came}. There is "
+            f"{', '.join(list(places)[:_MAX_NAMED])}, ...{errors.near(str(member), places)}"
+        )
+    group, place = places[member]
+    if not (group / "finished.json").is_file():
+        raise errors.UserError(f"The run {member!r} in {folder} is not finished.")
+    run = json.loads((group / "finished.json").read_text(encoding="utf-8"))["runs"][place]
+    stacked = safetensors_files.read_tree(group / "adapters.safetensors")
+    tree = jax.tree.map(lambda leaf: leaf[place], stacked)
+    description = {**plan["description"], "member": member}
+    return Saved(run["chosen_step"], tree, {}, {"description": description})

@@ -62,27 +62,32 @@ def _bias(found: Mapping[str, leaves.Leaf], stack: str) -> leaves.Leaf:
     return found[path]
 
 
+def unscanned_paths(path: str, shape: Sequence[int]) -> list[str]:
+    """Returns the paths in the unscanned tree of what a leaf holds, layer by layer."""
+    stack = trees.stack(path)
+    if stack is None:
+        return [path]
+    coder, rest = stack.split("/")[0], path.removeprefix(f"{stack}/")
+    return [f"{coder}/layers_{index}/{rest}" for index in range(shape[trees.LAYER_AXIS])]
+
+
 def _unscanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
     result, stacks = {}, _LastRead()
     for path, leaf in found.items():
-        stack = trees.stack(path)
-        if stack is None:
+        if trees.stack(path) is None:
             result[path] = leaf
             continue
-        stack, rest = stack.split("/")[0], path.removeprefix(f"{stack}/")
-        if rest == _BIAS:
-            result[f"{stack}/{_BIAS}"] = leaves.mapped(
-                leaf, _without_layers(leaf.shape), lambda x, leaf=leaf: _the_same(x, leaf)
-            )
+        shape = _without_layers(leaf.shape)
+        if path.endswith(f"/{_BIAS}"):
+            one = f"{path.split('/')[0]}/{_BIAS}"
+            result[one] = leaves.mapped(leaf, shape, lambda x, leaf=leaf: _the_same(x, leaf))
             continue
-        for index in range(leaf.shape[trees.LAYER_AXIS]):
-            shape = _merged_shape(rest, _without_layers(leaf.shape))
+        shape = _merged_shape(path, shape)
+        for index, one in enumerate(unscanned_paths(path, leaf.shape)):
             read = lambda leaf=leaf, index=index, shape=shape: np.take(
                 stacks.read(leaf), index, trees.LAYER_AXIS
             ).reshape(shape)
-            result[f"{stack}/layers_{index}/{rest}"] = leaves.Leaf(
-                shape, leaf.dtype, read, f"{leaf.source}[:, {index}]"
-            )
+            result[one] = leaves.Leaf(shape, leaf.dtype, read, f"{leaf.source}[:, {index}]")
     return result
 
 

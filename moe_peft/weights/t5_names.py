@@ -1,62 +1,45 @@
 """Names of parameters in transformers' T5 and in our unscanned tree (T5X's), both ways."""
 
+from collections.abc import Mapping
 import re
 
-_WHOLE = {
+
+def _attention(theirs: str, ours: str, norm: str) -> dict[str, str]:
+    maps = {"q": "query", "k": "key", "v": "value", "o": "out"}
+    kernels = {f"{theirs}.{name}": f"{ours}/{own}/kernel" for name, own in maps.items()}
+    return {**kernels, "layer_norm": f"{norm}/scale"}
+
+
+_MLP = {
+    **{f"DenseReluDense.{name}": f"mlp/{name}/kernel" for name in ("wi", "wi_0", "wi_1", "wo")},
+    "layer_norm": "pre_mlp_layer_norm/scale",
+}
+# The numbered parts of a block: name there, without ".weight", to the path below "layers_N/".
+_BLOCKS = {
+    "encoder": (_attention("SelfAttention", "attention", "pre_attention_layer_norm"), _MLP),
+    "decoder": (
+        _attention("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
+        _attention(
+            "EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"
+        ),
+        _MLP,
+    ),
+}
+_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+# Theirs to ours, with "{}" for the number of a layer.
+_PATHS = {
     "shared.weight": "token_embedder/embedding",
     "lm_head.weight": "decoder/logits_dense/kernel",
-    "encoder.final_layer_norm.weight": "encoder/encoder_norm/scale",
-    "decoder.final_layer_norm.weight": "decoder/decoder_norm/scale",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-        "encoder/relpos_bias/rel_embedding"
-    ),
-    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-        "decoder/relpos_bias/rel_embedding"
-    ),
-}
-_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
-_SELF = [
-    *(
-        (f"SelfAttention.{theirs}", f"attention/{ours}/kernel")
-        for theirs, ours in _ATTENTION.items()
-    ),
-    ("layer_norm", "pre_attention_layer_norm/scale"),
-]
-_CROSS = [
-    *(
-        (f"EncDecAttention.{theirs}", f"encoder_decoder_attention/{ours}/kernel")
-        for theirs, ours in _ATTENTION.items()
-    ),
-    ("layer_norm", "pre_cross_attention_layer_norm/scale"),
-]
-_MLP = [
-    *((f"DenseReluDense.{name}", f"mlp/{name}/kernel") for name in ("wi", "wi_0", "wi_1", "wo")),
-    ("layer_norm", "pre_mlp_layer_norm/scale"),
-]
-_DECODER_SELF = [
-    (
-        theirs,
-        ours.replace("pre_attention", "pre_self_attention").replace(
-            "attention/", "self_attention/"
-        ),
-    )
-    for theirs, ours in _SELF
-]
-# In a block: "layer.NUMBER.REST" without ".weight" to the path below "layers_N/".
-_LAYER = {
-    "encoder": {
-        f"{number}.{theirs}": ours
-        for number, part in enumerate((_SELF, _MLP))
-        for theirs, ours in part
-    },
-    "decoder": {
-        f"{number}.{theirs}": ours
-        for number, part in enumerate((_DECODER_SELF, _CROSS, _MLP))
-        for theirs, ours in part
+    **{f"{stack}.final_layer_norm.weight": f"{stack}/{stack}_norm/scale" for stack in _BLOCKS},
+    **{f"{stack}.{_BIAS}": f"{stack}/relpos_bias/rel_embedding" for stack in _BLOCKS},
+    **{
+        f"{stack}.block.{{}}.layer.{number}.{theirs}.weight": f"{stack}/layers_{{}}/{ours}"
+        for stack, parts in _BLOCKS.items()
+        for number, part in enumerate(parts)
+        for theirs, ours in part.items()
     },
 }
-_BACK = {stack: {ours: theirs for theirs, ours in _LAYER[stack].items()} for stack in _LAYER}
-_WHOLE_BACK = {ours: theirs for theirs, ours in _WHOLE.items()}
+_NAMES = {ours: theirs for theirs, ours in _PATHS.items()}
 
 
 def path_of(name: str) -> str | None:
@@ -65,14 +48,7 @@ def path_of(name: str) -> str | None:
     >>> path_of("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'decoder/layers_3/encoder_decoder_attention/query/kernel'
     """
-    if name in _WHOLE:
-        return _WHOLE[name]
-    found = re.fullmatch(r"(encoder|decoder)\.block\.(\d+)\.layer\.(.+)\.weight", name)
-    if not found:
-        return None
-    stack, layer, rest = found.groups()
-    ours = _LAYER[stack].get(rest)
-    return ours and f"{stack}/layers_{layer}/{ours}"
+    return _translated(name, r"(?<=coder\.block\.)\d+(?=\.)", _PATHS)
 
 
 def name_of(path: str) -> str | None:
@@ -81,16 +57,18 @@ def name_of(path: str) -> str | None:
     >>> name_of("encoder/layers_0/pre_mlp_layer_norm/scale")
     'encoder.block.0.layer.1.layer_norm.weight'
     """
-    if path in _WHOLE_BACK:
-        return _WHOLE_BACK[path]
-    found = re.fullmatch(r"(encoder|decoder)/layers_(\d+)/(.+)", path)
-    if not found:
-        return None
-    stack, layer, rest = found.groups()
-    theirs = _BACK[stack].get(rest)
-    return theirs and f"{stack}.block.{layer}.layer.{theirs}.weight"
+    return _translated(path, r"(?<=coder/layers_)\d+(?=/)", _NAMES)
 
 
 def is_transposed(path: str) -> bool:
     """Whether torch stores the parameter the other way round: all linear maps and the biases."""
     return path.endswith(("/kernel", "/rel_embedding"))
+
+
+def _translated(name: str, number: str, names: Mapping[str, str]) -> str | None:
+    """Returns what a name is in `names`, where a layer's number, found by the pattern, is "{}"."""
+    if name in names:  # of the whole network, or the bias, which is that of layer 0 only
+        return names[name]
+    layer = re.search(number, name)
+    found = layer and names.get(re.sub(number, "{}", name, count=1))
+    return found and found.format(layer[0])

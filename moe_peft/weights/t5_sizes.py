@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+import operator
 import pathlib
 import re
 import types
@@ -20,22 +21,16 @@ from moe_peft.weights import scan_layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What a size file says that shapes cannot, or that is a choice of the run.
+# What a size file says: the fields of the config that have no default, and two that shapes tell.
 _SIZES = (
-    "vocab_size",
-    "emb_dim",
-    "num_heads",
-    "head_dim",
-    "mlp_dim",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "mlp_activations",
-    "logits_via_embedding",
+    *(f.name for f in dataclasses.fields(t5.T5Config) if f.default is dataclasses.MISSING),
+    *("mlp_activations", "logits_via_embedding"),
 )
+_sizes_of = operator.attrgetter(*_SIZES)
 
 
 @functools.lru_cache(maxsize=16)
-def of_config(config: t5.T5Config) -> Shapes:
+def shapes_of(config: t5.T5Config) -> Shapes:
     """Returns the shape of every parameter by its path."""
     module = t5.Transformer(config)
     tokens = jnp.ones((1, 2), jnp.int32)
@@ -51,20 +46,15 @@ def recognise(shapes: Shapes, where: str) -> t5.T5Config:
     The number of heads is the number of rows of the relative position bias. A gated feed-forward
     block (`wi_0`, `wi_1`) is that of T5 1.1 and has its activation, gelu; a plain one has relu.
 
-    Args:
-      shapes: by path of our tree.
-      where: the weights' place, for messages.
-
     Raises:
-      UserError: leaves that any T5 has are missing; names the first of them.
+      UserError: leaves that any T5 has are missing `where` the weights are from; names the first.
     """
 
     def shape(path: str) -> tuple[int, ...]:
         if path not in shapes:
-            near = errors.near(path, shapes)
             raise errors.UserError(
-                f"{where} is no T5 encoder-decoder: it has no {path} among its {len(shapes)} "
-                f"leaves.{near}"
+                f"{where} is not a T5 encoder-decoder: it has no {path} among its {len(shapes)} "
+                f"leaves.{errors.near(path, shapes)}"
             )
         return shapes[path]
 
@@ -98,25 +88,21 @@ def recognise(shapes: Shapes, where: str) -> t5.T5Config:
     )
 
 
-def name(config: t5.T5Config) -> str | None:
+def name_of(config: t5.T5Config) -> str | None:
     """Returns the size file of gin/models/ that describes the network, such as "t5_1_1_xl"."""
-    return _names().get(_sizes(dataclasses.asdict(config)))
+    return _names().get(_sizes_of(config))
 
 
-def named(name: str) -> t5.T5Config:
+def config_named(name: str) -> t5.T5Config:
     """Returns the network of gin/models/NAME.gin."""
     known = {own: sizes for sizes, own in _names().items()}
-    if name not in known:
-        raise errors.UserError(
-            f"There is no models/{name}.gin; there is {', '.join(sorted(known))}."
-            f"{errors.near(name, known)}"
-        )
+    errors.check_one_of("The size of a T5", name, sorted(known))
     return t5.T5Config(**dict(zip(_SIZES, known[name], strict=True)))
 
 
 def describe(config: t5.T5Config) -> str:
     """Returns the network's name and sizes for a message."""
-    known = name(config) or "no size with a name"
+    known = name_of(config) or "no size with a name"
     activations = ", ".join(config.mlp_activations)
     return (
         f"{known}: {config.num_encoder_layers} + {config.num_decoder_layers} layers, width "
@@ -131,17 +117,13 @@ def differences(ours: t5.T5Config, theirs: t5.T5Config) -> list[str]:
     return [field for field in _SIZES if getattr(ours, field) != getattr(theirs, field)]
 
 
-def _sizes(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(values[field] for field in _SIZES)
-
-
 @functools.cache
 def _names() -> dict[tuple[Any, ...], str]:
     found = {}
     for path in sorted((gin_files.packaged_folder() / "models").glob("*.gin")):
         values = _bindings(path)
         if set(_SIZES) <= values.keys():
-            found[_sizes(values)] = path.stem
+            found[tuple(values[field] for field in _SIZES)] = path.stem
     return found
 
 

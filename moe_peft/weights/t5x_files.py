@@ -2,20 +2,20 @@
 
 Legacy, `checkpoint_N/`: a msgpack file `checkpoint` with the tree {"optimizer": {"target": ...}}.
 Its leaves are small arrays themselves or, for the others, a TensorStore description of the zarr
-array in a folder beside it, such as `target.encoder.layers_0.attention.key.kernel`.
+array in a folder next to it, such as `target.encoder.layers_0.attention.key.kernel`.
 
 Orbax, `checkpoint_N/state/`: `_METADATA` lists the leaves, which lie in one OCDBT database; older
 versions have zarr folders as above and a msgpack file of placeholders.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 import pathlib
 import re
 from typing import Any
 
 from etils import epath
-from flax import serialization
+from flax import serialization, traverse_util
 from jaxtyping import PyTree
 import numpy as np
 
@@ -36,44 +36,28 @@ STATE = "state"
 LAYOUTS = ("legacy", "orbax")
 
 _PREFIX = "checkpoint_"
-_TARGET = "target."
 _PLACEHOLDER = "PLACEHOLDER://"
 _VERSION = 3  # of the index that T5X writes
 _KEY_OF_A_DICT = 2  # orbax: what kind of node a key belongs to
 
 
 def read(
-    path: epath.PathLike,
-    dtype: str | None = None,
-    *,
-    scan_layers: bool = False,
-    sharding: leaves.Sharding | leaves.ShardingOf | None = None,
-    allow_missing: Sequence[str] = (),
-    allow_unused: Sequence[str] = (),
+    path: epath.PathLike, dtype: str | None = None, **options: Any
 ) -> tuple[t5.T5Config, PyTree]:
-    """Returns the config, told from shapes, and the parameters of a T5X checkpoint.
+    """Returns `CheckpointFile.read` of a checkpoint, or of the newest one in a run's folder."""
+    return open_folder(path).read(dtype, **options)
 
-    Args:
-      path: folder of a checkpoint, or of a run (its newest checkpoint is taken); local or gs://.
-      dtype: "float32", "bfloat16", or None for that of the checkpoint.
-      scan_layers: the layout of the tree, whatever that of the checkpoint.
-      sharding: where leaves go, such as `leaves.spread(mesh)`; None gives NumPy arrays.
-      allow_missing: regular expressions of paths that may be missing; they are left out.
-      allow_unused: regular expressions of keys that may have no place.
+
+def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
+    """Reads the index and the headers of the arrays, local or in a bucket (gs://).
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or its leaves are not those of a T5.
     """
-    found = open_folder(path).scanned(scan_layers)
-    params, _ = found.load(dtype, sharding, allow_missing, allow_unused)
-    return found.config, params
-
-
-def open_folder(path: epath.PathLike) -> checkpoint_file.Opened:
-    """Reads the index and the headers of the arrays; raises UserError as `read` does."""
     folder, tensors = _open(path)
-    shapes = {path: leaf.shape for path, leaf in tensors.items()}
-    return checkpoint_file.Opened(str(path), t5_sizes.recognise(shapes, str(folder)), tensors)
+    shapes = {name: leaf.shape for name, leaf in tensors.items()}
+    config = t5_sizes.recognise(shapes, str(folder))
+    return checkpoint_file.CheckpointFile(str(path), config, tensors)
 
 
 def dtypes(path: epath.PathLike) -> dict[str, np.dtype]:
@@ -85,14 +69,9 @@ def _open(path: epath.PathLike) -> tuple[epath.Path, leaves.Leaves]:
     folder = _checkpoint(locations.existing(path))
     state = folder / STATE if (folder / STATE).exists() else folder
     specs = _orbax(state) if (state / METADATA).exists() else _legacy(state)
-    found = {
-        name.removeprefix(_TARGET).replace(".", "/"): spec
-        for name, spec in specs.items()
-        if name.startswith(_TARGET)
-    }
-    if not found:
+    if not specs:
         raise errors.UserError(f"{folder} has no leaves under 'target', where T5X keeps a model.")
-    return folder, zarr_files.open_all(found, state)
+    return folder, zarr_files.open_all(specs, state)
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
@@ -129,17 +108,13 @@ def write(
     Raises:
       UserError: the checkpoint exists or cannot be written, or a leaf does not fit the config.
     """
-    if layout not in LAYOUTS:
-        raise errors.UserError(
-            f"T5X checkpoints are written as {' or '.join(LAYOUTS)}, got {layout!r}."
-            f"{errors.near(str(layout), LAYOUTS)}"
-        )
-    leaves.check_dtype(dtype)
-    given = checkpoint_file.Opened(str(folder), config, leaves.flatten(params))
+    errors.check_one_of("The layout of a T5X checkpoint", layout, LAYOUTS)
+    given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
     given.report().check()
-    found = {path: leaves.stored_as(leaf, dtype) for path, leaf in given.leaves.items()}
+    found = {path: leaves.cast_when_read(leaf, dtype) for path, leaf in given.leaves.items()}
     target = pathlib.Path(folder).expanduser() / f"{_PREFIX}{step}"
     with locations.created(target) as partial:
+        partial.mkdir()
         write_state = _write_legacy if layout == "legacy" else _write_orbax
         write_state(partial, found, step)
     return target
@@ -154,63 +129,54 @@ def _checkpoint(path: epath.Path) -> epath.Path:
         return path
     found = steps(path)
     if not found:
-        for file in sorted(path.iterdir()):
-            locations.refuse_pickle(file)
+        locations.refuse_pickle(path)
         raise errors.UserError(
-            f"{path} is no T5X checkpoint: it has no {INDEX!r}, no {STATE}/{METADATA} and no "
+            f"{path} is not a T5X checkpoint: it has no {INDEX!r}, no {STATE}/{METADATA} and no "
             f"{_PREFIX}N folder."
         )
     return path / f"{_PREFIX}{found[-1]}"
 
 
 def _legacy(folder: epath.Path) -> dict[str, Any]:
-    """Returns what the msgpack file has for each leaf: an array, or where it is."""
+    """Returns what the msgpack file has for each leaf of the model: an array, or where it is."""
     index = folder / INDEX
     try:
         tree = serialization.msgpack_restore(index.read_bytes())
     except Exception as error:  # msgpack's own kinds have no common base
-        raise errors.UserError(f"{index} is damaged: it is no msgpack file ({error}).") from error
+        raise errors.UserError(f"{index} is damaged: not a msgpack file ({error}).") from error
     if not isinstance(tree, dict):
         raise errors.UserError(f"{index} holds {type(tree).__name__}, expected a tree.")
-    tree = tree.get("optimizer", tree)
-    found = _flat(tree)
-    for name, value in found.items():
+    model = tree.get("optimizer", tree).get("target") or {}
+    # The description of an array is a dict itself.
+    is_leaf = lambda path, node: "kvstore" in node
+    found = traverse_util.flatten_dict(model, sep="/", is_leaf=is_leaf)
+    for path, value in found.items():
         if isinstance(value, str) and value.startswith(_PLACEHOLDER):
-            found[name] = zarr_files.zarr_spec(value.removeprefix(_PLACEHOLDER))
-    return found
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {"target.encoder...": array or description}; a description is a dict itself."""
-    if not isinstance(tree, dict) or "kvstore" in tree:
-        return {prefix: tree}
-    found = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            found[path] = zarr_files.array_spec(value.removeprefix(_PLACEHOLDER))
     return found
 
 
 def _orbax(state: epath.Path) -> dict[str, Any]:
-    """Returns a TensorStore description of every leaf that `_METADATA` lists."""
+    """Returns a TensorStore description of every leaf of the model that `_METADATA` lists."""
     metadata = safetensors_files.read_json(state / METADATA)
     tree = metadata.get("tree_metadata")
     if not isinstance(tree, dict):
         raise errors.UserError(f"{state / METADATA} has no 'tree_metadata'.")
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     is_database = metadata.get("use_ocdbt", True)
-    names = [
-        ".".join(str(key["key"]) for key in entry["key_metadata"])
-        for entry in tree.values()
-        if not entry["value_metadata"].get("skip_deserialize")
-    ]
-    make = zarr_files.database_spec if is_database else zarr_files.zarr_spec
-    return {name: make(name, driver) for name in names}
+    found = {}
+    for entry in tree.values():
+        first, *keys = (str(key["key"]) for key in entry["key_metadata"])
+        if first == "target" and not entry["value_metadata"].get("skip_deserialize"):
+            name = ".".join((first, *keys))
+            found["/".join(keys)] = zarr_files.array_spec(name, driver, is_database=is_database)
+    return found
 
 
 def _write_legacy(folder: pathlib.Path, found: leaves.Leaves, step: int) -> None:
     target = {}
     for path, leaf in found.items():
-        spec = zarr_files.zarr_spec(_TARGET + path.replace("/", "."))
+        spec = zarr_files.array_spec(f"target.{path.replace('/', '.')}")
         target[path] = zarr_files.write(spec, epath.Path(folder), leaf)
     state = {"step": np.int32(step), "param_states": {}}
     tree = {"state": state, "target": patching.trees.unflatten(target)}
@@ -222,11 +188,12 @@ def _write_orbax(folder: pathlib.Path, found: leaves.Leaves, step: int) -> None:
     state = folder / STATE
     state.mkdir()
     named = {f"target/{path}": leaf for path, leaf in found.items()}
-    named["state/step"] = leaves.of(np.int32(step), "step")
+    named["state/step"] = leaves.from_array(np.int32(step), "step")
     tree = {}
     for path, leaf in named.items():
         keys = path.split("/")
-        zarr_files.write(zarr_files.database_spec(".".join(keys)), epath.Path(state), leaf)
+        spec = zarr_files.array_spec(".".join(keys), is_database=True)
+        zarr_files.write(spec, epath.Path(state), leaf)
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": _KEY_OF_A_DICT} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},

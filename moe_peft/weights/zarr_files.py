@@ -1,6 +1,7 @@
 """Arrays of T5X checkpoints: zarr by TensorStore, on a disk or in a bucket."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import math
 import os
 import re
@@ -20,17 +21,12 @@ _CHUNK_BYTES = 64 * 1024 * 1024
 _QUICK = ts.Context({"file_io_sync": False})
 
 
-def zarr_spec(name: str, driver: str = "zarr") -> Spec:
-    """Returns the description of an array in the folder `name`."""
-    return {"driver": driver, "kvstore": {"driver": "file", "path": f"{name}/"}}
-
-
-def database_spec(name: str, driver: str = "zarr") -> Spec:
-    """Returns the description of an array in the OCDBT database of the folder."""
-    return {
-        "driver": driver,
-        "kvstore": {"driver": "ocdbt", "path": f"{name}/", "base": {"driver": "file", "path": ""}},
-    }
+def array_spec(name: str, driver: str = "zarr", *, is_database: bool = False) -> Spec:
+    """Returns the description of an array in the folder `name`, or in the OCDBT database."""
+    store = {"driver": "file", "path": f"{name}/"}
+    if is_database:
+        store = {"driver": "ocdbt", "path": f"{name}/", "base": {"driver": "file", "path": ""}}
+    return {"driver": driver, "kvstore": store}
 
 
 def open_all(specs: Mapping[str, Any], folder: epath.Path) -> leaves.Leaves:
@@ -52,9 +48,10 @@ def open_all(specs: Mapping[str, Any], folder: epath.Path) -> leaves.Leaves:
     for path, value in specs.items():
         source = f"{folder}: target.{path.replace('/', '.')}"
         if path in stores:
-            found[path] = _leaf(_opened(stores[path], source), source)
+            with _explained(f"{source} cannot be opened"):
+                found[path] = _leaf(stores[path].result(), source)
         elif isinstance(value, np.ndarray):
-            found[path] = leaves.of(value, source)
+            found[path] = leaves.from_array(value, source)
         else:
             raise errors.UserError(f"{source} is {value!r}, expected an array.")
     return found
@@ -93,9 +90,10 @@ def _located(spec: Mapping[str, Any], folder: epath.Path) -> Spec:
     name = store.get("path", spec.get("path", ""))
     described = {key: value for key, value in spec.items() if key not in ("path", "kvstore")}
     if store["driver"] == "ocdbt":
-        base = _kvstore(folder, "")
-        return {**described, "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
-    return {**described, "kvstore": _kvstore(folder, name)}
+        store = {"driver": "ocdbt", "base": _kvstore(folder, ""), "path": name}
+    else:
+        store = _kvstore(folder, name)
+    return {**described, "kvstore": store}
 
 
 def _kvstore(folder: epath.Path, name: str) -> dict[str, str]:
@@ -105,22 +103,17 @@ def _kvstore(folder: epath.Path, name: str) -> dict[str, str]:
     return {"driver": "file", "path": f"{os.path.abspath(folder)}/{name}"}
 
 
-def _opened(future: Any, source: str) -> ts.TensorStore:
-    try:
-        return future.result()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise errors.UserError(f"{source} cannot be opened: {_first_line(error)}") from error
-
-
 def _leaf(store: ts.TensorStore, source: str) -> leaves.Leaf:
     def read() -> np.ndarray:
-        try:
+        with _explained(f"{source} cannot be read"):
             return store.read().result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise errors.UserError(f"{source} cannot be read: {_first_line(error)}") from error
 
     return leaves.Leaf(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read, source)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise errors.UserError(f"{what}: {str(error).splitlines()[0]}") from error

@@ -145,7 +145,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
         ({"task_group": "p3_(.*)"}, "does not match task_group"),
         ({"mixture": "cldr_weekday_gk"}, "Did you mean"),
         ({"group_size": 0}, "group_size must be at least 1"),
-        ({"source": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        ({"source": "/nowhere/at/all"}, "no training checkpoint in /nowhere/at/all"),
         ({"method": methods.poly(num_tasks=3)}, "routes by the ids of its 3 training tasks"),
         (
             {"method": transfer.transferred(methods.poly(num_tasks=3), "z")},
@@ -191,7 +191,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
     kept = transfer.transferred(methods.lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)
-    want = saved_run.load_trainable(source).trainable
+    want = saved_run.load(source).trainable
     for tree in seen:
         for path, leaf in patching.flatten(tree).items():
             np.testing.assert_array_equal(leaf, patching.flatten(want)[path])

@@ -44,7 +44,7 @@ def test_what_does_not_go_together_is_one_line(toy):
             {"a": one, "b": other_backbone},
             None,
         ),
-        r"a and b cannot be averaged: encoder/adapter/vectors is \(3,\) and \(4,\)": (
+        r"a and b cannot be averaged: encoder/adapter/vectors is \(3,\) in a and \(4,\) in b": (
             {"a": one, "b": wide},
             None,
         ),

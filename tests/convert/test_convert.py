@@ -1,5 +1,6 @@
 """`moe-peft convert`: what it writes, what it prints, what it refuses, what it leaves behind."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
@@ -13,7 +14,7 @@ from moe_peft import methods, patching
 from moe_peft.cli import main
 from moe_peft.convert.peft import adapters, tensors
 from moe_peft.runtime import digest
-from moe_peft.weights import backbone, exported, hugging_face, merging
+from moe_peft.weights import hugging_face, merging, safetensors_files, saved_run
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +31,10 @@ def files(toy, tmp_path_factory):
     """A backbone and, on it, adapters of several methods, as files."""
     root = tmp_path_factory.mktemp("files")
     base = toy.base_params(toy.network("t5_1_1"))
-    path = backbone.save(base, root / "base.safetensors")
-    backbone.save(toy.base_params(toy.network("t5_1_1"), seed=6), root / "other.safetensors")
+    path = safetensors_files.save_tree(base, root / "base.safetensors")
+    safetensors_files.save_tree(
+        toy.base_params(toy.network("t5_1_1"), seed=6), root / "other.safetensors"
+    )
     described = {
         "backbone": {"fingerprint": digest.of_tree(base), "frozen_dtype": "float32"},
         "backbone_spec": f"file:{path}",
@@ -45,7 +48,7 @@ def files(toy, tmp_path_factory):
         for seed in (0, 1):
             tree = toy.trained(method, seed=seed).trainable
             saved = toy.saved(method, tree, **described)
-            exported.save(saved, root / f"{name}{seed}.safetensors")
+            saved_run.save(saved, root / f"{name}{seed}.safetensors")
     return root
 
 
@@ -70,7 +73,9 @@ def test_models_go_round_bit_by_bit(toy, files, tmp_path, capsys):
     run(capsys, "--from", tmp_path / "hf", "--to", tmp_path / "t5x")
     back = tmp_path / "back.safetensors"
     run(capsys, "--from", tmp_path / "t5x", "--to", back)
-    assert toy.same(backbone.read(back), backbone.read(files / "base.safetensors"))
+    assert toy.same(
+        safetensors_files.read_tree(back), safetensors_files.read_tree(files / "base.safetensors")
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "hf", "t5x"]
     out = run(capsys, "--from", back, "--to", f"hf:{tmp_path / 'small'}", "--dtype", "bfloat16")
     assert "largest difference 0," not in out
@@ -81,8 +86,8 @@ def test_adapters_go_to_peft_and_back(toy, files, tmp_path, capsys):
     out = run(capsys, "--from", source, "--to", tmp_path / "peft")
     assert "ours and PEFT's formula: largest difference" in out
     run(capsys, "--from", tmp_path / "peft", "--to", back)
-    assert toy.same(exported.load(back).trainable, exported.load(source).trainable)
-    assert exported.load(back).description == exported.load(source).description
+    assert toy.same(saved_run.load(back).trainable, saved_run.load(source).trainable)
+    assert saved_run.load(back).description == saved_run.load(source).description
     run(capsys, "--from", source, "--task", 1, "--to", tmp_path / "task")
     assert '"peft_type": "LORA"' in (tmp_path / "task" / "adapter_config.json").read_text()
 
@@ -94,8 +99,8 @@ def test_a_folder_of_peft_belongs_to_the_base(files, tmp_path, capsys):
     assert "--base" in refused(capsys, "--from", tmp_path / "a", "--to", tmp_path / "b.safetensors")
     base, back = files / "base.safetensors", tmp_path / "b.safetensors"
     run(capsys, "--from", tmp_path / "a", "--base", base, "--to", back)
-    assert exported.load(back).description["backbone"]["fingerprint"] == digest.of_tree(
-        backbone.read(base)
+    assert saved_run.load(back).description["backbone"]["fingerprint"] == digest.of_tree(
+        safetensors_files.read_tree(base)
     )
 
 
@@ -105,8 +110,8 @@ def test_merged_models_answer_as_the_adapter_does(toy, files, tmp_path, capsys):
     assert "adapted and merged network on a random batch: largest difference" in out
     _, params = hugging_face.read(tmp_path / "m")
     network, method = toy.network("t5_1_1"), toy.poly(num_splits=2, placement="light")
-    base = backbone.read(files / "base.safetensors")
-    adapted = patching.merge(base, exported.load(source).trainable)
+    base = safetensors_files.read_tree(files / "base.safetensors")
+    adapted = patching.merge(base, saved_run.load(source).trainable)
     adapted = jax.tree.map(jnp.asarray, adapted)
     assert toy.same(params, merging.merge_into_base(network, method, adapted, 2))
     assert not toy.same(params, base)
@@ -117,9 +122,11 @@ def test_averages(toy, files, tmp_path, capsys):
     weights = ["--weights", "0.25,0.75"]
     run(capsys, "--average", *members, "--to", tmp_path / "a.safetensors", *weights)
     first, second, mean = (
-        patching.flatten(exported.load(path).trainable)
+        patching.flatten(saved_run.load(path).trainable)
         for path in (*members, tmp_path / "a.safetensors")
     )
+    assert mean.keys() == first.keys() == second.keys()
+    assert len(mean) > 10
     for path, leaf in mean.items():
         np.testing.assert_allclose(leaf, 0.25 * first[path] + 0.75 * second[path], rtol=1e-5)
 
@@ -139,6 +146,27 @@ def test_what_is_there_stays_unless_it_is_the_same_kind(files, tmp_path, capsys)
     error = refused(capsys, "--from", source, "--to", precious, "--overwrite")
     assert "is not replaced" in error
     assert (precious / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(("change", "what"), [("lost", "lora_b"), ("added", "lora_c")])
+def test_leaves_that_differ_when_read_again_are_one_line(
+    files, tmp_path, capsys, monkeypatch, change, what
+):
+    read, layer = adapters.read, "encoder/layers_1/attention/query/adapter"
+
+    def spoiled(folder):
+        saved = read(folder)
+        flat = patching.flatten(saved.trainable)
+        if change == "lost":
+            del flat[f"{layer}/{what}"]
+        else:
+            flat[f"{layer}/{what}"] = np.ones(2, np.float32)
+        return dataclasses.replace(saved, trainable=patching.trees.unflatten(flat))
+
+    monkeypatch.setattr(adapters, "read", spoiled)
+    error = refused(capsys, "--from", files / "lora0.safetensors", "--to", tmp_path / "a")
+    assert f"{layer}/{what} was {change} on the way; nothing was kept" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing_behind(files, tmp_path, capsys, monkeypatch):
@@ -163,13 +191,17 @@ REFUSED = {
         "--to",
         "hf:OUT/a",
     ],
-    "no folder of runs": ["--from", "FILES/mov0.safetensors", "--step", "3", "--to", "OUT/a"],
+    "whole model; --task is for": [
+        *("--from", "FILES/base.safetensors", "--task", "0"),
+        *("--to", "hf:OUT/a"),
+    ],
+    "not a folder of runs": ["--from", "FILES/mov0.safetensors", "--step", "3", "--to", "OUT/a"],
     "at least two adapters": ["--average", "FILES/mov0.safetensors", "--to", "OUT/a.safetensors"],
     "'lora' in": [
         *("--average", "FILES/mov0.safetensors", "FILES/lora0.safetensors"),
         *("--to", "OUT/a.safetensors"),
     ],
-    "is no adapter": [
+    "is not an adapter": [
         *("--average", "FILES/mov0.safetensors", "FILES/base.safetensors"),
         *("--to", "OUT/a.safetensors"),
     ],

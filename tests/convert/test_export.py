@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from moe_peft.cli import main
-from moe_peft.training import checkpoints
-from moe_peft.weights import backbone, saved_run
+from moe_peft.weights import safetensors_files, saved_run
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +23,21 @@ def run_folder(monkeypatch):
         record={"description": {"method": {"name": "mov"}}},
     )
 
-    def load_trainable(folder, step):
-        assert (folder, step) == ("/some/run", None)
+    def load(folder, step, member):
+        assert (folder, step, member) == ("/some/run", None, None)
         return saved
 
-    monkeypatch.setattr(checkpoints, "load_trainable", load_trainable)
+    monkeypatch.setattr(saved_run, "load", load)
     return "/some/run"
 
 
 def test_export_writes_trained_leaves_and_metadata(run_folder, tmp_path, capsys):
     path = tmp_path / "mov.safetensors"
     assert main.main(["export", f"--gin.MODEL_DIR={run_folder}", f"--gin.OUTPUTS={path}"]) == 0
-    np.testing.assert_array_equal(backbone.read(path)["encoder"]["adapter"]["vectors"], [0, 1, 2])
-    assert backbone.read_metadata(path) == {"method": {"name": "mov"}, "step": 7}
+    np.testing.assert_array_equal(
+        safetensors_files.read_tree(path)["encoder"]["adapter"]["vectors"], [0, 1, 2]
+    )
+    assert safetensors_files.read_metadata(path) == {"method": {"name": "mov"}, "step": 7}
     assert str(path) in capsys.readouterr().out
 
 

@@ -10,9 +10,8 @@ import pytest
 from moe_peft import methods, patching
 from moe_peft.cli import main
 from moe_peft.models import encoder_decoder
-from moe_peft.training import checkpoints
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone, identity, merging, saved_run
+from moe_peft.weights import backbone, identity, merging, safetensors_files, saved_run
 
 TINY = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "BACKBONE=random:0"]
 SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}
@@ -54,7 +53,7 @@ def run_of(monkeypatch):
         method = identity.as_json(start(method_name).method.describe())
         record = {"method": method, "backbone": {"fingerprint": made.fingerprint}}
         saved = saved_run.Saved(7, trainable, {}, {"description": record})
-        monkeypatch.setattr(checkpoints, "load_trainable", lambda *args: saved)
+        monkeypatch.setattr(saved_run, "load", lambda *args: saved)
         monkeypatch.setattr(start_lib.Start, "trees", lambda *args, **kwargs: made)
         return patching.merge(made.frozen, trainable)
 
@@ -86,8 +85,8 @@ def test_the_file_is_a_backbone_with_the_runs_logits(run_of, method_name, task, 
         adapted.base_model.module, adapted.method, params, loaded.params, task, seed=5
     )
     assert gap.relative < 1e-5
-    assert backbone.read_metadata(path)["task"] == task
-    assert backbone.read_metadata(path)["step"] == 7
+    assert safetensors_files.read_metadata(path)["task"] == task
+    assert safetensors_files.read_metadata(path)["step"] == 7
 
 
 REFUSED = {

@@ -157,7 +157,7 @@ TENSORS = {
         **t,
         Q + "lora_magnitude_vector": np.ones(16, np.float32),
     },
-    "block.7.layer.0.SelfAttention.q.lora_A.weight is no layer of hf:somewhere": lambda t: {
+    "block.7.layer.0.SelfAttention.q.lora_A.weight is not a layer of hf:somewhere": lambda t: {
         k.replace("block.1", "block.7"): v for k, v in t.items()
     },
     f"{Q}lora_B.weight has the shape (15, 2); expected (16, 2)": lambda t: {
@@ -188,7 +188,9 @@ def test_damaged_files_are_named(toy, folders, tmp_path):
 def test_settings_that_are_not_the_records_are_refused(toy, tmp_path):
     adapters.write(toy.trained(toy.METHODS["qv"]()), tmp_path / "a", "toy")
     set_option(tmp_path / "a", lora_alpha=7)
-    check_refused(toy, tmp_path / "a", "lora_alpha is 7.0, but", config_lib.NAME)
+    check_refused(
+        toy, tmp_path / "a", f"lora_alpha is 7.0 in {config_lib.NAME} and 3.0 in", config_lib.NAME
+    )
     small = adapters.Base("hf:other", toy.network("t5_1_1", num_heads=4).config, "other")
     with pytest.raises(errors.UserError, match="num_heads differ"):
         adapters.read(tmp_path / "a", small)
@@ -203,7 +205,7 @@ REFUSED = {
     "PEFT has no MoV": lambda toy: methods.mov(2),
     "PEFT has no MoLoRA": lambda toy: methods.molora(2),
     "PEFT has no SkilledIA3": lambda toy: toy.poly(adapter="ia3"),
-    "no PrivateRouter": lambda toy: methods.private(3),
+    "not PrivateRouter": lambda toy: methods.private(3),
     "not one per coder": lambda toy: toy.poly(granularity="coder"),
     "does not round": lambda toy: toy.poly(straight_through=True),
     "it has no adapters": lambda toy: methods.full(),

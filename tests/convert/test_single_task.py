@@ -31,7 +31,7 @@ SLOW = ("random", "uniform", "mhr")
 def test_merges_to_the_same_kernels(toy, name):
     make, layout = CASES[name]
     saved = toy.trained(make(), layout)
-    alone = single_task.of(saved, 2, "toy")
+    alone = single_task.of_task(saved, 2, "toy")
     plain = records.method(alone.description["method"], "toy")
     assert plain.name == ("ia3" if "ia3" in name else "lora")
     assert plain.num_tasks is None
@@ -42,6 +42,7 @@ def test_merges_to_the_same_kernels(toy, name):
     have = merging.merge_into_base(network, plain, patching.merge(base, alone.trainable))
     want, have = patching.flatten(want), patching.flatten(have)
     assert want.keys() == have.keys()
+    assert len(want) > 20
     for path, kernel in want.items():
         np.testing.assert_allclose(have[path], kernel, rtol=0, atol=1e-5, err_msg=path)
     assert (alone.description["task"], alone.step) == (2, 7)
@@ -49,9 +50,9 @@ def test_merges_to_the_same_kernels(toy, name):
 
 def test_refused_in_one_line(toy):
     with pytest.raises(errors.UserError, match="'lora' serve all tasks at once; leave out --task"):
-        single_task.of(toy.saved(methods.lora(), {}), 0, "run")
+        single_task.of_task(toy.saved(methods.lora(), {}), 0, "run")
     z = transfer.transferred(poly(), "z")
     with pytest.raises(errors.UserError, match="'mhr_z' trained routers only"):
-        single_task.of(toy.saved(z, {}), 0, "run")
+        single_task.of_task(toy.saved(z, {}), 0, "run")
     with pytest.raises(errors.UserError, match="0 to 2; task 3 is none of them"):
-        single_task.of(toy.saved(poly(), {}), 3, "run")
+        single_task.of_task(toy.saved(poly(), {}), 3, "run")

@@ -73,6 +73,7 @@ def batch(task_ids=(2, 0)):
 def same(one, other):
     """Whether two trees have the same leaves, bit by bit."""
     one, other = patching.flatten(one), patching.flatten(other)
+    assert len(one) > 1
     return one.keys() == other.keys() and all(
         one[path].dtype == other[path].dtype and one[path].tobytes() == other[path].tobytes()
         for path in one
@@ -83,5 +84,5 @@ def base_params(network, seed=5):
     """Random weights of a network without adapters."""
     rng = np.random.default_rng(seed)
     draw = lambda shape: (0.3 * rng.normal(size=shape)).astype(np.float32)
-    shapes = t5_sizes.of_config(network.config)
+    shapes = t5_sizes.shapes_of(network.config)
     return patching.trees.unflatten({path: draw(shape) for path, shape in shapes.items()})

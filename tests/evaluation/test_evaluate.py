@@ -22,7 +22,7 @@ from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
-from moe_peft.weights import backbone as backbone_lib
+from moe_peft.weights import safetensors_files
 
 LENGTHS = {"inputs": 40, "targets": 8}
 FIRST, LETTERS = 3, "abcdefghijklmnop"  # ids 0, 1, 2: padding, end, unknown
@@ -88,7 +88,7 @@ def backbone(tmp_path_factory):
 
     params = jax.tree_util.tree_map_with_path(draw, abstract)
     path = tmp_path_factory.mktemp("backbone") / "weights.safetensors"
-    return f"file:{backbone_lib.save(params, path)}"
+    return f"file:{safetensors_files.save_tree(params, path)}"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def model_and_params(backbone, mesh):
     model = encoder_decoder.EncoderDecoder(MODULE, losses.LossConfig())
-    params = backbone_lib.read(backbone.removeprefix("file:"))
+    params = safetensors_files.read_tree(backbone.removeprefix("file:"))
     return model, jax.device_put(params, mesh_lib.replicated(mesh))
 
 
@@ -235,7 +235,7 @@ def save_run(folder, method, backbone):
     )
     state = state_lib.create(jax.tree.map(jax.numpy.asarray, trainable), optax.sgd(0.1), 0)
     state = state.replace(step=jax.numpy.asarray(5, jax.numpy.int32))
-    fingerprint = digest.of_tree(backbone_lib.read(backbone.removeprefix("file:")))
+    fingerprint = digest.of_tree(safetensors_files.read_tree(backbone.removeprefix("file:")))
     description = {
         "method": json.loads(json.dumps(method.describe())),
         "backbone": {"fingerprint": fingerprint},

@@ -125,8 +125,8 @@ def test_bytes_are_readable(count, text):
 
 
 def test_a_backbone_of_another_size_is_told(tmp_path, capsys):
-    config = sizes.named("tiny")
-    shapes = sizes.of_config(config)
+    config = sizes.config_named("tiny")
+    shapes = sizes.shapes_of(config)
     flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     hugging_face.write(tmp_path / "m", config, flat)
     files = ["--gin_file", "methods/ia3.gin", f"--gin.BACKBONE=hf:{tmp_path / 'm'}"]

@@ -107,7 +107,7 @@ def test_weights_and_records_are_those_of_the_folder(mhr, lora):
 def test_tasks_are_called_and_grouped_as_in_the_mixture(mhr):
     from moe_peft.tasks import cldr
 
-    saved = saved_run.load_trainable(mhr)
+    saved = saved_run.load(mhr)
     ids = {task.name: number for task, number in cldr.task_ids().items()}
     first = min(ids[task.name] for task in cldr.suite.tasks("fewshot"))
     tasks = run_folder.tasks(mhr, saved, first + 3)
@@ -127,14 +127,14 @@ def test_templates_with_ids_of_their_own_are_told_apart(mhr):
     )
     ids = {task.name: number for task, number in cldr.task_ids().items()}
     task = cldr.suite.tasks("fewshot")[0]
-    tasks = run_folder.tasks(mhr, saved_run.load_trainable(mhr), 10 * ids[task.name] + 2)
+    tasks = run_folder.tasks(mhr, saved_run.load(mhr), 10 * ids[task.name] + 2)
     assert tasks.names[-2:] == (f"{task.name}_t0", f"{task.name}_t1")
     assert tasks.names[-3].startswith("task ")
 
 
 def test_settings_that_are_gone_leave_numbers(mhr, capsys):
     (mhr / "config.gin").write_text("import nowhere.to_be_found\n")
-    tasks = run_folder.tasks(mhr, saved_run.load_trainable(mhr), 2)
+    tasks = run_folder.tasks(mhr, saved_run.load(mhr), 2)
     assert tasks.names == ("task 0", "task 1")
     assert tasks.groups == (run_folder.OTHER,) * 2
     assert "cannot be read" in capsys.readouterr().out

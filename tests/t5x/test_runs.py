@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_peft.config import gin_files as gin_files_lib
-from moe_peft.weights import exported
+from moe_peft.weights import saved_run
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_a_task_routed_method_trains_resumes_evaluates_and_infers(backbone, tmp_
     assert "parameters) too." in second
     saved = {p.name for p in (run / "adapters").iterdir()}
     assert saved == {f"step_{step}.safetensors" for step in (0, 2, 4)}
-    trained = exported.load(run / "adapters" / "step_4.safetensors")
+    trained = saved_run.load(run / "adapters" / "step_4.safetensors")
     assert trained.step == 4
     assert trained.description["method"]["name"] == "mhr"
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from moe_peft import errors, methods, patching
 from moe_peft.training import restore
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone, exported
+from moe_peft.weights import safetensors_files, saved_run
 
 
 @pytest.fixture
@@ -116,16 +116,16 @@ def test_adapters_go_to_the_built_in_trainer_and_back(guest, t5x, network, tmp_p
     base = guest.built_in(methods.frozen(), scan_layers=network == "scalable_t5")
     weights = tmp_path / "base.safetensors"
     frozen, trainable = method.split(params)
-    backbone.save(frozen, weights)
+    safetensors_files.save_tree(frozen, weights)
     shapes = {name: leaf.shape for name, leaf in guest.BATCH.items()}
     start = start_lib.Start(ours, base, method, shapes)
-    loaded, step = restore.load(start, f"file:{weights}", path)
+    loaded, step = restore.params(start, f"file:{weights}", path)
     assert step == 12
     want = jax.jit(model.score_batch)(params, guest.BATCH)
     np.testing.assert_allclose(jax.jit(ours.score)(loaded, guest.BATCH), want, rtol=1e-5)
 
     again = tmp_path / "again.safetensors"
-    exported.save(exported.load(path), again)
+    saved_run.save(saved_run.load(path), again)
     back = t5x.adapted.model(guest.base_model(network), method, adapters=str(again))
     fresh = guest.variables(back)["params"]
     whole = patching.merge(frozen, method.split(fresh)[1])

@@ -124,13 +124,13 @@ def test_another_optimizer_is_refused_by_leaf(toy, two_saved):
         checkpoints.restore(saved, other)
 
 
-def test_load_trainable_names_what_exists(two_saved, tmp_path):
-    assert saved_run.load_trainable(two_saved).step == 2
-    assert saved_run.load_trainable(two_saved, 1).step == 1
+def test_load_names_what_exists(two_saved, tmp_path):
+    assert saved_run.load(two_saved).step == 2
+    assert saved_run.load(two_saved, 1).step == 1
     with pytest.raises(errors.UserError, match="no checkpoint of step 7; it has steps 1, 2"):
-        saved_run.load_trainable(two_saved, 7)
+        saved_run.load(two_saved, 7)
     with pytest.raises(errors.UserError, match="no training checkpoint"):
-        saved_run.load_trainable(tmp_path)
+        saved_run.load(tmp_path)
 
 
 def test_failed_save_is_one_line_and_leaves_earlier_checkpoints(toy, tmp_path, monkeypatch):

@@ -154,13 +154,13 @@ def test_another_optimizer_is_refused_and_another_rate_is_said(toy, stopped, cap
 def test_trained_parameters_load_for_evaluation(toy, whole):
     shapes = {"x": (1, toy.WIDTH)}
     start = start_lib.Start(toy.MODEL, toy.BASE_MODEL, toy.ADAPTED, shapes)
-    params, step = restore.load(start, "random:7", whole[0])
+    params, step = restore.params(start, "random:7", whole[0])
     assert step == STEPS
     _assert_same(params["first"]["adapter"], whole[1].state.trainable["first"]["adapter"])
     _assert_same(params["second"], whole[1].frozen["second"])
     with pytest.raises(errors.UserError, match="another backbone"):
-        restore.load(start, "random:8", whole[0])
-    fresh, step = restore.load(start, "random:7", None)
+        restore.params(start, "random:8", whole[0])
+    fresh, step = restore.params(start, "random:7", None)
     assert step == 0
     _assert_same(fresh["second"], params["second"])
 

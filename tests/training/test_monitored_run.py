@@ -69,7 +69,7 @@ def test_monitored_runs(tmp_path):
         return tmp_path / name
 
     plain, watched = train("plain"), train("watched", *MONITORS)
-    trees = [saved_run.load_trainable(folder).trainable for folder in (plain, watched)]
+    trees = [saved_run.load(folder).trainable for folder in (plain, watched)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     lines = metrics_writer.read(watched)
     assert [line for line in lines if "loss" in line] == metrics_writer.read(plain)

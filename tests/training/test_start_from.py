@@ -65,8 +65,8 @@ def source(settings, tmp_path_factory):
 def test_extra_steps_start_at_the_average(settings, source, tmp_path, capsys):
     flags = [f"--gin.SOURCE={source}", "--gin.adamw.learning_rate=0.0"]
     assert run("train", settings, tmp_path / "extra", *flags) == 0
-    saved = saved_run.load_trainable(tmp_path / "extra")
-    multitask = saved_run.load_trainable(source)
+    saved = saved_run.load(tmp_path / "extra")
+    multitask = saved_run.load(source)
     method = transfer.transferred(methods.mhr(num_tasks=249, num_splits=4, num_skills=2), "mu")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved.trainable)
     start = transfer.initial(method, multitask.trainable, shapes, jax.random.key(0))

@@ -40,6 +40,6 @@ def flat():
     def make(cfg, dtype=np.float32):
         rng = np.random.default_rng(0)
         draw = lambda shape: rng.normal(size=shape).astype(np.float32).astype(dtype)
-        return {path: draw(shape) for path, shape in t5_sizes.of_config(cfg).items()}
+        return {path: draw(shape) for path, shape in t5_sizes.shapes_of(cfg).items()}
 
     return make

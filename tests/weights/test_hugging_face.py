@@ -19,6 +19,7 @@ from moe_peft.weights import formats, hugging_face, leaves, safetensors_files, t
 def assert_same(flat, params):
     params = patching.flatten(params)
     assert flat.keys() == params.keys()
+    assert len(flat) > 20
     for path, leaf in flat.items():
         assert leaf.dtype == params[path].dtype
         np.testing.assert_array_equal(leaf, params[path], err_msg=path)
@@ -59,6 +60,7 @@ def test_there_and_back(cfg, flat, tmp_path, dtype, shard_bytes):
     assert (folder / "config.json").read_bytes() == (again / "config.json").read_bytes()
     stored, restored = map(safetensors_files.open_folder, map(epath.Path, (folder, again)))
     assert stored.keys() == restored.keys()
+    assert len(stored) == len(params)
     for key, leaf in stored.items():
         assert leaf.dtype == restored[key].dtype == dtype
         assert leaf.read().tobytes() == restored[key].read().tobytes()
@@ -78,7 +80,7 @@ def test_scanned_and_back(cfg, flat, folder, tmp_path):
     config, scanned = hugging_face.read(folder, scan_layers=True)
     assert config == dataclasses.replace(cfg, scan_layers=True)
     shapes = {path: leaf.shape for path, leaf in patching.flatten(scanned).items()}
-    assert shapes == t5_sizes.of_config(config)
+    assert shapes == t5_sizes.shapes_of(config)
     again = hugging_face.write(tmp_path / "again", config, scanned)
     assert_same(flat(cfg), hugging_face.read(again)[1])
 
@@ -86,6 +88,7 @@ def test_scanned_and_back(cfg, flat, folder, tmp_path):
 def test_onto_a_mesh_in_bfloat16(cfg, flat, folder):
     mesh = mesh_lib.make_mesh(fsdp=2, model=2)
     _, params = hugging_face.read(folder, "bfloat16", sharding=leaves.spread(mesh))
+    assert patching.flatten(params).keys() == flat(cfg).keys()
     for path, leaf in patching.flatten(params).items():
         assert isinstance(leaf, jax.Array)
         assert leaf.sharding.mesh == mesh
@@ -98,7 +101,7 @@ def test_onto_a_mesh_in_bfloat16(cfg, flat, folder):
 
 def test_report_counts_every_leaf(cfg, folder):
     report = hugging_face.open_folder(folder).report("bfloat16")
-    assert set(report.loaded) == set(t5_sizes.of_config(cfg))
+    assert set(report.loaded) == set(t5_sizes.shapes_of(cfg))
     assert set(report.cast.values()) == {("float32", "bfloat16")}
     assert len(report.cast) == len(report.loaded)
     assert f"{len(report.loaded)} leaves loaded" in report.lines()[0]
@@ -207,7 +210,10 @@ def test_without_config_the_sizes_are_told_from_shapes(cfg, folder):
         ),
         ({"model_type": "bart", "is_encoder_decoder": True}, "model_type is 'bart'; expected t5"),
         ({"relative_attention_num_buckets": 16}, "relative_attention_num_buckets is 16.* has 32"),
-        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; expected relu"),
+        (
+            {"feed_forward_proj": "gated-silu"},
+            "feed_forward_proj is 'gated-silu'; expected one of relu",
+        ),
         ({"d_kv": 5}, r"model.safetensors: .*attention.*the shape \(12, 12\).*says \(12, 15\)"),
         ({"num_layers": 1}, "has no place|has .* leaves that"),
         ({"num_layers": 3}, "lacks .* leaves, the first ones: encoder/layers_2/"),
@@ -287,7 +293,7 @@ def test_nothing_half_written_stays(cfg, flat, tmp_path):
     params["token_embedder/embedding"] = np.ones((3, 12), np.float32)
     with pytest.raises(errors.UserError, match=r"token_embedder/embedding.*\(3, 12\).*\(32, 12\)"):
         hugging_face.write(tmp_path / "b", cfg, params)
-    with pytest.raises(errors.UserError, match="float32 or bfloat16, got 'float16'"):
+    with pytest.raises(errors.UserError, match="'float16'; expected one of float32, bfloat16"):
         hugging_face.write(tmp_path / "b", cfg, flat(cfg), dtype="float16")
 
 

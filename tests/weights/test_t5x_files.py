@@ -27,6 +27,7 @@ def cfg(cfg_1_1):
 def assert_same(flat, params):
     params = patching.flatten(params)
     assert flat.keys() == params.keys()
+    assert len(flat) > 20
     for path, leaf in flat.items():
         assert leaf.dtype == params[path].dtype
         np.testing.assert_array_equal(leaf, params[path], err_msg=path)
@@ -134,7 +135,9 @@ def test_orbax_without_a_database(cfg, flat, tmp_path):
     tree = {}
     for path, values in params.items():
         name = "target." + path.replace("/", ".")
-        zarr_files.write(zarr_files.zarr_spec(name), epath.Path(state), leaves.of(values, path))
+        zarr_files.write(
+            zarr_files.array_spec(name), epath.Path(state), leaves.from_array(values, path)
+        )
         tree[path] = f"PLACEHOLDER://{name}"
     index = {"target": patching.trees.unflatten(tree), "state": {"step": 1}}
     (state / "checkpoint").write_bytes(serialization.msgpack_serialize(index))
@@ -159,9 +162,13 @@ def test_to_hugging_face_and_back(cfg, flat, tmp_path):
 
 
 def test_buckets_are_addressed_by_their_own_driver():
-    spec = zarr_files._located(zarr_files.zarr_spec("target.a"), epath.Path("gs://bucket/t5x/base"))
+    spec = zarr_files._located(
+        zarr_files.array_spec("target.a"), epath.Path("gs://bucket/t5x/base")
+    )
     assert spec["kvstore"] == {"driver": "gcs", "bucket": "bucket", "path": "t5x/base/target.a/"}
-    spec = zarr_files._located(zarr_files.database_spec("target.a"), epath.Path("gs://bucket/t5x"))
+    spec = zarr_files._located(
+        zarr_files.array_spec("target.a", is_database=True), epath.Path("gs://bucket/t5x")
+    )
     assert spec["kvstore"]["base"] == {"driver": "gcs", "bucket": "bucket", "path": "t5x/"}
 
 
@@ -236,14 +243,14 @@ def test_leaves_of_another_shape(cfg, flat, folder):
 
 def test_a_decoder_only_model(cfg, flat, folder):
     written_by_hand(folder, {p: v for p, v in flat(cfg).items() if not p.startswith("encoder")})
-    with pytest.raises(errors.UserError, match="is no T5 encoder-decoder: it has no encoder/"):
+    with pytest.raises(errors.UserError, match="is not a T5 encoder-decoder: it has no encoder/"):
         t5x_files.read(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xc1\xc1", "checkpoint is damaged: it is no msgpack file"),
+        (b"\xc1\xc1", "checkpoint is damaged: not a msgpack file"),
         (serialization.msgpack_serialize([1]), "holds list, expected a tree"),
         (serialization.msgpack_serialize({"optimizer": {"state": {}}}), "no leaves under 'target'"),
         (
@@ -278,7 +285,7 @@ def test_damaged_metadata(cfg, flat, tmp_path):
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(errors.UserError, match="is no T5X checkpoint: it has no 'checkpoint'"):
+    with pytest.raises(errors.UserError, match="is not a T5X checkpoint: it has no 'checkpoint'"):
         t5x_files.read(tmp_path)
     (tmp_path / "model.pkl").write_bytes(b"")
     with pytest.raises(errors.UserError, match="model.pkl is a pickle"):
@@ -290,6 +297,8 @@ def test_what_is_no_checkpoint(tmp_path):
 
 
 def test_unknown_layout(cfg, flat, tmp_path):
-    with pytest.raises(errors.UserError, match="legacy or orbax, got 'orbit'. Did you mean 'orbax"):
+    with pytest.raises(
+        errors.UserError, match="is 'orbit'; expected one of legacy, orbax. Did you mean 'orbax"
+    ):
         t5x_files.write(tmp_path, cfg, flat(cfg), layout="orbit")
     assert not list(tmp_path.iterdir())

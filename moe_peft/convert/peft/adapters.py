@@ -5,7 +5,7 @@ record of the run in the tensors' header, which PEFT ignores: read again, it giv
 adapter of the very same run. Nothing here imports torch or peft.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 import pathlib
@@ -18,12 +18,10 @@ import numpy as np
 from moe_peft import errors, methods, patching, routing
 from moe_peft.convert import adapter_trees
 from moe_peft.convert.peft import config as config_lib
-from moe_peft.convert.peft import layers as layers_lib
 from moe_peft.convert.peft import methods as methods_lib
 from moe_peft.convert.peft import tensors as tensors_lib
 from moe_peft.models import t5
 from moe_peft.weights import (
-    backbone,
     identity,
     leaves,
     locations,
@@ -62,28 +60,24 @@ def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pat
       UserError: PEFT cannot express the method, or the folder exists.
     """
     method = records.method(saved.description["method"], where)
-    methods_lib.check(method, where)
+    methods_lib.check_expressible(method, where)
     kind, alpha = methods_lib.kind(method), methods_lib.folded_alpha(method)
-    tensors, scaled = {}, set()
-    for layer, own in adapter_trees.by_layer(saved).items():
-        scales_inputs = adapter_trees.rule_of(method, layer).side == "inputs"
-        if scales_inputs:
-            scaled.add(layer)
-        for suffix, array in layers_lib.to_peft(kind, own, alpha, scales_inputs).items():
-            tensors[layer, suffix] = np.ascontiguousarray(array)
-    config = {**methods_lib.settings(method), "target_modules": _targets(method, tensors)}
+    stored, layers = {}, adapter_trees.by_layer(saved)
+    scaled = [one for one in layers if adapter_trees.rule_of(method, one).side == "inputs"]
+    for layer, own in sorted(layers.items()):
+        for suffix, array in tensors_lib.to_peft(kind, own, alpha, layer in scaled).items():
+            stored[tensors_lib.key_of(layer, suffix)] = leaves.from_array(array, "")
+    config = {**methods_lib.settings(method), "target_modules": _targets(method, layers)}
     if kind == "IA3":
         config["feedforward_modules"] = _targets(method, scaled)
-    spec = saved.description.get("backbone_spec", "")
-    base = spec.removeprefix("hf:") if spec.startswith("hf:") else None
-    record = json.dumps({**saved.description, "step": saved.step}, sort_keys=True)
-    stored = {
-        tensors_lib.key_of(*place): leaves.of(array, "") for place, array in sorted(tensors.items())
-    }
+    prefix, _, base = saved.description.get("backbone_spec", "").partition(":")
+    config |= config_lib.WHOLE | {"base_model_name_or_path": base if prefix == "hf" else None}
+    record = {**saved.description, "step": saved.step}
     with locations.created(folder) as partial:
-        text = json.dumps(config_lib.complete(config, base), indent=2, sort_keys=True)
+        partial.mkdir()
+        text = json.dumps(config, indent=2, sort_keys=True)
         (partial / config_lib.NAME).write_text(text + "\n", encoding="utf-8")
-        header = {"format": "pt", "moe_peft": record}
+        header = {"format": "pt", **safetensors_files.encode_metadata(record)}
         safetensors_files.write_file(partial / tensors_lib.TENSORS, stored, header)
     return pathlib.Path(folder)
 
@@ -102,7 +96,7 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
     folder = pathlib.Path(folder).expanduser()
     config = config_lib.read(folder)
     tensors = tensors_lib.open_folder(folder, config["peft_type"])
-    description = backbone.read_metadata(folder / tensors_lib.TENSORS)
+    description = safetensors_files.read_metadata(folder / tensors_lib.TENSORS)
     if "method" in description:
         network = _network(description, base, folder)
     elif base is not None:
@@ -115,13 +109,17 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
         )
     step = description.pop("step", 0)
     method = records.method(description["method"], str(folder / tensors_lib.TENSORS))
-    _check_settings(method, config, folder)
+    settings = map(methods_lib.method_settings, (config, methods_lib.settings(method)))
+    names = f"in {config_lib.NAME}", f"in {tensors_lib.TENSORS}"
+    difference = identity.first_difference(*settings, where=names)
+    if difference:
+        raise errors.UserError(f"{folder}: {difference}; they do not belong together.")
     shapes = adapter_trees.shapes_of(method, network)
     tensors = tensors_lib.aligned(tensors, adapter_trees.layers_of(shapes))
-    _check(config, tensors, shapes, network.config, folder)
+    _check_tensors(config, tensors, shapes, network.config, folder)
     alpha = methods_lib.folded_alpha(method)
     layers = {
-        layer: layers_lib.from_peft(config["peft_type"], tensors_lib.read(own), alpha)
+        layer: tensors_lib.from_peft(config["peft_type"], own, alpha)
         for layer, own in tensors.items()
     }
     tree = adapter_trees.assemble(layers, shapes)
@@ -141,31 +139,27 @@ def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> me
         tensors_lib.open_folder(folder, config["peft_type"]), list(layers)
     )
     rng = np.random.default_rng(seed)
-    found = []
+    ours, theirs = [], []
     for layer, own in layers.items():
         x, y = (rng.normal(size=(2, 5, *s)).astype(np.float32) for s in _feature_shapes(own))
         if "vectors" in own:
             x = y  # Inputs where the adapter scales those.
         ids = rng.integers(0, config.get("n_tasks", 1), 2).astype(np.int32)
-        site = routing.Site(
-            ("in",) * (x.ndim - 2),
-            ("out",) * (y.ndim - 2),
-            context=routing.RoutingContext(task_ids=ids),
-        )
+        axes = ("in",) * (x.ndim - 2), ("out",) * (y.ndim - 2)
+        site = routing.Site(*axes, context=routing.RoutingContext(task_ids=ids))
         adapter = adapter_trees.rule_of(method, layer).adapter_factory(parent=None)
         params = patching.trees.unflatten(jax.tree.map(jnp.asarray, own))
         with jax.default_matmul_precision("highest"):
-            ours = adapter.apply({"params": params}, jnp.asarray(x), jnp.asarray(y), site)
+            found = adapter.apply({"params": params}, jnp.asarray(x), jnp.asarray(y), site)
+        ours.append(np.asarray(found).reshape(-1))
+        # A layer that the folder leaves alone is one that (IA)3 does not scale.
         flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
-        theirs = y
-        if layer in tensors:
-            theirs = layers_lib.forward(config, tensors_lib.read(tensors[layer]), *flat, ids)
-        found.append((np.asarray(ours).reshape(2, 5, -1), theirs.reshape(2, 5, -1)))
-    return merging.Gap(
-        max(float(np.abs(ours - theirs).max()) for ours, theirs in found),
-        float(np.mean([np.abs(ours - theirs).mean() for ours, theirs in found])),
-        max(float(np.abs(theirs).max()) for _, theirs in found),
-    )
+        found = tensors_lib.forward(config, tensors[layer], *flat, ids) if layer in tensors else y
+        theirs.append(np.asarray(found).reshape(-1))
+    theirs = np.concatenate(theirs)
+    difference = np.abs(np.concatenate(ours) - theirs)
+    largest, mean, scale = difference.max(), difference.mean(), np.abs(theirs).max()
+    return merging.Gap(float(largest), float(mean), float(scale))
 
 
 def _describe(
@@ -176,7 +170,7 @@ def _describe(
     for layer, own in tensors.items():
         if layer not in kernels:
             raise errors.UserError(
-                f"{next(iter(own.values())).source} is no layer of {base.spec} "
+                f"{next(iter(own.values())).source} is not a layer of {base.spec} "
                 f"({t5_sizes.describe(base.config)})."
             )
     method, gin_lines = methods_lib.method(config, list(tensors), base.config)
@@ -205,18 +199,7 @@ def _network(
     return network
 
 
-def _check_settings(method: methods.Method, config: Mapping[str, Any], folder: pathlib.Path):
-    """Refuses settings that are not those with which the tensors were written."""
-    found = methods_lib.method_settings(config)
-    for key, value in methods_lib.method_settings(methods_lib.settings(method)).items():
-        if found[key] != value:
-            raise errors.UserError(
-                f"{folder / config_lib.NAME}: {key} is {found[key]!r}, but "
-                f"{tensors_lib.TENSORS} was written with {value!r}."
-            )
-
-
-def _check(
+def _check_tensors(
     config: Mapping[str, Any],
     tensors: tensors_lib.Tensors,
     expected: adapter_trees.Shapes,
@@ -232,7 +215,7 @@ def _check(
                 f"{next(iter(own.values())).source} adapts a layer that {config['peft_type']} "
                 f"leaves alone here; expected only {', '.join(known)}."
             )
-        for suffix, fitting in layers_lib.shapes(config, layer, kernels[layer]).items():
+        for suffix, fitting in tensors_lib.shapes_of(config, layer, kernels[layer]).items():
             if own[suffix].shape not in fitting:
                 raise errors.UserError(
                     f"{own[suffix].source} has the shape {own[suffix].shape}; expected "
@@ -240,13 +223,13 @@ def _check(
                 )
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
-        suffix = layers_lib.SUFFIXES[config["peft_type"]][0]
+        suffix = tensors_lib.SUFFIXES[config["peft_type"]][0]
         raise errors.UserError(
             f"{folder / tensors_lib.TENSORS} has no {tensors_lib.key_of(missing[0], suffix)}."
         )
 
 
-def _feature_shapes(own: layers_lib.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _feature_shapes(own: tensors_lib.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of what a layer reads and returns, as its adapter sees them."""
     if "vectors" in own:
         return own["vectors"].shape, own["vectors"].shape
@@ -256,9 +239,8 @@ def _feature_shapes(own: layers_lib.Arrays) -> tuple[tuple[int, ...], tuple[int,
     return a.shape[:-1], b.shape[1:]
 
 
-def _targets(method: methods.Method, places: Any) -> list[str]:
+def _targets(method: methods.Method, layers: Iterable[str]) -> list[str]:
     """Returns names of modules: short ones where a rule is one for all blocks."""
-    layers = {place if isinstance(place, str) else place[0] for place in places}
     modules = {tensors_lib.module_of(layer) for layer in layers}
     if all(rule.pattern.startswith(".*/") and "/" not in rule.pattern[3:] for rule in method.rules):
         modules = {module.rpartition(".")[2] for module in modules}

@@ -13,7 +13,9 @@ from moe_peft import errors
 from moe_peft.weights import safetensors_files
 
 NAME = "adapter_config.json"
-KINDS = ("LORA", "IA3", "POLY")
+
+# What every file says besides the settings of its method.
+WHOLE = {"modules_to_save": None, "task_type": "SEQ_2_SEQ_LM", "inference_mode": True}
 
 _READ = {
     "LORA": ("r", "lora_alpha", "lora_dropout", "use_rslora"),
@@ -34,8 +36,8 @@ _WHY_NOT = {
     "use_dora": "DoRA rescales columns by a learned magnitude",
     "rank_pattern": "ranks that differ from layer to layer",
     "alpha_pattern": "scales that differ from layer to layer",
-    "modules_to_save": "whole modules trained beside the adapter",
-    "bias": "trained biases, which a T5 has not",
+    "modules_to_save": "whole modules trained besides the adapter",
+    "bias": "trained biases, which a T5 does not have",
     "lora_bias": "trained biases",
 }
 
@@ -44,16 +46,22 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the settings of an adapter folder.
 
     Raises:
-      UserError: not an adapter of `KINDS` for a T5, or with an option that cannot be expressed.
+      UserError: not a LoRA, (IA)3 or Poly for a T5, or with an option that cannot be expressed.
     """
     path = folder / NAME
     config = safetensors_files.read_json(path)
     kind = config.get("peft_type")
-    if kind not in KINDS:
+    errors.check_one_of(f"{path}: peft_type", kind, _READ)
+    task = config.get("task_type")
+    if task not in (None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         raise errors.UserError(
-            f"{path}: peft_type is {kind!r}; expected one of {', '.join(KINDS)}."
+            f"{path}: task_type is {task!r}; expected an encoder-decoder's, 'SEQ_2_SEQ_LM'."
         )
-    _check_base(path, config)
+    base = (config.get("auto_mapping") or {}).get("base_model_class")
+    if base and not base.startswith(("T5", "MT5")):
+        raise errors.UserError(
+            f"{path}: auto_mapping says the base model is a {base}; expected a T5 or mT5."
+        )
     missing = [key for key in _READ[kind] if key not in config and key != "use_rslora"]
     if missing:
         raise errors.UserError(f"{path} has no {missing[0]!r}.")
@@ -76,69 +84,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _check_base(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    task = config.get("task_type")
-    if task not in (None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
-        raise errors.UserError(
-            f"{path}: task_type is {task!r}; expected an encoder-decoder's, 'SEQ_2_SEQ_LM'."
-        )
-    base = (config.get("auto_mapping") or {}).get("base_model_class")
-    if base and not base.startswith(("T5", "MT5")):
-        raise errors.UserError(
-            f"{path}: auto_mapping says the base model is a {base}; expected a T5 or mT5."
-        )
-
-
 def alpha(config: Mapping[str, Any]) -> float:
     """Returns scale times rank of a LoRA, the rank-stabilised scale alpha / sqrt(r) included."""
     factor = math.sqrt(config["r"]) if config.get("use_rslora") else 1.0
     return float(config["lora_alpha"]) * factor
-
-
-def lora(rank: int, alpha: float, dropout_rate: float) -> dict[str, Any]:
-    """Returns the settings of a LoRA."""
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": dropout_rate,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def ia3() -> dict[str, Any]:
-    """Returns the settings of an (IA)3."""
-    return {"peft_type": "IA3", "fan_in_fan_out": False, "init_ia3_weights": True}
-
-
-def poly(rank: int, num_tasks: int, num_skills: int, num_splits: int) -> dict[str, Any]:
-    """Returns the settings of Poly or, with several splits, MHR."""
-    return {
-        "peft_type": "POLY",
-        "poly_type": "poly",
-        "r": rank,
-        "n_tasks": num_tasks,
-        "n_skills": num_skills,
-        "n_splits": num_splits,
-        "init_weights": True,
-    }
-
-
-def complete(settings: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """Returns the whole content of the file.
-
-    Args:
-      settings: of one of the functions above, and "target_modules".
-      base: name or folder of the base model, if known.
-    """
-    return {
-        **settings,
-        "modules_to_save": None,
-        "base_model_name_or_path": base,
-        "task_type": "SEQ_2_SEQ_LM",
-        "inference_mode": True,
-    }

@@ -12,9 +12,26 @@ from moe_peft.routing import task_routers
 from moe_peft.weights import t5_sizes
 
 _KINDS = {adapters.LoRA: "LORA", adapters.IA3: "IA3", adapters.SkilledLoRA: "POLY"}
+# Settings that change numbers: what our methods and PEFT call them.
+_NAMES = {
+    "LORA": {"rank": "r", "alpha": "lora_alpha", "dropout_rate": "lora_dropout"},
+    "IA3": {},
+    "POLY": {"rank": "r", **{f"num_{it}": f"n_{it}" for it in ("tasks", "skills", "splits")}},
+}
+_SAME_FOR_ALL = {
+    "LORA": {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    },
+    "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
+    "POLY": {"poly_type": "poly", "init_weights": True},
+}
 
 
-def check(method: methods.Method, where: str) -> None:
+def check_expressible(method: methods.Method, where: str) -> None:
     """Raises UserError, with the reason, if PEFT cannot express the method."""
     reason = _why_not(method)
     if reason:
@@ -35,7 +52,7 @@ def _why_not(method: methods.Method) -> str | None:
             continue
         router = _router(adapter)
         if not isinstance(router, task_routers.TaskRouter):
-            return f"its Poly has learned task routers only, no {type(router).__name__}"
+            return f"its Poly has learned task routers only, not {type(router).__name__}"
         if router.straight_through:
             return "its Poly does not round allocations (straight_through)"
         if rule.granularity.is_shared:
@@ -62,22 +79,22 @@ def folded_alpha(method: methods.Method) -> float:
 
 
 def settings(method: methods.Method) -> dict[str, Any]:
-    """Returns what `adapter_config.json` says of the method, where its layers are apart."""
-    adapter = _adapter(method)
-    if isinstance(adapter, adapters.IA3):
-        return config_lib.ia3()
-    if isinstance(adapter, adapters.LoRA):
-        return config_lib.lora(adapter.rank, adapter.alpha, adapter.dropout_rate)
-    num_tasks = _router(adapter).num_tasks
-    return config_lib.poly(adapter.rank, num_tasks, adapter.num_skills, adapter.num_splits)
+    """Returns what `adapter_config.json` says of the method; where its layers are is separate."""
+    own, adapter = kind(method), _adapter(method)
+    found = {
+        theirs: _router(adapter).num_tasks if ours == "num_tasks" else getattr(adapter, ours)
+        for ours, theirs in _NAMES[own].items()
+    }
+    if own == "LORA" and found["lora_alpha"] == int(found["lora_alpha"]):
+        found["lora_alpha"] = int(found["lora_alpha"])  # as PEFT writes it
+    return {"peft_type": own, **found, **_SAME_FOR_ALL[own]}
 
 
 def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that change numbers, as one compares them."""
-    found = {key: config[key] for key in ("r", "n_tasks", "n_skills", "n_splits") if key in config}
-    if config["peft_type"] == "LORA":
-        found["lora_alpha"] = config_lib.alpha(config)
-    return {"peft_type": config["peft_type"], **found}
+    """Returns the settings that change an adapter's numbers, as one compares them."""
+    names = {"peft_type", *_NAMES[config["peft_type"]].values()} - {"lora_dropout"}
+    found = {name: config[name] for name in names}
+    return found | ({"lora_alpha": config_lib.alpha(config)} if "lora_alpha" in found else {})
 
 
 def method(
@@ -85,37 +102,24 @@ def method(
 ) -> tuple[methods.Method, list[str]]:
     """Returns our method with the settings of a PEFT folder, and the gin lines that make it.
 
-    Args:
-      config: of the folder.
-      layers: that have an adapter, as paths of the unscanned network.
-      network: that they belong to.
+    `layers` are those with an adapter, as paths of the unscanned network.
     """
-    name, settings = "ia3", {}
-    if config["peft_type"] == "LORA":
-        name = "lora"
-        settings = {
-            "rank": config["r"],
-            "alpha": config_lib.alpha(config),
-            "dropout_rate": float(config["lora_dropout"]),
-            "placement": _placement(layers, network),
-        }
-    elif config["peft_type"] == "POLY":
-        name = "poly"
-        settings = {
-            "num_tasks": config["n_tasks"],
-            "num_skills": config["n_skills"],
-            "num_splits": config["n_splits"],
-            "rank": config["r"],
-            "placement": _placement(layers, network),
-            "relaxed": True,
-        }
+    own = config["peft_type"]
+    name, settings = own.lower(), {ours: config[theirs] for ours, theirs in _NAMES[own].items()}
+    if own != "IA3":
+        settings["placement"] = _placement(layers, network)
+    if own == "LORA":
+        settings["alpha"] = config_lib.alpha(config)
+        settings["dropout_rate"] = float(config["lora_dropout"])
+    elif own == "POLY":
+        settings["relaxed"] = True
     lines = [f"{name}.{key} = {value!r}" for key, value in settings.items()]
     return methods.get(name)(**settings), [f"METHOD = @methods.{name}()", *lines]
 
 
 def kernels(network: t5.T5Config) -> dict[str, tuple[int, int]]:
     """Returns {layer: (inputs, outputs)} of the linear maps of the unscanned network's blocks."""
-    shapes = t5_sizes.of_config(dataclasses.replace(network, scan_layers=False))
+    shapes = t5_sizes.shapes_of(dataclasses.replace(network, scan_layers=False))
     return {
         path.removesuffix("/kernel"): shape
         for path, shape in shapes.items()

@@ -1,27 +1,36 @@
-"""The tensors of a PEFT folder by layer of our network, and their names there."""
+"""The tensors of a PEFT folder: names, shapes, our leaves of them, and what PEFT computes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import pathlib
 
+from jaxtyping import Float, Int
+import numpy as np
+
 from moe_peft import errors
-from moe_peft.convert.peft import layers
+from moe_peft.convert import adapter_trees
+from moe_peft.routing import task_routers
 from moe_peft.weights import leaves, locations, safetensors_files, t5_names
 
-TENSORS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
-
+Arrays = adapter_trees.Arrays
 Tensors = dict[str, leaves.Leaves]  # layer of the unscanned network -> suffix -> tensor
+
+TENSORS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LOGITS = f"router/{task_routers.LOGITS}"
+SUFFIXES = {
+    "LORA": ("lora_A.weight", "lora_B.weight"),
+    "IA3": ("ia3_l",),
+    "POLY": ("poly_lora_A", "poly_lora_B", "poly_router.module_logits"),
+}
 
 
 def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
     """Returns the tensors of a folder; only headers are read."""
     path = folder / TENSORS
     if not path.is_file():
-        if (folder / _PICKLE).exists():
-            locations.refuse_pickle(folder / _PICKLE)
+        locations.refuse_pickle(folder)
         raise errors.UserError(f"{folder} has no {TENSORS}.")
-    suffixes, found = layers.SUFFIXES[kind], {}
+    suffixes, found = SUFFIXES[kind], {}
     for key, leaf in safetensors_files.open_file(path).items():
         suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
         module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
@@ -31,18 +40,12 @@ def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
                 f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of a T5."
             )
         found.setdefault(kernel.removesuffix("/kernel"), {})[suffix] = leaf
-    for layer, own in found.items():
-        for suffix in suffixes:
-            if suffix not in own:
-                raise errors.UserError(f"{path} has no {key_of(layer, suffix)}.")
+    keys = (key_of(layer, s) for layer, own in found.items() for s in suffixes if s not in own)
+    for key in keys:
+        raise errors.UserError(f"{path} has no {key}.")
     if not found:
         raise errors.UserError(f"{path} holds no tensors.")
     return found
-
-
-def read(tensors: leaves.Leaves) -> layers.Arrays:
-    """Reads the tensors of one layer."""
-    return {suffix: leaf.read() for suffix, leaf in tensors.items()}
 
 
 def aligned(tensors: Tensors, expected: Sequence[str]) -> Tensors:
@@ -64,3 +67,77 @@ def module_of(layer: str) -> str:
 def key_of(layer: str, suffix: str) -> str:
     """Returns the key of one of its tensors."""
     return f"{_PREFIX}{module_of(layer)}.{suffix}"
+
+
+def to_peft(kind: str, own: Arrays, alpha: float, scales_inputs: bool) -> Arrays:
+    """Returns {suffix: tensor} of one layer from our leaves by name; B takes in `alpha`."""
+    if kind == "IA3":
+        return {"ia3_l": own["vectors"].reshape((1, -1) if scales_inputs else (-1, 1))}
+    a, b = own["lora_a"], own["lora_b"]
+    if kind == "LORA":
+        parts = a.reshape(-1, a.shape[-1]).T, b.reshape(len(b), -1).T
+    else:
+        parts = a, b * np.float32(alpha), own[_LOGITS].reshape(len(own[_LOGITS]), -1)
+    return dict(zip(SUFFIXES[kind], map(np.ascontiguousarray, parts), strict=True))
+
+
+def from_peft(kind: str, tensors: leaves.Leaves, alpha: float) -> Arrays:
+    """Returns our leaves of one layer, with flat features; the inverse of `to_peft`."""
+    parts = [tensors[suffix].read().astype(np.float32) for suffix in SUFFIXES[kind]]
+    if kind == "IA3":
+        return {"vectors": parts[0]}
+    if kind == "LORA":
+        return {"lora_a": parts[0].T, "lora_b": parts[1].T}
+    a, b, logits = parts
+    return {"lora_a": a, "lora_b": b / np.float32(alpha), _LOGITS: logits}
+
+
+def shapes_of(
+    config: Mapping[str, int], layer: str, kernel: tuple[int, int]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Returns the shapes that each tensor of a layer may have; its kernel is (inputs, outputs)."""
+    kind, (inputs, outputs) = config["peft_type"], kernel
+    if kind == "IA3":
+        # What wi_1 returns may also be scaled as what wo reads.
+        fitting = {"wo": [(1, inputs)], "wi_1": [(outputs, 1), (1, outputs)]}
+        return {"ia3_l": tuple(fitting.get(layer.rpartition("/")[2], [(outputs, 1)]))}
+    rank = config["r"]
+    if kind == "LORA":
+        found = (rank, inputs), (outputs, rank)
+    else:
+        splits, skills = config["n_splits"], config["n_skills"]
+        found = (
+            (splits, skills, inputs // splits, rank),
+            (splits, skills, rank, outputs // splits),
+            (config["n_tasks"], splits * skills),
+        )
+    return {suffix: (shape,) for suffix, shape in zip(SUFFIXES[kind], found, strict=True)}
+
+
+def forward(
+    config: Mapping[str, float],
+    tensors: leaves.Leaves,
+    x: Float[np.ndarray, "b t i"],
+    y: Float[np.ndarray, "b t o"],
+    task_ids: Int[np.ndarray, "b"],
+) -> Float[np.ndarray, "b t o"]:
+    """Returns what PEFT makes of a layer's inputs x and outputs y, in float64.
+
+    (IA)3 scales y; give x for y where it scales inputs. Written from the methods' formulas, not
+    with our adapters: conversions are checked against it.
+    """
+    kind = config["peft_type"]
+    parts = [tensors[suffix].read().astype(np.float64) for suffix in SUFFIXES[kind]]
+    if kind == "IA3":
+        return y * parts[0].reshape(-1)
+    rank = config["r"]
+    if kind == "LORA":
+        scale = config["lora_alpha"] / (np.sqrt(rank) if config.get("use_rslora") else rank)
+        return y + scale * (x @ parts[0].T @ parts[1].T)
+    a, b, logits = parts
+    splits, skills = a.shape[:2]
+    probs = 1 / (1 + np.exp(-logits[task_ids].reshape(-1, splits, skills)))
+    weights = probs / (probs.sum(-1, keepdims=True) + 1e-12)
+    a = np.einsum("bps,psjr->bpjr", weights, a).reshape(len(x), -1, rank)
+    b = np.einsum("bps,psrk->brpk", weights, b).reshape(len(x), rank, -1)
+    return y + np.einsum("bti,bir,bro->bto", x, a, b) / rank

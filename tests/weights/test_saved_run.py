@@ -9,7 +9,7 @@ from moe_peft import errors, methods
 from moe_peft.methods import transfer
 from moe_peft.training import restore
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone, exported, identity, saved_run
+from moe_peft.weights import identity, safetensors_files, saved_run
 
 PATH = "encoder/attention/adapter/vectors"
 DESCRIPTION = {
@@ -26,7 +26,7 @@ def tree(value):
 @pytest.fixture
 def file(tmp_path):
     saved = saved_run.Saved(7, tree(2.0), {}, {"description": DESCRIPTION})
-    return exported.save(saved, tmp_path / "ia3.safetensors")
+    return saved_run.save(saved, tmp_path / "ia3.safetensors")
 
 
 @pytest.fixture
@@ -38,34 +38,41 @@ def adaptation(tmp_path):
     plan = {"description": DESCRIPTION, "groups": jobs}
     (folder / "groups" / "plan.json").write_text(json.dumps(plan))
     stacked = {"adapter": {"vectors": np.arange(6, dtype=np.float32).reshape(2, 3)}}
-    backbone.save(stacked, folder / "groups" / "000" / "adapters.safetensors")
+    safetensors_files.save_tree(stacked, folder / "groups" / "000" / "adapters.safetensors")
     finished = {"runs": [{"chosen_step": 10}, {"chosen_step": 20}]}
     (folder / "groups" / "000" / "finished.json").write_text(json.dumps(finished))
     return folder
 
 
 def test_a_file_holds_the_run(file):
-    saved = exported.load(file)
+    saved = saved_run.load(file)
     np.testing.assert_array_equal(saved.trainable["encoder"]["attention"]["adapter"]["vectors"], 2)
     assert (saved.step, saved.description) == (7, DESCRIPTION)
-    assert exported.load(file, 7).step == 7
-    assert exported.holds_adapter(file)
+    assert saved_run.load(file, 7).step == 7
+    assert saved_run.is_adapter_file(file)
     with pytest.raises(errors.UserError, match="holds step 7, not step 8"):
-        exported.load(file, 8)
+        saved_run.load(file, 8)
 
 
 def test_files_without_a_record_or_damaged_are_named(file, tmp_path):
-    plain = backbone.save(tree(1.0), tmp_path / "plain.safetensors")
+    plain = safetensors_files.save_tree(tree(1.0), tmp_path / "plain.safetensors")
     with pytest.raises(errors.UserError, match="plain.safetensors has no 'method'"):
-        exported.load(plain)
-    assert not exported.holds_adapter(plain)
+        saved_run.load(plain)
+    assert not saved_run.is_adapter_file(plain)
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(errors.UserError, match="ia3.safetensors cannot be read as safetensors"):
-        exported.load(file)
+        saved_run.load(file)
+
+
+def test_a_path_that_is_not_there(file):
+    with pytest.raises(errors.UserError, match="no training checkpoint in .*Did you mean 'ia3.s"):
+        saved_run.load(file.with_name("ia.safetensors"))
+    with pytest.raises(errors.UserError, match="no training checkpoint in .*folder .*not exist"):
+        saved_run.load(file.with_name("no") / "run")
 
 
 def test_one_run_of_an_adaptation(adaptation, file):
-    saved = exported.load(adaptation, member="b:1")
+    saved = saved_run.load(adaptation, member="b:1")
     np.testing.assert_array_equal(saved.trainable["adapter"]["vectors"], [3, 4, 5])
     assert (saved.step, saved.description["member"]) == (20, "b:1")
     refused = {
@@ -75,9 +82,9 @@ def test_one_run_of_an_adaptation(adaptation, file):
     }
     for words, member in refused.items():
         with pytest.raises(errors.UserError, match=words):
-            exported.load(adaptation, member=member)
-    with pytest.raises(errors.UserError, match="is no adaptation"):
-        exported.load(file, member="b:1")
+            saved_run.load(adaptation, member=member)
+    with pytest.raises(errors.UserError, match="is not an adaptation"):
+        saved_run.load(file, member="b:1")
 
 
 def test_a_transferred_method_starts_from_a_file(file):
@@ -93,9 +100,9 @@ def test_evaluation_takes_a_file_as_it_is(file, monkeypatch):
     monkeypatch.setattr(start_lib.Start, "trees", lambda *args, **kwargs: fresh)
     start = start_lib.Start(None, None, methods.ia3(), {})
     for place in ({"start_from": str(file), "model_dir": "/nowhere"}, {"model_dir": str(file)}):
-        params, step = restore.load(start, "random:0", **place)
+        params, step = restore.params(start, "random:0", **place)
         assert step == 7
         np.testing.assert_array_equal(params["encoder"]["attention"]["adapter"]["vectors"], 2)
     other = start_lib.Start(None, None, methods.lora(), {})
     with pytest.raises(errors.UserError, match="ia3.safetensors are of a run with another method"):
-        restore.load(other, "random:0", str(file))
+        restore.params(other, "random:0", str(file))
