@@ -241,22 +241,22 @@ def _experiments(args: argparse.Namespace) -> int:
     import pathlib
 
     from moe_peft.experiments import checks as checks_lib
-    from moe_peft.experiments import list
+    from moe_peft.experiments import listing
     from moe_peft.experiments import record as record_lib
 
-    found = list.select(args.names, args.paper, args.table, args.size)
+    found = listing.select(args.names, args.paper, args.table, args.size)
     if args.shard:
-        found = list.shard(found, args.shard)
+        found = listing.shard(found, args.shard)
     record = pathlib.Path(args.record) if args.record else record_lib.default_record()
     if args.markdown:
-        print(list.markdown(found))
+        print(listing.markdown(found))
         return 0
     if args.check:
         folder = pathlib.Path(args.folder)
-        rows = checks_lib.check(found, args.check, record, folder, args.again)
+        rows = checks_lib.check(found, args.check, record, folder, args.again, configure=configure)
     else:
         rows = record_lib.rows(found, record, pathlib.Path(args.results))
-    list.show(rows, args.json)
+    listing.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 
 

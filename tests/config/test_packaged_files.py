@@ -135,6 +135,8 @@ def test_experiment_says_what_it_is_and_its_commands_parse(name, tmp_path):
     for part in ("# Number:", "# Command:", "# Expected:", "# Hardware:", "# In two minutes:"):
         assert part in head
     assert "@HW@" not in head
+    if "/cldr/" not in name:
+        assert re.search(r"^# In two minutes: samples/\w+\.gin ", head, re.MULTILINE)
     commands = list(commands_of(name))
     assert commands
     for line in commands:
@@ -157,5 +159,5 @@ def test_first_experiment_of_a_table_plans(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if "/cldr/" in n])
 def test_experiment_plans(name):
-    # Those of papers: commands/test_experiments.py.
+    # Those of papers: tests/experiments/test_checks.py.
     assert (plan(name).trainable == 0) == ("methods/frozen.gin" in (ROOT / name).read_text())
