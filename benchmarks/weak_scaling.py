@@ -13,25 +13,25 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
-from moe_peft.preflight import surroundings
+from moe_peft.preflight import hardware
 
-surroundings.without_devices(os.environ)
+hardware.without_devices(os.environ)
 
 from moe_peft.cli import main as main_lib
-from moe_peft.preflight import compiled, hardware
+from moe_peft.preflight import compiled
 from moe_peft.runtime import json_files
 
 LIMIT = 0.05
 
 
-def compile_for(target: hardware.Target, options: argparse.Namespace) -> compiled.Flight:
+def compile_for(target: hardware.Target, options: argparse.Namespace) -> compiled.CompiledProgram:
     """The step on all chips of a slice."""
     rows = options.rows_per_chip * target.count
     bindings = (f"BATCH_SIZE={rows}", *options.gin)
     experiment = main_lib.configure("preflight", [options.gin_file], bindings)()
     data = target.count // (options.model * options.fsdp)
-    setting = compiled.Setting(data, options.fsdp, options.model, 1, "full")
-    return experiment.compile(target, target.devices(), setting, is_quick=True)
+    choice = compiled.Choice(data, options.fsdp, options.model, 1, "full")
+    return experiment.compile(target, target.devices(), choice, is_quick=True)
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> float:

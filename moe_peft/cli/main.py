@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # They compute next to nothing, so they leave the accelerator to those who do.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.command == "preflight":
-        from moe_peft.preflight import surroundings
+        from moe_peft.preflight import hardware
 
-        surroundings.without_devices(os.environ)
+        hardware.without_devices(os.environ)
     skipped_before = _skipped()
     try:
         code = _run(args, gin_bindings)

@@ -21,7 +21,7 @@ _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Choice:
     """What may be changed to make a program fit.
 
     Attributes:
@@ -61,11 +61,11 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
+class CompiledProgram:
     """What is known of one compiled program; bytes and operations are of one chip.
 
     Attributes:
-      setting: of it.
+      choice: of it.
       target: name of the hardware.
       capacity: memory of a chip.
       memory: planned; None where the compiler refused the program.
@@ -79,7 +79,7 @@ class Flight:
       compile_seconds: tracing included.
     """
 
-    setting: Setting
+    choice: Choice
     target: str
     capacity: float
     memory: hlo_cost.Memory | None
@@ -103,18 +103,20 @@ class Flight:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return dataclasses.asdict(self) | {"fits": self.fits, "seconds_at_least": self.seconds}
+        values = dataclasses.asdict(self)
+        values = {"setting": values.pop("choice"), **values}  # as files of earlier versions have it
+        return values | {"fits": self.fits, "seconds_at_least": self.seconds}
 
 
-def compiled(
-    what: Program, target: hardware.Target, setting: Setting, *, is_quick: bool = False
-) -> Flight:
+def compile_program(
+    what: Program, target: hardware.Target, choice: Choice, *, is_quick: bool = False
+) -> CompiledProgram:
     """Compiles a program for a target.
 
     Args:
       what: the program, on a mesh of the target's devices.
       target: hardware.
-      setting: that the program was made with.
+      choice: that the program was made with.
       is_quick: asks a TPU's compiler for its least effort.
     """
     started = time.monotonic()
@@ -140,8 +142,8 @@ def compiled(
         read = memory.arguments + (what.loops - 1) * what.read_again
         bounds["memory"] = max(read, accessed) / target.chip.bandwidth
         bounds["links"] = sent_by_links(collectives) / target.chip.link
-    return Flight(
-        setting,
+    return CompiledProgram(
+        choice,
         target.name,
         target.chip.memory,
         memory,

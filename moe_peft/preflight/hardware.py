@@ -3,14 +3,15 @@
 TPU topologies come from libtpu (`pip install libtpu`), H100s from jax's CUDA plugins without CUDA
 (`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, of jax's own version). Neither needs a
 device. Other figures of chips are their makers' data sheets.
+
+Nothing here imports jax before it is needed: `without_devices` has to be called first.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 import dataclasses
 import math
 import re
-
-import jax
+from typing import Any
 
 from moe_peft import errors
 
@@ -84,12 +85,13 @@ class Target:
     shape: str
     slices: int = 1
 
-    def devices(self) -> Sequence[jax.Device]:
+    def devices(self) -> Sequence[Any]:
         """Descriptions of the devices, for a mesh.
 
         Raises:
           UserError: the plugin that knows them is not installed, or there is no such topology.
         """
+        import jax
         from jax.experimental import topologies
 
         try:
@@ -159,3 +161,15 @@ def _size(shape: str) -> int:
     16
     """
     return math.prod(map(int, shape.split("x")))
+
+
+def without_devices(environ: MutableMapping[str, str]) -> None:
+    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for.
+
+    It has to come before jax is imported.
+    """
+    environ.setdefault("JAX_PLATFORMS", "cpu")
+    environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It compiles, next to whoever trains.
+    environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

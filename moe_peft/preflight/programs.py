@@ -56,25 +56,25 @@ class Experiment:
         self,
         target: hardware.Target,
         devices: Sequence,
-        setting: compiled.Setting,
+        choice: compiled.Choice,
         program: str = "train",
         *,
         is_quick: bool = False,
-    ) -> compiled.Flight:
+    ) -> compiled.CompiledProgram:
         """Compiles one of `PROGRAMS`.
 
         Raises:
-          UserError: the setting does not suit the experiment.
+          UserError: the choice does not suit the experiment.
         """
-        if program != "train" and setting.num_microbatches > 1:
+        if program != "train" and choice.num_microbatches > 1:
             raise errors.UserError(f"--microbatches belong to training, not to {program}.")
-        mesh = mesh_lib.make_mesh(setting.data, setting.fsdp, setting.model, devices=devices)
-        mesh_lib.check_batch_size(self.rows(program), setting.num_microbatches, mesh)
+        mesh = mesh_lib.make_mesh(choice.data, choice.fsdp, choice.model, devices=devices)
+        mesh_lib.check_batch_size(self.rows(program), choice.num_microbatches, mesh)
         if program == "train":
-            made = self.train_program(mesh, setting)
+            made = self.train_program(mesh, choice)
         else:
             made = self.eval_program(mesh, is_decoding=program == "decode")
-        return compiled.compiled(made, target, setting, is_quick=is_quick)
+        return compiled.compile_program(made, target, choice, is_quick=is_quick)
 
     def rows(self, program: str) -> int:
         """Of a batch of a program."""
@@ -98,9 +98,9 @@ class Experiment:
         begin = self._start(self.model, self._train_batch())
         return tuple(map(state_lib.num_bytes, self._trees(begin)))
 
-    def train_program(self, mesh: jax.sharding.Mesh, setting: compiled.Setting) -> compiled.Program:
+    def train_program(self, mesh: jax.sharding.Mesh, choice: compiled.Choice) -> compiled.Program:
         """The jitted step with the shapes of state, frozen weights and batch."""
-        begin = self._start(self._network(setting.remat_policy), self._train_batch())
+        begin = self._start(self._network(choice.remat_policy), self._train_batch())
         axes, layout = begin.logical_axes(), layout_lib.Layout(mesh)
         frozen, trainable = self._trees(begin)
         group_of = self.method.learning_rate_group
@@ -111,7 +111,7 @@ class Experiment:
             begin.model,
             transform,
             patching.merge,
-            setting.num_microbatches,
+            choice.num_microbatches,
             self.optimizer.learning_rates(trainable, group_of),
             layout=layout,
             out_shardings=(places, layout.everywhere),

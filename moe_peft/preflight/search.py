@@ -41,7 +41,7 @@ def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
     return data, sizes["fsdp"], sizes["model"]
 
 
-def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Setting:
+def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Choice:
     """A mesh and micro-batches to begin with, without compiling anything.
 
     As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
@@ -62,7 +62,7 @@ def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) 
     parts = max(batch_size // shards // at_a_time, 1)
     fsdp = shards // target.slices if is_split else 1
     data = shards // fsdp
-    return compiled.Setting(data, fsdp, model, parts, "full")
+    return compiled.Choice(data, fsdp, model, parts, "full")
 
 
 def search(
@@ -73,7 +73,7 @@ def search(
     microbatches: Sequence[int] = (1, 2, 4),
     *,
     is_quick: bool = False,
-) -> list[compiled.Flight]:
+) -> list[compiled.CompiledProgram]:
     """Compiles what may fit, and ranks it: what fits first, by the bound on the step's time.
 
     For every mesh, less and less memory is asked for until the step fits. Evaluation has neither
@@ -84,14 +84,14 @@ def search(
     devices, found = target.devices(), []
     for shape in meshes(target.count):
         for parts, policy in itertools.product(microbatches, policies):
-            setting = compiled.Setting(*shape, parts, policy)
+            choice = compiled.Choice(*shape, parts, policy)
             try:
-                flight = experiment.compile(target, devices, setting, program, is_quick=is_quick)
+                made = experiment.compile(target, devices, choice, program, is_quick=is_quick)
             except errors.UserError as error:
-                print(f"{setting}: {error}", file=sys.stderr, flush=True)
+                print(f"{choice}: {error}", file=sys.stderr, flush=True)
                 break
-            found.append(flight)
-            print(f"{setting}: {view.summary(flight)}", file=sys.stderr, flush=True)
-            if flight.fits:
+            found.append(made)
+            print(f"{choice}: {view.summary(made)}", file=sys.stderr, flush=True)
+            if made.fits:
                 break
-    return sorted(found, key=lambda flight: (not flight.fits, flight.seconds))
+    return sorted(found, key=lambda made: (not made.fits, made.seconds))

@@ -1,9 +1,12 @@
 """Names of hardware that programs are compiled for."""
 
+import subprocess
+import sys
+
 import pytest
 
 from moe_peft import errors
-from moe_peft.preflight import hardware, surroundings
+from moe_peft.preflight import hardware
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,11 @@ def test_names_of_nothing(name, message):
 
 def test_what_is_set_already_stays():
     environ = {"JAX_PLATFORMS": "tpu"}
-    surroundings.without_devices(environ)
+    hardware.without_devices(environ)
     assert environ["JAX_PLATFORMS"] == "tpu"
     assert environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_it_comes_before_jax():
+    code = "import sys; from moe_peft.preflight import hardware; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
