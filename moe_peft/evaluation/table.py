@@ -1,8 +1,7 @@
 """Evaluated runs as one table, for a terminal and as Markdown. Numbers are per cent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
-import itertools
 from typing import Any
 
 import rich.box
@@ -120,22 +119,16 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> None:
     """Prints the table."""
-    table = rich.table.Table(
-        box=rich.box.SIMPLE_HEAD,
-        show_footer=True,
-        padding=(0, 1, 0, 0),
-    )
-    sizes = [run.size().replace(" (", "\n(") for run in runs]
-    footers = ["trainable", "", *sizes]
-    for name, footer in itertools.zip_longest(columns(runs), footers, fillvalue=""):
-        justify = "right" if name else "left"
-        table.add_column(name, footer=footer, no_wrap=name != "tasks", justify=justify)
-    body = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
-    for row in body[:-1]:
+    table = grid(*columns(runs), left=("",), show_footer=True, padding=(0, 1, 0, 0))
+    footers = ["trainable", "", *(run.size().replace(" (", "\n(") for run in runs)]
+    for column, footer in zip(table.columns, footers, strict=False):
+        column.footer, column.no_wrap = footer, column.header != "tasks"
+    *body, overall = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
+    for row in body:
         table.add_row(*row)
     table.add_section()
-    table.add_row(*body[-1], style="bold")
-    console = console or _console()
+    table.add_row(*overall, style="bold")
+    console = console or wide_console(140)
     console.print(title(runs), style="bold", highlight=False)
     console.print(table)
     console.print(_notes(runs), style="dim", highlight=False)
@@ -143,23 +136,38 @@ def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> No
 
 def markdown(runs: Sequence[Run]) -> str:
     """The same table for a document."""
-    lines = [f"### {title(runs)}", "", f"Per cent; {_notes(runs)}.", ""]
     names = columns(runs)
-    lines += ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     *groups, overall = rows(runs)
-    lines += ["| " + " | ".join(row) + " |" for row in groups]
-    lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in overall) + " |")
-    sizes = [run.size() for run in runs] + [""] * (len(names) - 2 - len(runs))
-    lines.append("| trainable | | " + " | ".join(sizes) + " |")
-    return "\n".join(lines)
+    bold = [f"**{cell}**" if cell else "" for cell in overall]
+    sizes = ["trainable", "", *(run.size() for run in runs)]
+    sizes += [""] * (len(names) - len(sizes))
+    note = f"Per cent; {_notes(runs)}."
+    return markdown_table(title(runs), note, names, [*groups, bold, sizes])
 
 
-def _console() -> rich.console.Console:
-    """Standard output; a file or a pipe gets lines wide enough for many runs."""
+def wide_console(width: int) -> rich.console.Console:
+    """Standard output; a file or a pipe gets lines of so many characters."""
     console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = 140
+    if not console.is_terminal:  # rich would assume 80 columns
+        console.width = width
     return console
+
+
+def grid(*names: str, left: Collection[str], overflow: Any = "ellipsis", **how: Any):
+    """Returns a `rich` table without rows; columns in `left` hold words, the others numbers."""
+    table = rich.table.Table(title_justify="left", box=rich.box.SIMPLE_HEAD, **how)
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", overflow=overflow)
+    return table
+
+
+def markdown_table(
+    heading: str, note: str, names: Sequence[str], body: Sequence[Sequence[str]]
+) -> str:
+    """Returns a table for a document; its first column holds words, the others numbers."""
+    head = [f"### {heading}", "", note, "", f"| {' | '.join(names)} |"]
+    lines = [*head, "|---|" + "---:|" * (len(names) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in body)])
 
 
 def _cell(summary: Mapping[str, Any]) -> str:

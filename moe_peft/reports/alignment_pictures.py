@@ -9,14 +9,14 @@ from matplotlib import colors as colors_lib
 from matplotlib import figure
 import numpy as np
 
-from moe_peft.reports import routing_pictures, run_folder, style
+from moe_peft.reports import recorded_run, style
 from moe_peft.training.monitors import alignment
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def draw_matrices(
-    records: Records, tasks: run_folder.Tasks, title: str, path: pathlib.Path | str
+    records: Records, tasks: recorded_run.Tasks, title: str, path: pathlib.Path | str
 ) -> None:
     """Writes the matrix of cosines at the first, middle and last record, tasks by group.
 
@@ -32,7 +32,7 @@ def draw_matrices(
     fig = figure.Figure(
         figsize=(max(len(shown) * (size + 0.2) + 2.4, 6.0), size + 0.8), layout="constrained"
     )
-    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
+    style.heading(fig, title)
     all_axes = fig.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     matrices = [_without_diagonal(record["cosines"][np.ix_(order, order)]) for record in shown]
     strongest = [np.max(np.abs(each[~np.isnan(each)]), initial=0.0) for each in matrices]
@@ -43,7 +43,7 @@ def draw_matrices(
         found = alignment.summarize(record["cosines"]).get("mean_cosine")
         mean = "none" if found is None else f"{found:+.3f}"
         axes.set_title(f"step {record['step']:,}: mean {mean}", fontsize=9, color=style.INK)
-        for _, _, end in routing_pictures.group_spans(tasks, order)[:-1]:
+        for _, _, end in tasks.spans()[:-1]:
             axes.axhline(end - 0.5, color=style.GREY, linewidth=0.5)
             axes.axvline(end - 0.5, color=style.GREY, linewidth=0.5)
         axes.set_xticks([])
@@ -52,9 +52,7 @@ def draw_matrices(
     font = float(np.clip(72 * size / len(order) * 0.75, 4.0, 8.0))
     all_axes[0].set_yticks(range(len(order)), [tasks.names[i] for i in order], fontsize=font)
     bar = fig.colorbar(image, ax=list(all_axes), shrink=0.7, aspect=25, pad=0.01)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=7, colors=style.INK)
-    bar.set_label("cosine of the tasks' gradients", fontsize=8, color=style.INK)
+    style.color_bar(bar, "cosine of the tasks' gradients")
     style.save(fig, path)
 
 
@@ -73,9 +71,8 @@ def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | st
         steps = [record["step"] for record in records]
         means = [_mean(record["cosines"]) for record in records]
         marker = "o" if len(steps) <= 12 else None
-        axes.plot(
-            steps, means, color=colors[label], linewidth=1.8, marker=marker, ms=4, label=label
-        )
+        look = {"color": colors[label], "linewidth": 1.8, "marker": marker, "ms": 4}
+        axes.plot(steps, means, label=label, **look)
     axes.axhline(0, color="#bbbbbb", linewidth=1, zorder=1)
     style.clean(axes)
     style.title(axes, title)
@@ -86,15 +83,7 @@ def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | st
     note = f"{' or '.join(map(str, counts))} tasks"
     if len(drawn) > 1:
         note += "; NOT the same ones in all runs"
-    fig.legend(
-        loc="outside lower center",
-        ncols=min(len(runs), 4),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=style.INK,
-        title=f"gradients of adapter parameters, {note}",
-        title_fontsize=8,
-    )
+    style.legend(fig, min(len(runs), 4), f"gradients of adapter parameters, {note}")
     style.save(fig, path)
 
 

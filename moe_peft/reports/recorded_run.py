@@ -32,19 +32,11 @@ class Tasks:
         keys = list(zip(self.groups, self.names, strict=True))
         return np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
 
-
-def labels(folders: Sequence[pathlib.Path], saved: Sequence[saved_run.Saved]) -> list[str]:
-    """Returns what runs are called: by method; where two share it, by folder; else by path."""
-    by_method = [each.description["method"]["name"] for each in saved]
-    paths = [folder.absolute() for folder in folders]
-    by_folder = [path.name for path in paths]
-    by_path = ["-".join(path.parts[1:]) for path in paths]
-    return [
-        next(names[i] for names in (by_method, by_folder, by_path) if names.count(names[i]) == 1)
-        if paths.count(paths[i]) == 1
-        else by_path[i]
-        for i in range(len(folders))
-    ]
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(group, first place, place after the last) of each group in the order `by_group`."""
+        groups = [self.groups[place] for place in self.by_group()]
+        starts = {group: groups.index(group) for group in groups}
+        return [(group, start, start + groups.count(group)) for group, start in starts.items()]
 
 
 def tasks(
@@ -52,8 +44,8 @@ def tasks(
 ) -> Tasks:
     """Returns the tasks of a run's logits.
 
-    The names come from the mixture, which the run's config.gin tells how to find. Where that cannot
-    be read any more (a module is gone, files were moved), tasks are called by their numbers.
+    Their names come from the mixture, and config.gin says how to find it. If that cannot be read
+    any more (a module is gone, files were moved), tasks are called by their numbers.
 
     Args:
       folder: of the run.
