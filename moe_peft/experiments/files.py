@@ -61,35 +61,22 @@ class CommandLine:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One row of a paper's table.
+    """One row of a paper's table."""
 
-    Attributes:
-      name: paper/table/row, such as "mhr/t0_xl/poly".
-      title: the row in words.
-      source: where the number is printed, such as "tables 2 and 6".
-      value: the published number and spread, as printed.
-      remark: on the published number.
-      commands: its own commands, in order.
-      after: the experiment whose first command comes before them, or None.
-      sample: the gin file of its two-minute version.
-      trainable: parameters that train on many tasks, and afterwards; None where nothing does.
-      is_full: all weights train, which the head counts to three digits.
-      operations: floating-point operations of the training, by count; None where nothing trains.
-      size: of the backbone.
-    """
-
-    name: str
-    title: str
-    source: str
-    value: str
-    remark: str | None
-    commands: tuple[CommandLine, ...]
-    after: str | None
-    sample: str
+    name: str  # paper/table/row, such as "mhr/t0_xl/poly"
+    title: str  # the row in words
+    source: str  # where the number is printed, such as "tables 2 and 6"
+    value: str  # the published number and spread, as printed
+    remark: str | None  # on the published number
+    commands: tuple[CommandLine, ...]  # its own commands, in order
+    after: str | None  # the experiment whose first command comes before them, or None
+    sample: str  # the gin file of its two-minute version
+    # parameters that train on many tasks, and afterwards; None where nothing does
     trainable: tuple[int | None, int | None]
-    is_full: bool
+    is_full: bool  # all weights train, which the head counts to three digits
+    # floating-point operations of the training, by count; None where nothing trains
     operations: float | None
-    size: str
+    size: str  # of the backbone
 
     @property
     def gin_file(self) -> str:

@@ -6,12 +6,12 @@ import itertools
 import json
 import re
 
-import rich.box
-import rich.console
-import rich.table
-
 from moe_peft import errors
+from moe_peft.evaluation import table as table_lib
 from moe_peft.experiments import files, record
+
+_COLUMNS = ("row", "experiment", "printed in", "size", "published")
+_COLUMNS += ("trained", "afterwards", "operations")
 
 
 def select(
@@ -70,16 +70,12 @@ def show(found: Sequence[record.Row], as_json: bool = False) -> None:
     if as_json:
         print(json.dumps([row.to_json() for row in found], indent=2, ensure_ascii=False))
         return
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = 200
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    columns = ("experiment", "printed in", "size", "published", "trained", "afterwards")
-    for column in (*columns, "operations", "state"):
-        right = column in ("trained", "afterwards", "operations")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    columns = (*_COLUMNS[1:], "state")
+    left = set(columns) - {"trained", "afterwards", "operations"}
+    table = table_lib.grid(*columns, left=left, overflow="fold")
     for row in found:
         table.add_row(*cells(row.experiment), row.state)
+    console = table_lib.wide_console(200)
     console.print(table)
     counts = collections.Counter(row.state.partition(":")[0] for row in found)
     said = [f"{count} {state}" for state, count in counts.items()]
@@ -97,10 +93,10 @@ def cells(found: files.Experiment) -> tuple[str, ...]:
 
 def markdown(found: Sequence[files.Experiment]) -> str:
     """The tables of docs/experiments.md, one per paper; what was checked changes too often."""
-    titles = "row | experiment | printed in | size | published | trained | afterwards | operations"
     lines = []
     for paper, title in files.PAPERS.items():
-        lines += [f"### {title}", "", f"| {titles} |", f"|{'---|' * 5}{'---:|' * 3}"]
+        lines += [f"### {title}", "", f"| {' | '.join(_COLUMNS)} |"]
+        lines.append(f"|{'---|' * 5}{'---:|' * 3}")
         for each in found:
             if each.paper == paper:
                 name, *rest = cells(each)

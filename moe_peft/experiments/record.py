@@ -34,17 +34,11 @@ def default_record() -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What came of an experiment, in per cent, averaged as its table does.
+    """What came of an experiment, in per cent, averaged as its table does."""
 
-    Attributes:
-      value: the number to compare.
-      published: the number in the table.
-      spread: the published one, over seeds; None where there is none.
-    """
-
-    value: float
-    published: float
-    spread: float | None
+    value: float  # the number to compare
+    published: float  # the number in the table
+    spread: float | None  # the published one, over seeds; None where there is none
 
     def __str__(self) -> str:
         is_close = self.spread is not None and abs(self.value - self.published) <= self.spread
@@ -53,17 +47,12 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An experiment and what its record says.
+    """An experiment and what its record says."""
 
-    Attributes:
-      experiment: what the file's head says.
-      record: outcomes by level, "ok" or the error's line; empty if nothing counts.
-      score: what came of it at full size, if it ran.
-    """
-
-    experiment: files.Experiment
+    experiment: files.Experiment  # what the file's head says
+    # outcomes by level, "ok" or the error's line; empty if nothing counts
     record: Mapping[str, Any]
-    score: Score | None = None
+    score: Score | None = None  # what came of it at full size, if it ran
 
     @property
     def state(self) -> str:

@@ -1,6 +1,5 @@
 """`preflight`: compiles programs for hardware one does not have, and says whether they fit."""
 
-import dataclasses
 import json
 
 from moe_peft import errors
@@ -26,8 +25,16 @@ def run(
     if is_search:
         tried = search.search(experiment, target, program, is_quick=is_quick)
     else:
-        choice = _choice(experiment, target, program, mesh, microbatches, remat)
-        tried = [experiment.compile(target, target.devices(), choice, program, is_quick=is_quick)]
+        if mesh == "auto":
+            found = search.by_rule(experiment.rows(program), experiment.weight_bytes(), target)
+            shape = found.data, found.fsdp, found.model
+            microbatches = found.num_microbatches if program == "train" else 1
+        else:
+            shape = search.parse_mesh(mesh, target.count)
+        # Evaluation computes nothing again.
+        choice = compiled.Choice(*shape, microbatches, remat if program == "train" else "none")
+        devices = target.devices()
+        tried = [experiment.compile(target, devices, choice, program, is_quick=is_quick)]
     if as_json:
         print(json.dumps([made.to_json() for made in tried], indent=1))
     elif is_search:
@@ -35,16 +42,3 @@ def run(
     else:
         view.show(tried[0], program, price, target)
     return int(not any(made.fits for made in tried))
-
-
-def _choice(experiment, target, program, mesh, microbatches, remat) -> compiled.Choice:
-    """As the flags say; evaluation computes nothing again."""
-    if mesh == "auto":
-        rows, weights = experiment.rows(program), experiment.weight_bytes()
-        choice = search.by_rule(rows, weights, target)
-        microbatches = choice.num_microbatches if program == "train" else 1
-    else:
-        shape = search.parse_mesh(mesh, target.count)
-        choice = compiled.Choice(*shape, microbatches, remat)
-    remat = remat if program == "train" else "none"
-    return dataclasses.replace(choice, num_microbatches=microbatches, remat_policy=remat)

@@ -18,24 +18,16 @@ from moe_peft import errors
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a kind, by its data sheet.
+    """One device of a kind, by its data sheet."""
 
-    Attributes:
-      name: as people write it.
-      memory: bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one;
-        data sheets say more.
-      flops: bfloat16 operations per second.
-      bandwidth: of the memory, bytes per second.
-      link: bytes per second that a chip can send to others.
-      per_host: devices of one machine.
-    """
-
-    name: str
+    name: str  # as people write it
+    # bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one; data
+    # sheets say more.
     memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    per_host: int
+    flops: float  # bfloat16 operations per second
+    bandwidth: float  # of the memory, bytes per second
+    link: float  # bytes per second that a chip can send to others
+    per_host: int  # devices of one machine
 
 
 CHIPS = {
@@ -70,20 +62,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-      name: such as "v5e:4x4" or "h100:8".
-      chip: of which there are `count`.
-      shape: of the topology of a slice; empty for GPUs.
-      slices: of so many chips together, joined by the data centre's network.
-    """
-
-    name: str
-    chip: Chip
+    name: str  # such as "v5e:4x4" or "h100:8"
+    chip: Chip  # of which there are `count`
     count: int
-    shape: str
-    slices: int = 1
+    shape: str  # of the topology of a slice; empty for GPUs
+    slices: int = 1  # of so many chips together, joined by the data centre's network
 
     def devices(self) -> Sequence[Any]:
         """Descriptions of the devices, for a mesh.

@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-import rich.box
-import rich.console
-import rich.table
-
+from moe_peft.evaluation import table as table_lib
 from moe_peft.preflight import compiled, hardware
 
 
@@ -22,15 +19,14 @@ def summary(made: compiled.CompiledProgram) -> str:
 
 def advice(made: compiled.CompiledProgram, program: str = "train") -> str:
     """What would help a program that does not fit."""
-    choice, tried = made.choice, []
+    tried = []
+    if made.memory is not None and made.memory.arguments > 0.5 * made.capacity:
+        tried.append("a mesh with more fsdp or model, which splits the weights")
     if program != "train":
         tried.append("--gin.EVAL_BATCH_SIZE with fewer rows")
     else:
-        if choice.remat_policy != "full":
-            tried.append("--remat full")
-        tried.append(f"--microbatches {2 * choice.num_microbatches}")
-    if made.memory is not None and made.memory.arguments > 0.5 * made.capacity:
-        tried.insert(0, "a mesh with more fsdp or model, which splits the weights")
+        tried += ["--remat full"] if made.choice.remat_policy != "full" else []
+        tried.append(f"--microbatches {2 * made.choice.num_microbatches}")
     return f"Try {', or '.join(tried)}; --search tries them all."
 
 
@@ -38,12 +34,8 @@ def show(
     made: compiled.CompiledProgram, program: str, price: float | None, target: hardware.Target
 ) -> None:
     """Prints a compiled program as a table."""
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=120)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("a chip and step" if program == "train" else "a chip and batch")
-    table.add_column("", justify="right")
+    first = "a chip and step" if program == "train" else "a chip and batch"
+    table = table_lib.grid(first, "", left=(first,))
     if made.memory is not None:
         for name in ("arguments", "temporaries", "peak"):
             table.add_row(f"memory, {name}", f"{getattr(made.memory, name) / 1e9:.2f} GB")
@@ -60,7 +52,7 @@ def show(
         table.add_row(f"1,000 steps at {price:g} a chip and hour", f"at least {cost:.2f}")
     table.add_row("compiled in", f"{made.compile_seconds:.0f} s")
     print(f"{program} on {target.count} x {target.chip.name}, {made.choice}")
-    console.print(table)
+    table_lib.wide_console(120).print(table)
     print(summary(made))
     if not made.fits:
         print(advice(made, program))
@@ -68,20 +60,11 @@ def show(
 
 def show_ranked(tried: Sequence[compiled.CompiledProgram]) -> None:
     """Prints what a search found, the best first."""
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=120)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for column in ("mesh, micro-batches, remat", "peak GB", "of", "ms at least", "bound by"):
-        table.add_column(column, justify="left" if "mesh" in column else "right")
+    first = "mesh, micro-batches, remat"
+    table = table_lib.grid(first, "peak GB", "of", "ms at least", "bound by", left=(first,))
     for made in tried:
         peak = f"{made.needed / 1e9:.2f}" if made.needed else "refused"
-        bound = max(made.bounds, key=made.bounds.get)
-        table.add_row(
-            str(made.choice),
-            peak if made.fits else f"[red]{peak}[/red]",
-            f"{made.capacity / 1e9:.1f}",
-            f"{made.seconds * 1e3:.0f}",
-            bound,
-        )
-    console.print(table)
+        peak = peak if made.fits else f"[red]{peak}[/red]"
+        milliseconds, bound = f"{made.seconds * 1e3:.0f}", max(made.bounds, key=made.bounds.get)
+        table.add_row(str(made.choice), peak, f"{made.capacity / 1e9:.1f}", milliseconds, bound)
+    table_lib.wide_console(120).print(table)

@@ -1,4 +1,7 @@
-"""Pictures of gradient alignment: the matrix of tasks, and its mean over training."""
+"""Pictures of gradient alignment: the matrix of tasks, and its mean over training.
+
+All have a title above, and are written to a path that ends in .png, .pdf or .svg.
+"""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -23,8 +26,6 @@ def draw_matrices(
     Args:
       records: of `alignment`, oldest first, all of the same tasks.
       tasks: in the order of the matrices' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
     """
     order = tasks.by_group()
     shown = [records[i] for i in sorted({0, (len(records) - 1) // 2, len(records) - 1})]
@@ -57,13 +58,7 @@ def draw_matrices(
 
 
 def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | str) -> None:
-    """Writes the mean cosine over training, one line a run.
-
-    Args:
-      runs: records of `alignment` by the run's label.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
-    """
+    """Writes the mean cosine over training, one line a run (records of `alignment` by label)."""
     fig = figure.Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = fig.add_subplot()
     colors = style.by_name(list(runs))

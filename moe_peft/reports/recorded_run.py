@@ -17,15 +17,10 @@ OTHER = "other"  # group of tasks that the expression does not match
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """The tasks of a run in the order of their ids.
+    """The tasks of a run in the order of their ids."""
 
-    Attributes:
-      names: as short as they stay different.
-      groups: what each is reported under.
-    """
-
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
+    names: tuple[str, ...]  # as short as they stay different
+    groups: tuple[str, ...]  # what each is reported under
 
     def by_group(self) -> np.ndarray:
         """Places that put tasks of a group together, by name within each."""
@@ -64,31 +59,27 @@ def named(names: Sequence[str], group: str | None = None) -> Tasks:
     from moe_peft.evaluation import questions
 
     pattern = questions.compile_group(group) if group else None
-    groups = []
-    for name in names:
-        match = pattern.fullmatch(name) if pattern else None
-        groups.append(match[1] if match else OTHER)
+    matches = [pattern.fullmatch(name) if pattern else None for name in names]
+    groups = [match[1] if match else OTHER for match in matches]
     # Names of tasks begin alike: "cldr_".
     common = re.match(r"(?:.*_)?", os.path.commonprefix(list(names)))[0] if len(names) > 1 else ""
     return Tasks(tuple(name.removeprefix(common) for name in names), tuple(groups))
 
 
 def task_group(folder: pathlib.Path) -> str | None:
-    """Returns the expression that a run reports its tasks under; None if it cannot be found."""
-    config = _config(folder)
-    group = config.macro("TASK_GROUP") if config else None
-    return group.value if group else None
+    """Returns the expression that a run reports its tasks under; None if it cannot be found.
 
-
-def _config(folder: pathlib.Path):
-    """The settings of a run, in force from here on; None if they cannot be read any more."""
+    The run's settings are in force from here on.
+    """
     from moe_peft.config import gin_files
 
     try:
-        return gin_files.load([str((folder / CONFIG).absolute())])
+        config = gin_files.load([str((folder / CONFIG).absolute())])
     except (errors.UserError, ImportError) as error:
         print(f"{folder}: its settings cannot be read ({gin_files.one_line(error)})")
         return None
+    group = config.macro("TASK_GROUP")
+    return group.value if group else None
 
 
 def _task_names(folder: pathlib.Path, data: Mapping[str, object]) -> dict[int, str]:

@@ -1,4 +1,7 @@
-"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all."""
+"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all.
+
+All have a title above, and are written to a path that ends in .png, .pdf or .svg.
+"""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -77,8 +80,6 @@ def draw_weights(
     Args:
       weights: of the selectors to be shown, see `choose_selectors`.
       tasks: in the order of the weights' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
       splits: numbers of the splits in `weights`; None for 0, 1, ...
     """
     num_tasks, num_splits, num_skills = next(iter(weights.values())).shape
@@ -156,8 +157,6 @@ def draw_tree(
     Args:
       weights: of all selectors that count.
       tasks: at least two, in the order of the weights' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
     """
     if len(tasks.names) < 2:
         raise errors.UserError("A tree of tasks needs at least two of them.")
@@ -200,8 +199,6 @@ def draw_course(
 
     Args:
       runs: records of `routing_course`, by the run's label.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
     """
     fig = figure.Figure(figsize=(9.6, 3.6), layout="constrained")
     all_axes = fig.subplots(1, len(task_routing.STATISTICS))

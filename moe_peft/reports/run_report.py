@@ -21,47 +21,34 @@ from moe_peft.weights import saved_run
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run and what it has data for.
+    """A run and what it has data for."""
 
-    Attributes:
-      folder: of the run.
-      label: what it is called.
-      saved: its checkpoint.
-      weights: of its task routing, by selector; empty if it has none.
-      alignment: records of gradient alignment.
-      course: records of the course of routing.
-    """
-
-    folder: pathlib.Path
-    label: str
-    saved: saved_run.Saved
-    weights: dict[str, np.ndarray]
-    alignment: list[dict[str, Any]]
-    course: list[dict[str, Any]]
+    folder: pathlib.Path  # of the run
+    label: str  # what it is called
+    saved: saved_run.Saved  # its checkpoint
+    weights: dict[str, np.ndarray]  # of its task routing, by selector; empty if it has none
+    alignment: list[dict[str, Any]]  # records of gradient alignment
+    course: list[dict[str, Any]]  # records of the course of routing
 
 
 def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list[Source]:
-    """Reads runs.
-
-    Args:
-      folders: of the runs.
-      step: which checkpoint of each; None takes the newest.
+    """Reads runs and of each the checkpoint of a step, or the newest.
 
     Raises:
       UserError: a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
     saved = [saved_run.load_trainable(folder, step) for folder in folders]
-    found = []
-    labels = compare.labels(folders, [each.description["method"]["name"] for each in saved])
-    for folder, label, each in zip(folders, labels, saved, strict=True):
+    methods = [each.description["method"]["name"] for each in saved]
+    names, found = compare.labels(folders, methods), []
+    for folder, label, method, each in zip(folders, names, methods, saved, strict=True):
         records = alignment.records(folder), routing.records(folder)
         found.append(Source(folder, label, each, _weights(each), *records))
         if not found[-1].weights and not any(records):
             raise errors.UserError(
-                f"There is nothing to draw of {folder}: the method "
-                f"{each.description['method']['name']!r} has no learned task routing, and no "
-                "monitor ran. For gradient alignment, train with --gin_file monitors/alignment.gin."
+                f"There is nothing to draw of {folder}: the method {method!r} has no learned task "
+                "routing, and no monitor ran. For gradient alignment, train with "
+                "--gin_file monitors/alignment.gin."
             )
     return found
 
@@ -82,8 +69,7 @@ def write(
       out: folder to write into.
       step: checkpoint whose routing is drawn; None takes the newest.
       group: as `Evaluator.task_group`; None takes that of each run.
-      layers: see `routing_pictures.choose_selectors`.
-      splits: see `routing_pictures.choose_selectors`.
+      layers, splits: see `routing_pictures.choose_selectors`.
 
     Raises:
       UserError: see `load`; or layers or splits are asked for and no run has them.
@@ -150,6 +136,4 @@ def _weights(saved: saved_run.Saved) -> dict[str, np.ndarray]:
         return {}
     rounds = task_routing.is_straight_through(saved.description["method"])
     logits = task_routing.logits(saved.trainable)
-    return {
-        name: jax.device_get(task_routing.weights(each, rounds)) for name, each in logits.items()
-    }
+    return {k: jax.device_get(task_routing.weights(each, rounds)) for k, each in logits.items()}
