@@ -5,6 +5,7 @@ outcomes are recorded at once: a check resumes, and may be divided over nights.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import hashlib
 import os
 import pathlib
@@ -38,23 +39,30 @@ def check(
 
     Args:
       found: the experiments.
-      level: "parse", "plan" or "run"; lower ones come first.
+      level: of `record.LEVELS`; lower ones come first.
       record: outcomes go there at once; those that count and are "ok" are not repeated.
       folder: runs of two-minute versions go there, and their logs.
       is_again: repeats everything.
       configure: the command line's.
     """
     wanted = record_lib.LEVELS[: record_lib.LEVELS.index(level) + 1]
+    run = functools.partial(_run, record=record, folder=folder)
+    checks = {"parse": parse, "plan": plan, "run": run}
     old = {row.experiment: {} if is_again else row.record for row in record_lib.rows(found, record)}
     left = [each for each in found if any(old[each].get(step) != record_lib.OK for step in wanted)]
     if len(left) < len(found):
         _say(f"{len(found) - len(left)} of {len(found)} were checked before")
     start = time.monotonic()
     for number, experiment in enumerate(left, start=1):
-        outcome = {}
+        outcome: dict[str, Any] = {}
         for step in wanted:
             if old[experiment].get(step) != record_lib.OK:
-                outcome |= _outcome(step, experiment, record, folder, configure)
+                outcome[step] = record_lib.OK
+                try:
+                    made = checks[step](experiment, configure)
+                    outcome |= made if step == "run" else {}
+                except errors.UserError as error:
+                    outcome[step] = gin_files.one_line(error)
                 if outcome[step] != record_lib.OK:
                     break
         record_lib.keep(record, experiment, outcome)
@@ -68,32 +76,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _outcome(
-    level: str,
-    experiment: files.Experiment,
-    record: pathlib.Path,
-    folder: pathlib.Path,
-    configure: Configure,
-) -> dict[str, Any]:
-    """What is to be recorded of one check."""
-    try:
-        if level == "run":
-            return _run(experiment, record, folder, configure)
-        {"parse": parse, "plan": plan}[level](experiment, configure)
-    except errors.UserError as error:
-        return {level: gin_files.one_line(error)}
-    return {level: record_lib.OK}
-
-
 def _run(
-    experiment: files.Experiment,
-    record: pathlib.Path,
-    folder: pathlib.Path,
-    configure: Configure,
+    experiment: files.Experiment, configure: Configure, record: pathlib.Path, folder: pathlib.Path
 ) -> dict[str, Any]:
     """Runs the two-minute version, unless one with the very same settings has run.
 
-    Rows of different sizes often differ in nothing on the samples.
+    Rows of different sizes often differ in nothing on the samples. Returns what to record.
     """
     digest = settings_on_samples(experiment, configure)
     made = {"run": record_lib.OK, "settings_on_samples": digest}
@@ -102,8 +90,7 @@ def _run(
         if is_first and made.items() <= entry.items():
             return {**made, "ran_as": name}
     start = time.monotonic()
-    if problem := run_on_samples(experiment, folder):
-        made["run"] = problem
+    made["run"] = run_on_samples(experiment, folder) or record_lib.OK
     return {**made, "seconds": round(time.monotonic() - start)}
 
 

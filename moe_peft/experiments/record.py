@@ -4,8 +4,7 @@ A record counts as long as the experiment's fingerprint has not changed. Scores 
 experiments that ran at full size.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-import contextlib
+from collections.abc import Iterable, Mapping
 import dataclasses
 import datetime
 import fcntl
@@ -20,6 +19,7 @@ import moe_peft
 from moe_peft import errors
 from moe_peft.config import gin_files
 from moe_peft.experiments import files
+from moe_peft.runtime import json_files
 
 LEVELS = ("parse", "plan", "run")
 REACHED = {"parse": "parses", "plan": "plans", "run": "ran on samples"}
@@ -111,35 +111,23 @@ def read(record: pathlib.Path) -> dict[str, dict[str, Any]]:
         raise errors.UserError(f"{record} is not a record of checks: {error}") from None
 
 
-@contextlib.contextmanager
-def _locked(record: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes away from the record."""
+def keep(record: pathlib.Path, experiment: files.Experiment, outcome: Mapping) -> None:
+    """Adds an outcome to what is recorded of the experiment's present settings."""
     record.parent.mkdir(parents=True, exist_ok=True)
+    # The folder's lock, not the file's: the file is replaced. Closing releases it.
     lock = os.open(record.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def keep(record: pathlib.Path, experiment: files.Experiment, outcome: Mapping) -> None:
-    """Adds an outcome to what is recorded of the experiment's present settings."""
-    with _locked(record):
         records = read(record)
         old = _current(records.get(experiment.name), experiment)
         if "run" in outcome:  # what an earlier run left goes
             old = {level: old[level] for level in LEVELS if level in old}
-        records[experiment.name] = {
-            **old,
-            **outcome,
-            "settings": experiment.fingerprint,
-            "version": moe_peft.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
-        os.replace(temporary, record)
+        date = datetime.date.today().isoformat()
+        made = {"settings": experiment.fingerprint, "version": moe_peft.__version__, "date": date}
+        records[experiment.name] = {**old, **outcome, **made}
+        json_files.write_text(record, json.dumps(dict(sorted(records.items())), indent=1))
+    finally:
+        os.close(lock)
 
 
 def measured(experiment: files.Experiment, root: pathlib.Path) -> Score | None:
