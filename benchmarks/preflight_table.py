@@ -71,7 +71,7 @@ class Case:
     def planned(self) -> tuple[programs.Experiment, compiled.Choice, str]:
         """The experiment, its choice by the rule, and a digest of all that decides the outcome."""
         experiment = self.experiment()
-        target = hardware.find(self.target)
+        target = hardware.find_target(self.target)
         choice = search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
         place = {"name": target.name, "chip": dataclasses.asdict(target.chip)}
         place |= {"count": target.count, "shape": target.shape}
@@ -83,7 +83,7 @@ class Case:
         """Compiles it, once in a process; the row of the table."""
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
         experiment, choice, digest = self.planned()
-        target = hardware.find(self.target)
+        target = hardware.find_target(self.target)
         found = experiment.compile(target, target.devices(), choice, is_quick=True)
         print(f"{self.size} {self.method} {self.target}, {choice}:", view.summary(found))
         sys.stdout.flush()

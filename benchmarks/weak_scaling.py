@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.targets:
-        found = compile_for(hardware.find(name), options)
+        found = compile_for(hardware.find_target(name), options)
         sent = sum(each.num_bytes for each in found.collectives.values())
         rows.append({"sent": sent, **found.to_json()})
         kinds = ", ".join(f"{k} {c.num_bytes / 1e6:.1f} MB" for k, c in found.collectives.items())

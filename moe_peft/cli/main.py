@@ -144,7 +144,7 @@ def _preflight(experiment, args: argparse.Namespace) -> int:
 
     return command_lib.run(
         experiment,
-        hardware.find(args.target, args.slices),
+        hardware.find_target(args.target, args.slices),
         program=args.program,
         mesh=args.mesh,
         microbatches=args.microbatches,

@@ -85,13 +85,9 @@ class CompiledProgram:
 def compile_program(
     what: Program, target: hardware.Target, choice: Choice, *, is_quick: bool = False
 ) -> CompiledProgram:
-    """Compiles a program for a target.
+    """Compiles a program, made with a choice on a mesh of the target's devices, for that target.
 
-    Args:
-      what: the program, on a mesh of the target's devices.
-      target: hardware.
-      choice: that the program was made with.
-      is_quick: asks a TPU's compiler for its least effort.
+    With `is_quick` a TPU's compiler is asked for its least effort.
     """
     started = time.monotonic()
     options = _LEAST_EFFORT if is_quick and target.shape else None
@@ -134,9 +130,7 @@ def compile_program(
 def needed_memory(refusal: str, arguments: int) -> float:
     """Bytes that a compiler asked for when it refused a program; 0 where it did not say.
 
-    Args:
-      refusal: what it said.
-      arguments: bytes that come on top where it speaks of temporaries alone.
+    Bytes of `arguments` come on top where the refusal speaks of temporaries alone.
 
     >>> needed_memory("Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 0) / 2**30
     20.5

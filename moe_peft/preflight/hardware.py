@@ -83,14 +83,12 @@ class Target:
             if self.shape:
                 name = f"{self.chip.name}:{self.shape}"
                 options = dict(_ONE_DEVICE_A_CHIP.get(self.chip.name, {}))
-                if self.slices > 1:
-                    options["num_slices"] = self.slices
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+                options |= {"num_slices": self.slices} if self.slices > 1 else {}
+                found = topologies.get_topology_desc(name, platform="tpu", **options)
             else:
                 name = f"1x1x{self.count}"
-                found = topologies.get_topology_desc(
-                    name, platform="cuda", topology=name, target_config=_H100
-                )
+                options = {"topology": name, "target_config": _H100}
+                found = topologies.get_topology_desc(name, platform="cuda", **options)
         except Exception as error:
             reason = str(error).splitlines()[0][:160]
             wanted = "libtpu" if self.shape else "--no-deps jax-cuda12-plugin jax-cuda12-pjrt"
@@ -102,12 +100,8 @@ class Target:
         return found.devices
 
 
-def find(name: str, slices: int = 1) -> Target:
-    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8".
-
-    Args:
-      name: of the chip and its topology or number.
-      slices: how many of them, for TPUs.
+def find_target(name: str, slices: int = 1) -> Target:
+    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices.
 
     Raises:
       UserError: there is no such chip or number.
@@ -120,7 +114,6 @@ def find(name: str, slices: int = 1) -> Target:
         )
     kind, shape = form.groups()
     errors.check_one_of("The chip of --target", kind, CHIPS)
-    chip = CHIPS[kind]
     if slices < 1 or (slices > 1 and kind == "h100"):
         raise errors.UserError(
             f"--slices is {slices} for {name}; expected a number of slices of TPUs, at least 1."
@@ -128,7 +121,7 @@ def find(name: str, slices: int = 1) -> Target:
     if kind == "h100":
         if "x" in shape:
             raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
-        return Target(name, chip, int(shape), "")
+        return Target(name, CHIPS[kind], int(shape), "")
     if "x" not in shape:
         sizes = {_size(each): each for each in _SHAPES[kind]}
         if int(shape) not in sizes:
@@ -137,7 +130,7 @@ def find(name: str, slices: int = 1) -> Target:
                 f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
             )
         shape = sizes[int(shape)]
-    return Target(name, chip, _size(shape) * slices, shape, slices)
+    return Target(name, CHIPS[kind], _size(shape) * slices, shape, slices)
 
 
 def _size(shape: str) -> int:

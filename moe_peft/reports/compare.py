@@ -28,9 +28,8 @@ _MUST_AGREE = {
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
     """The evaluations found in folders of runs, by mixture, in the order of the folders.
 
-    Runs are called as `labels` says.
-
-    Raises UserError for a folder without results, or results that cannot be read.
+    Runs are called as `labels` says. Raises UserError for a folder without results, or results
+    that cannot be read.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):

@@ -13,12 +13,9 @@ _MARKERS = "os^Dvp*"
 
 
 def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> None:
-    """Writes the picture: points are means over seeds, bars one standard deviation each way.
+    """Writes a .png, .pdf or .svg: points are means over seeds, bars one standard deviation.
 
-    Args:
-      rows: at least one; those that train nothing become lines across.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
+    Rows, at least one, that train nothing become lines across.
     """
     fig = figure.Figure(figsize=(7.6, 5.0), layout="constrained")
     axes = fig.add_subplot()

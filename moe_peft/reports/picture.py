@@ -1,4 +1,4 @@
-"""The results picture: one cluster of bars per group, all tasks set apart at the right."""
+"""The results picture: one cluster of bars per group, all tasks separate at the right."""
 
 from collections.abc import Sequence
 import pathlib
@@ -11,14 +11,9 @@ from moe_peft.reports import style
 
 
 def draw(runs: Sequence[table.Run], path: pathlib.Path | str) -> None:
-    """Writes the picture: bars are means over templates, short lines medians.
-
-    Args:
-      runs: comparable ones, in the order of the bars.
-      path: a .png, .pdf or .svg file.
-    """
+    """Writes comparable runs as .png, .pdf or .svg: bars are template means, lines medians."""
     groups = list(runs[0].lines)
-    # The last cluster, all tasks, stands apart and is wider: its bars carry numbers.
+    # The last cluster, all tasks, stands separate and is wider: its bars carry numbers.
     places = np.arange(len(groups), dtype=float)
     places[-1] += 0.75
     scales = np.where(np.arange(len(groups)) == len(groups) - 1, 1.75, 1.0)

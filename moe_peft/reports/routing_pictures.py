@@ -21,7 +21,7 @@ Weights = Mapping[str, Float[np.ndarray, "n p s"]]
 
 NUM_SELECTORS, NUM_SPLITS = 8, 4  # shown unless others are asked for
 _BLOCKS_PER_ROW = 4
-_NAMED_TASKS = 48  # as many are still labelled one by one beside a heatmap
+_NAMED_TASKS = 48  # as many are still labelled one by one next to a heatmap
 
 _MEANING = {
     "entropy": "entropy, as a share of log(skills)",
@@ -152,11 +152,7 @@ def draw_tree(
     """Writes a dendrogram of tasks by routing and returns the leaves' names from top to bottom.
 
     Average linkage of `distances`. A leaf's square and the branches of one group only are in the
-    group's colour.
-
-    Args:
-      weights: of all selectors that count.
-      tasks: at least two, in the order of the weights' rows.
+    group's colour. Tasks, at least two, are in the order of the weights' rows.
     """
     if len(tasks.names) < 2:
         raise errors.UserError("A tree of tasks needs at least two of them.")
@@ -195,10 +191,8 @@ def draw_course(
 ) -> None:
     """Writes entropy, sparsity and largest weight over training, one line a run.
 
-    Lines are means over selectors, bands reach from the tenth to the ninetieth percentile of them.
-
-    Args:
-      runs: records of `routing_course`, by the run's label.
+    Runs are records of `routing_course` by label. Lines are means over selectors, bands reach from
+    the tenth to the ninetieth percentile of them.
     """
     fig = figure.Figure(figsize=(9.6, 3.6), layout="constrained")
     all_axes = fig.subplots(1, len(task_routing.STATISTICS))

@@ -9,7 +9,7 @@ from matplotlib import figure
 
 from moe_peft import errors
 
-# Told apart in print and by the colour-blind (Okabe-Ito). Grey is kept for what trains nothing.
+# Distinct in print and by the colour-blind (Okabe-Ito). Grey is kept for what trains nothing.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 # After them where there are more names than colours (mostly Tol's muted scheme).
 _MORE = ("#332288", "#882255", "#8c564b", "#999933", "#000000", "#aa4499", "#44aa99", "#117733")

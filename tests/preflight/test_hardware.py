@@ -20,16 +20,16 @@ from moe_peft.preflight import hardware
     ],
 )
 def test_names(name, chip, count, shape):
-    found = hardware.find(name)
+    found = hardware.find_target(name)
     assert (found.chip.name, found.count, found.shape) == (chip, count, shape)
 
 
 def test_several_slices():
-    found = hardware.find("v5e:4x4", slices=2)
+    found = hardware.find_target("v5e:4x4", slices=2)
     assert (found.count, found.slices) == (32, 2)
     for name, slices in (("h100:8", 2), ("v5e:4x4", 0)):
         with pytest.raises(errors.UserError, match="expected a number of slices of TPUs"):
-            hardware.find(name, slices)
+            hardware.find_target(name, slices)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_several_slices():
 )
 def test_names_of_nothing(name, message):
     with pytest.raises(errors.UserError, match=message):
-        hardware.find(name)
+        hardware.find_target(name)
 
 
 def test_what_is_set_already_stays():

@@ -33,7 +33,7 @@ CONFIG = t5.T5Config(
     num_decoder_layers=2,
     dtype="bfloat16",
 )
-HERE = dataclasses.replace(hardware.find("v5e-8"), name="eight of this machine")
+HERE = dataclasses.replace(hardware.find_target("v5e-8"), name="eight of this machine")
 
 
 def experiment(method=None, batch_size=8):
@@ -103,7 +103,7 @@ def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
 
     monkeypatch.setattr(programs.Experiment, "compile", compiled)
     monkeypatch.setattr(hardware.Target, "devices", lambda self: ())
-    found = search.search(experiment(), hardware.find("v5e-4"))
+    found = search.search(experiment(), hardware.find_target("v5e-4"))
     first = [s for s in asked if (s.data, s.fsdp, s.model) == (4, 1, 1)]
     assert [(s.num_microbatches, s.remat_policy) for s in first] == [
         (1, "minimal"),
@@ -149,7 +149,7 @@ def test_a_mesh_by_rule(monkeypatch, program, wanted):
     given = dataclasses.replace(experiment(batch_size=128), eval_batch_size=128)
     settings = {"microbatches": 1, "remat": "minimal", "price": None}
     flags = {"is_search": False, "is_quick": False, "as_json": True}
-    target = hardware.find("v5e-8")
+    target = hardware.find_target("v5e-8")
     assert command_lib.run(given, target, program, "auto", **settings, **flags) == 0
     assert asked == [(compiled_lib.Choice(*wanted), program)]
 

@@ -47,12 +47,12 @@ table = load()
     ],
 )
 def test_the_rule_for_meshes(rows, weights, target, wanted):
-    choice = search.by_rule(rows, weights, hardware.find(target))
+    choice = search.by_rule(rows, weights, hardware.find_target(target))
     assert choice == compiled_lib.Choice(*wanted, "full")
 
 
 def test_the_rule_for_several_slices():
-    target = hardware.find("v5e-16", slices=2)
+    target = hardware.find_target("v5e-16", slices=2)
     found = search.by_rule(32, (22.2e9, 95e6), target)
     assert found == compiled_lib.Choice(2, 16, 1, 1, "full")
 
