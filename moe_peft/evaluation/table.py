@@ -1,14 +1,13 @@
 """Evaluated runs as one table, for a terminal and as Markdown. Numbers are per cent."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
-import rich.box
 import rich.console
-import rich.table
 
 from moe_peft.evaluation import aggregation
+from moe_peft.runtime import tables
 
 OVERALL = "all tasks"
 
@@ -119,7 +118,7 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> None:
     """Prints the table."""
-    table = grid(*columns(runs), left=("",), show_footer=True, padding=(0, 1, 0, 0))
+    table = tables.grid(*columns(runs), left=("",), show_footer=True, padding=(0, 1, 0, 0))
     footers = ["trainable", "", *(run.size().replace(" (", "\n(") for run in runs)]
     for column, footer in zip(table.columns, footers, strict=False):
         column.footer, column.no_wrap = footer, column.header != "tasks"
@@ -128,7 +127,7 @@ def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> No
         table.add_row(*row)
     table.add_section()
     table.add_row(*overall, style="bold")
-    console = console or wide_console(140)
+    console = console or tables.wide_console(140)
     console.print(title(runs), style="bold", highlight=False)
     console.print(table)
     console.print(_notes(runs), style="dim", highlight=False)
@@ -142,32 +141,7 @@ def markdown(runs: Sequence[Run]) -> str:
     sizes = ["trainable", "", *(run.size() for run in runs)]
     sizes += [""] * (len(names) - len(sizes))
     note = f"Per cent; {_notes(runs)}."
-    return markdown_table(title(runs), note, names, [*groups, bold, sizes])
-
-
-def wide_console(width: int) -> rich.console.Console:
-    """Standard output; a file or a pipe gets lines of so many characters."""
-    console = rich.console.Console()
-    if not console.is_terminal:  # rich would assume 80 columns
-        console.width = width
-    return console
-
-
-def grid(*names: str, left: Collection[str], overflow: Any = "ellipsis", **how: Any):
-    """Returns a `rich` table without rows; columns in `left` hold words, the others numbers."""
-    table = rich.table.Table(title_justify="left", box=rich.box.SIMPLE_HEAD, **how)
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right", overflow=overflow)
-    return table
-
-
-def markdown_table(
-    heading: str, note: str, names: Sequence[str], body: Sequence[Sequence[str]]
-) -> str:
-    """Returns a table for a document; its first column holds words, the others numbers."""
-    head = [f"### {heading}", "", note, "", f"| {' | '.join(names)} |"]
-    lines = [*head, "|---|" + "---:|" * (len(names) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in body)])
+    return tables.markdown_table(title(runs), note, names, [*groups, bold, sizes])
 
 
 def _cell(summary: Mapping[str, Any]) -> str:

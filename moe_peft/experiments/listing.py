@@ -7,8 +7,8 @@ import json
 import re
 
 from moe_peft import errors
-from moe_peft.evaluation import table as table_lib
 from moe_peft.experiments import files, record
+from moe_peft.runtime import tables as tables_lib
 
 _COLUMNS = ("row", "experiment", "printed in", "size", "published")
 _COLUMNS += ("trained", "afterwards", "operations")
@@ -72,10 +72,10 @@ def show(found: Sequence[record.Row], as_json: bool = False) -> None:
         return
     columns = (*_COLUMNS[1:], "state")
     left = set(columns) - {"trained", "afterwards", "operations"}
-    table = table_lib.grid(*columns, left=left, overflow="fold")
+    table = tables_lib.grid(*columns, left=left, overflow="fold")
     for row in found:
         table.add_row(*cells(row.experiment), row.state)
-    console = table_lib.wide_console(200)
+    console = tables_lib.wide_console(200)
     console.print(table)
     counts = collections.Counter(row.state.partition(":")[0] for row in found)
     said = [f"{count} {state}" for state, count in counts.items()]

@@ -15,9 +15,9 @@ import jax
 import rich.console
 
 from moe_peft import methods, patching
-from moe_peft.evaluation import table as table_lib
 from moe_peft.models import encoder_decoder
 from moe_peft.patching import rules as rules_lib
+from moe_peft.runtime import tables
 
 # Any lengths do: no parameter of an encoder-decoder depends on them.
 _SHAPES = dict.fromkeys(
@@ -184,7 +184,7 @@ def show(result: Plan, as_json: bool = False, console: rich.console.Console | No
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return
-    console = console or table_lib.wide_console(140)
+    console = console or tables.wide_console(140)
     for table in (_rule_table(result), _leaf_table(result), _count_table(result)):
         if table.row_count:
             console.print(table)
@@ -192,7 +192,7 @@ def show(result: Plan, as_json: bool = False, console: rich.console.Console | No
 
 def _grid(title: str, *columns: str):
     words = ("adapter", "rule", "matched", "leaf", "shape", "logical axes", "what")
-    return table_lib.grid(*columns, left=words, title=title, overflow="fold")
+    return tables.grid(*columns, left=words, title=title, overflow="fold")
 
 
 def _rule_table(result: Plan):

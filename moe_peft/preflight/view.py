@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from moe_peft.evaluation import table as table_lib
 from moe_peft.preflight import compiled, hardware
+from moe_peft.runtime import tables
 
 
 def summary(made: compiled.CompiledProgram) -> str:
@@ -35,7 +35,7 @@ def show(
 ) -> None:
     """Prints a compiled program as a table."""
     first = "a chip and step" if program == "train" else "a chip and batch"
-    table = table_lib.grid(first, "", left=(first,))
+    table = tables.grid(first, "", left=(first,))
     if made.memory is not None:
         for name in ("arguments", "temporaries", "peak"):
             table.add_row(f"memory, {name}", f"{getattr(made.memory, name) / 1e9:.2f} GB")
@@ -52,7 +52,7 @@ def show(
         table.add_row(f"1,000 steps at {price:g} a chip and hour", f"at least {cost:.2f}")
     table.add_row("compiled in", f"{made.compile_seconds:.0f} s")
     print(f"{program} on {target.count} x {target.chip.name}, {made.choice}")
-    table_lib.wide_console(120).print(table)
+    tables.wide_console(120).print(table)
     print(summary(made))
     if not made.fits:
         print(advice(made, program))
@@ -61,10 +61,10 @@ def show(
 def show_ranked(tried: Sequence[compiled.CompiledProgram]) -> None:
     """Prints what a search found, the best first."""
     first = "mesh, micro-batches, remat"
-    table = table_lib.grid(first, "peak GB", "of", "ms at least", "bound by", left=(first,))
+    table = tables.grid(first, "peak GB", "of", "ms at least", "bound by", left=(first,))
     for made in tried:
         peak = f"{made.needed / 1e9:.2f}" if made.needed else "refused"
         peak = peak if made.fits else f"[red]{peak}[/red]"
         milliseconds, bound = f"{made.seconds * 1e3:.0f}", max(made.bounds, key=made.bounds.get)
         table.add_row(str(made.choice), peak, f"{made.capacity / 1e9:.1f}", milliseconds, bound)
-    table_lib.wide_console(120).print(table)
+    tables.wide_console(120).print(table)

@@ -17,6 +17,7 @@ import rich.console
 from moe_peft import errors
 from moe_peft.evaluation import table as table_lib
 from moe_peft.reports import compare, pareto
+from moe_peft.runtime import tables
 
 RESULTS = "results.json"
 
@@ -46,15 +47,15 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[par
     for folder in map(pathlib.Path, folders):
         content = compare.read(folder / RESULTS)
         found.setdefault(content["settings"]["data"]["mixture"], []).append((folder, content))
-    tables = {}
+    compared = {}
     for mixture, members in found.items():
         sources, contents = zip(*members, strict=True)
         for member in members[1:]:
             _check_alike(*members[0], *member)
         methods = [content["settings"]["method"]["name"] for content in contents]
         rows = list(map(_row, compare.labels(sources, methods), contents))
-        tables[mixture] = (_title(contents[0]), rows)
-    return tables
+        compared[mixture] = (_title(contents[0]), rows)
+    return compared
 
 
 def cells(row: pareto.Row) -> list[str]:
@@ -69,7 +70,7 @@ def show(
     rows: Sequence[pareto.Row], title: str, console: rich.console.Console | None = None
 ) -> None:
     """Prints the table, best mean first; the front is bold."""
-    table = table_lib.grid(*_COLUMNS, left=_COLUMNS[:1], padding=(0, 1, 0, 0))
+    table = tables.grid(*_COLUMNS, left=_COLUMNS[:1], padding=(0, 1, 0, 0))
     for column in table.columns:
         column.no_wrap = True
     best = pareto.front(rows)
@@ -90,7 +91,7 @@ def markdown(rows: Sequence[pareto.Row], title: str) -> str:
     body = [cells(row) for row in _sorted(rows)]
     for row, shown in zip(_sorted(rows), body, strict=True):
         shown[0] = f"**{row.name}**" if row in best else row.name
-    return table_lib.markdown_table(title, note, _COLUMNS, body)
+    return tables.markdown_table(title, note, _COLUMNS, body)
 
 
 def to_json(rows: Sequence[pareto.Row], title: str) -> dict[str, Any]:
