@@ -108,7 +108,7 @@ class Experiment:
         return hashlib.sha256("\n".join(_settings(self.gin_file)).encode()).hexdigest()[:12]
 
     def folder(self, root: pathlib.Path) -> pathlib.Path:
-        """Of its runs on samples; other settings have another one."""
+        """The folder of its runs on samples; other settings have another folder."""
         return root.absolute() / f"{self.name}-{self.fingerprint}"
 
     def two_minutes(self, folder: pathlib.Path) -> list[CommandLine]:
@@ -118,7 +118,7 @@ class Experiment:
 
 
 def names() -> list[str]:
-    """Of all experiments, in the order of their papers."""
+    """Names of all experiments, in the order of their papers."""
     root = gin_files_lib.packaged_folder() / "experiments"
     return [
         path.relative_to(root).with_suffix("").as_posix()

@@ -69,7 +69,7 @@ class Experiment:
         return compiled.compile_program(made, target, choice, is_quick=is_quick)
 
     def rows(self, program: str) -> int:
-        """Of a batch of a program."""
+        """Rows of a batch of a program."""
         return self.batch_size if program == "train" else self.eval_batch_size
 
     def describe(self) -> dict[str, Any]:

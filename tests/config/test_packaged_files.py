@@ -39,6 +39,7 @@ def _clean_gin():
 def test_no_file_is_left_out():
     folders = {name.split("/")[0] for name in names(".")}
     assert folders <= SEEN | ELSEWHERE
+    assert (len(EXPERIMENTS), len(FIRST_OF_TABLE)) == (139, 17)
 
 
 def test_folder_cannot_hide_the_gin_library():

@@ -124,12 +124,13 @@ def test_record_of_other_settings_does_not_count(record, done):
     assert "run" not in json.loads(record.read_text())[ROW]
 
 
-def test_process_that_dies_is_a_failure_and_the_next_one_lives(record, done, monkeypatch):
-    monkeypatch.undo()
+def test_processes_that_die_fail_or_leave_nothing_are_one_line(record, monkeypatch):
     python = record.parent / "python"
     python.write_text(
         "#!/bin/sh\n"
         f'case "$*" in *{ROW}*) kill -9 $$ ;; esac\n'
+        'case "$*" in *mov/3b/full*) echo traceback; echo moe-peft train: wrong; exit 2 ;; esac\n'
+        'case "$*" in *mov/3b/lora_r4*) exit 0 ;; esac\n'
         "for each; do case $each in --gin.MODEL_DIR=*) made=${each#*=} ;; esac; done\n"
         'mkdir -p $made; echo "$JAX_COMPILATION_CACHE_DIR"; echo {} > $made/results.json\n'
     )
@@ -137,8 +138,11 @@ def test_process_that_dies_is_a_failure_and_the_next_one_lives(record, done, mon
     monkeypatch.setattr(checks.sys, "executable", str(python))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     runs = record.parent / "runs"
-    assert "train: SIGKILL ended the process" in checks.run_on_samples(files.load(ROW), runs)
-    assert checks.run_on_samples(files.load("mov/3b/ia3"), runs) is None
+    run = lambda name: checks.run_on_samples(files.load(name), runs)
+    assert "train: SIGKILL ended the process; see " in run(ROW)
+    assert run("mov/3b/full") == "train: moe-peft train: wrong"
+    assert "eval left no results in " in run("mov/3b/lora_r4")
+    assert run("mov/3b/ia3") is None
     (log,) = runs.glob("mov/3b/ia3-*/log.txt")
     assert log.read_text().count(f"{runs}/compiled\n") == 2
 
