@@ -45,36 +45,27 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
         sources, contents = zip(*members, strict=True)
         names = labels(sources, [content["run"]["method"]["name"] for content in contents])
         runs[mixture] = list(map(table.Run, names, contents))
-        check_comparable(runs[mixture])
+        check_alike(names, list(map(_facts, runs[mixture])))
     return runs
 
 
-def check_comparable(runs: Sequence[table.Run]) -> None:
-    """Raises UserError unless all runs answered the same examples and were scored alike."""
-    settings = lambda run: {
-        part: run.content["settings"].get(part, default) for part, default in _MUST_AGREE.items()
-    }
-    counts = lambda run: {group: line["num_examples"] for group, line in run.lines.items()}
-    first = runs[0]
-    for run in runs[1:]:
-        check_alike(first.name, settings(first), run.name, settings(run))
-        if counts(first) != counts(run):
-            number, other = (each.lines[table.OVERALL]["num_examples"] for each in (first, run))
-            raise errors.UserError(
-                f"{first.name} and {run.name} cannot be compared: they answered {number} and "
-                f"{other} examples, or other tasks."
-            )
+def _facts(run: table.Run) -> dict[str, Any]:
+    """What runs have in common if they answered the same examples and were scored alike."""
+    settings = run.content["settings"]
+    counts = {group: line["num_examples"] for group, line in run.lines.items()}
+    facts = {part: settings.get(part, default) for part, default in _MUST_AGREE.items()}
+    return {**facts, "number of examples": counts[table.OVERALL], "examples by group": counts}
 
 
-def check_alike(
-    name: str, settings: Mapping[str, Any], other: str, others: Mapping[str, Any]
-) -> None:
-    """Raises UserError at the first setting that two runs do not share."""
-    for part, value in settings.items():
-        if value != others[part]:
-            raise errors.UserError(
-                f"{name} and {other} cannot be compared: {part} is {value} and {others[part]}."
-            )
+def check_alike(names: Sequence[object], facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError at the first fact that a run does not share with the first one."""
+    for name, found in zip(names, facts, strict=True):
+        for part, value in facts[0].items():
+            if value != found[part]:
+                raise errors.UserError(
+                    f"{names[0]} and {name} cannot be compared: {part} is {value} and "
+                    f"{found[part]}."
+                )
 
 
 def labels(folders: Sequence[pathlib.Path], methods: Sequence[str]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import rich.console
 
-from moe_peft import errors
 from moe_peft.evaluation import table as table_lib
 from moe_peft.reports import compare, pareto
 from moe_peft.runtime import tables
@@ -50,8 +49,7 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[par
     compared = {}
     for mixture, members in found.items():
         sources, contents = zip(*members, strict=True)
-        for member in members[1:]:
-            _check_alike(*members[0], *member)
+        compare.check_alike(sources, list(map(_facts, contents)))
         methods = [content["settings"]["method"]["name"] for content in contents]
         rows = list(map(_row, compare.labels(sources, methods), contents))
         compared[mixture] = (_title(contents[0]), rows)
@@ -120,18 +118,12 @@ def _row(name: str, content: Mapping[str, Any]) -> pareto.Row:
     return pareto.Row(name, content["trainable_parameters"], scores, content["seconds"])
 
 
-def _check_alike(name, content, other, others) -> None:
-    """Raises UserError unless two adaptations, called by their folders, were made alike."""
-    settings = lambda found: {
-        each: found["settings"][part][each] for part, names in _MUST_AGREE.items() for each in names
-    }
-    compare.check_alike(name, settings(content), other, settings(others))
-    was, now = (sorted(found["tasks"]) for found in (content, others))
-    if was != now:
-        raise errors.UserError(
-            f"{name} and {other} cannot be compared: they hold {len(was)} and {len(now)} tasks, or "
-            "other ones."
-        )
+def _facts(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What adaptations have in common if they answer the same question."""
+    settings, tasks = content["settings"], sorted(content["tasks"])
+    parts = [(part, name) for part, names in _MUST_AGREE.items() for name in names]
+    facts = {name: settings[part][name] for part, name in parts}
+    return {**facts, "number of tasks": len(tasks), "tasks": tasks}
 
 
 def _title(content: Mapping[str, Any]) -> str:
