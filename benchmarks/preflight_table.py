@@ -2,7 +2,7 @@
 
 T5 1.1 of 770M, 3B and 11B weights, with the settings of experiments/mov: P3 in packed batches of 32
 rows of 1024 and 256 tokens, 256 rows for full fine-tuning, unpacked for MHR-64; on v5e-16, v5e-256,
-v4-256, one and eight H100s. `preflight_search.by_rule` chooses meshes and micro-batches, and all
+v4-256, one and eight H100s. `preflight.search.by_rule` chooses meshes and micro-batches, and all
 layers are rematerialised. TPU compilers are asked for their least effort. A row that is in the file
 with the same settings and the same compiler is kept.
 
@@ -23,15 +23,15 @@ import pathlib
 import sys
 from typing import Any
 
-from moe_peft.preflight import surroundings
+from moe_peft.preflight import hardware
 
-surroundings.without_devices(os.environ)
+hardware.without_devices(os.environ)
 
 import jax
 
 from moe_peft import errors
 from moe_peft.cli import main as main_lib
-from moe_peft.preflight import compiled, hardware, programs, search, view
+from moe_peft.preflight import compiled, programs, search, view
 from moe_peft.runtime import json_files
 
 SIZES = ("770m", "3b", "11b")
@@ -68,24 +68,24 @@ class Case:
         files = (f"experiments/mov/{self.size}/common.gin", f"methods/{file}.gin")
         return main_lib.configure("preflight", files, bindings)()
 
-    def planned(self) -> tuple[programs.Experiment, compiled.Setting, str]:
-        """The experiment, its setting by the rule, and a digest of all that decides the outcome."""
+    def planned(self) -> tuple[programs.Experiment, compiled.Choice, str]:
+        """The experiment, its choice by the rule, and a digest of all that decides the outcome."""
         experiment = self.experiment()
-        target = hardware.find(self.target)
-        setting = search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
+        target = hardware.find_target(self.target)
+        choice = search.by_rule(experiment.batch_size, experiment.weight_bytes(), target)
         place = {"name": target.name, "chip": dataclasses.asdict(target.chip)}
         place |= {"count": target.count, "shape": target.shape}
-        decides = [experiment.describe(), dataclasses.asdict(setting), place]
+        decides = [experiment.describe(), dataclasses.asdict(choice), place]
         text = json.dumps(decides, sort_keys=True, default=str)
-        return experiment, setting, hashlib.sha256(text.encode()).hexdigest()[:16]
+        return experiment, choice, hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def compile(self, xla_flags: str = "") -> Row:
         """Compiles it, once in a process; the row of the table."""
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
-        experiment, setting, digest = self.planned()
-        target = hardware.find(self.target)
-        found = experiment.compile(target, target.devices(), setting, is_quick=True)
-        print(f"{self.size} {self.method} {self.target}, {setting}:", view.summary(found))
+        experiment, choice, digest = self.planned()
+        target = hardware.find_target(self.target)
+        found = experiment.compile(target, target.devices(), choice, is_quick=True)
+        print(f"{self.size} {self.method} {self.target}, {choice}:", view.summary(found))
         sys.stdout.flush()
         row = dataclasses.asdict(self) | found.to_json()
         return row | {

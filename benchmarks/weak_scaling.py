@@ -13,25 +13,25 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
-from moe_peft.preflight import surroundings
+from moe_peft.preflight import hardware
 
-surroundings.without_devices(os.environ)
+hardware.without_devices(os.environ)
 
 from moe_peft.cli import main as main_lib
-from moe_peft.preflight import compiled, hardware
+from moe_peft.preflight import compiled
 from moe_peft.runtime import json_files
 
 LIMIT = 0.05
 
 
-def compile_for(target: hardware.Target, options: argparse.Namespace) -> compiled.Flight:
+def compile_for(target: hardware.Target, options: argparse.Namespace) -> compiled.CompiledProgram:
     """The step on all chips of a slice."""
     rows = options.rows_per_chip * target.count
     bindings = (f"BATCH_SIZE={rows}", *options.gin)
     experiment = main_lib.configure("preflight", [options.gin_file], bindings)()
     data = target.count // (options.model * options.fsdp)
-    setting = compiled.Setting(data, options.fsdp, options.model, 1, "full")
-    return experiment.compile(target, target.devices(), setting, is_quick=True)
+    choice = compiled.Choice(data, options.fsdp, options.model, 1, "full")
+    return experiment.compile(target, target.devices(), choice, is_quick=True)
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.targets:
-        found = compile_for(hardware.find(name), options)
+        found = compile_for(hardware.find_target(name), options)
         sent = sum(each.num_bytes for each in found.collectives.values())
         rows.append({"sent": sent, **found.to_json()})
         kinds = ", ".join(f"{k} {c.num_bytes / 1e6:.1f} MB" for k, c in found.collectives.items())

@@ -12,7 +12,7 @@ from moe_peft import errors
 from moe_peft.data import roots, samples
 from moe_peft.data.checking import check, parts
 from moe_peft.runtime import progress as progress_lib
-from moe_peft.runtime import terminal
+from moe_peft.runtime import tables
 
 SUITE = "embedded:cldr"
 _SHOWN = 8  # findings of one rule in the table; JSON has all
@@ -77,7 +77,7 @@ def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | N
 
 def show(found: Sequence[check.Benchmark], ignored: Sequence[str] = ()) -> None:
     """Prints what is there, then what is wrong."""
-    console = terminal.console(140)
+    console = tables.wide_console(140)
     for benchmark in found:
         table = _table(benchmark.name, "examples of", "tasks", "missing", "examples", "duplicates")
         for name in ("files", "MB", "SHA-256 of all"):

@@ -14,7 +14,7 @@ import seqio
 from moe_peft import errors
 from moe_peft.config import settings as settings_lib
 from moe_peft.data import encoding, evaluation_data, lookup, mixing, pipeline, rows, task_ids
-from moe_peft.runtime import terminal
+from moe_peft.runtime import tables
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
 REGISTERED = (cldr, crossfit, p3, superni)
@@ -157,7 +157,7 @@ def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -
         listed = [dataclasses.asdict(each) for each in found]
         print(json.dumps(listed, indent=2, ensure_ascii=False))
         return
-    console = terminal.console(120)
+    console = tables.wide_console(120)
     for each in found:
         title = f"{each.task}  row {each.row} of {each.of}"
         for what, value in (("task id", each.task_id), ("template", each.template_id)):
@@ -197,7 +197,7 @@ def show_packed(found: Packed, as_json: bool = False, all_ids: bool = False) -> 
         for count, capacity in zip(used, found.capacity)
     )
     table.add_row("filled", *shares)
-    terminal.console(120).print(table, highlight=False)
+    tables.wide_console(120).print(table, highlight=False)
 
 
 def _ids(ids: Sequence[int], all_ids: bool) -> str:

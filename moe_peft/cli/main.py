@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in _ON_CPU:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.command == "preflight":
-        from moe_peft.preflight import surroundings
+        from moe_peft.preflight import hardware
 
-        surroundings.without_devices(os.environ)
+        hardware.without_devices(os.environ)
     skipped_before = _skipped()
     try:
         code = _run(args)
@@ -138,7 +138,7 @@ def _preflight(entry_point: Callable, args: argparse.Namespace) -> int:
 
     return command_lib.run(
         entry_point(),
-        hardware.find(args.target, args.slices),
+        hardware.find_target(args.target, args.slices),
         **_flags(args, "program", "mesh", "microbatches", "remat", "price"),
         is_search=args.search,
         is_quick=args.quick,
@@ -219,22 +219,22 @@ def _report(args: argparse.Namespace) -> None:
 def _experiments(args: argparse.Namespace) -> int:
     """Lists or checks experiments; 1 if one of those checked fails."""
     from moe_peft.experiments import checks as checks_lib
-    from moe_peft.experiments import list
+    from moe_peft.experiments import listing
     from moe_peft.experiments import record as record_lib
 
-    found = list.select(args.names, args.paper, args.table, args.size)
+    found = listing.select(args.names, args.paper, args.table, args.size)
     if args.shard:
-        found = list.shard(found, args.shard)
+        found = listing.shard(found, args.shard)
     record = pathlib.Path(args.record) if args.record else record_lib.default_record()
     if args.markdown:
-        print(list.markdown(found))
+        print(listing.markdown(found))
         return 0
     if args.check:
         folder = pathlib.Path(args.folder)
         rows = checks_lib.check(found, args.check, record, folder, args.again, configure=configure)
     else:
         rows = record_lib.rows(found, record, pathlib.Path(args.results))
-    list.show(rows, args.json)
+    listing.show(rows, args.json)
     return int(bool(args.check) and any(" fails: " in row.state for row in rows))
 
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import itertools
 from typing import Any
 
-import rich.box
 import rich.console
-import rich.table
 
 from moe_peft.evaluation import aggregation
-from moe_peft.runtime import terminal
+from moe_peft.runtime import tables
 
 OVERALL = "all tasks"
 
@@ -116,22 +113,16 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> None:
     """Prints the table."""
-    table = rich.table.Table(
-        box=rich.box.SIMPLE_HEAD,
-        show_footer=True,
-        padding=(0, 1, 0, 0),
-    )
-    sizes = [run.size().replace(" (", "\n(") for run in runs]
-    footers = ["trainable", "", *sizes]
-    for name, footer in itertools.zip_longest(columns(runs), footers, fillvalue=""):
-        justify = "right" if name else "left"
-        table.add_column(name, footer=footer, no_wrap=name != "tasks", justify=justify)
-    body = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
-    for row in body[:-1]:
+    table = tables.grid(*columns(runs), left=("",), show_footer=True, padding=(0, 1, 0, 0))
+    footers = ["trainable", "", *(run.size().replace(" (", "\n(") for run in runs)]
+    for column, footer in zip(table.columns, footers, strict=False):
+        column.footer, column.no_wrap = footer, column.header != "tasks"
+    *body, overall = [[cell.replace(" / ", "/") for cell in row] for row in rows(runs)]
+    for row in body:
         table.add_row(*row)
     table.add_section()
-    table.add_row(*body[-1], style="bold")
-    console = console or terminal.console(140)
+    table.add_row(*overall, style="bold")
+    console = console or tables.wide_console(140)
     console.print(title(runs), style="bold", highlight=False)
     console.print(table)
     console.print(_notes(runs), style="dim", highlight=False)
@@ -139,15 +130,13 @@ def show(runs: Sequence[Run], console: rich.console.Console | None = None) -> No
 
 def markdown(runs: Sequence[Run]) -> str:
     """The same table for a document."""
-    lines = [f"### {title(runs)}", "", f"Per cent; {_notes(runs)}.", ""]
     names = columns(runs)
-    lines += ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     *groups, overall = rows(runs)
-    lines += ["| " + " | ".join(row) + " |" for row in groups]
-    lines.append("| " + " | ".join(f"**{cell}**" if cell else "" for cell in overall) + " |")
-    sizes = [run.size() for run in runs] + [""] * (len(names) - 2 - len(runs))
-    lines.append("| trainable | | " + " | ".join(sizes) + " |")
-    return "\n".join(lines)
+    bold = [f"**{cell}**" if cell else "" for cell in overall]
+    sizes = ["trainable", "", *(run.size() for run in runs)]
+    sizes += [""] * (len(names) - len(sizes))
+    note = f"Per cent; {_notes(runs)}."
+    return tables.markdown_table(title(runs), note, names, [*groups, bold, sizes])
 
 
 def _cell(summary: Mapping[str, Any]) -> str:

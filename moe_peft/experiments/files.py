@@ -1,8 +1,8 @@
 """The experiment files of three papers: what their heads say, and what they depend on.
 
-A file `gin/experiments/<paper>/<table>/<row>.gin` opens with comments of a fixed form: a title,
-then `Number:`, `Command:`, `Expected:`, `Differs:`, `Hardware:` and `In two minutes:`. They are
-read here, so a list of the rows needs no model and no second table.
+A file `gin/experiments/<paper>/<table>/<row>.gin` opens with comments: the row in words, then lines
+`Key: value`, which indented lines continue. Of a number or a file its value is the first one named;
+the words next to it are for people. So a list of the rows needs no model and no second table.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,7 @@ PAPERS = {
     "Data-Efficient Fine-Tuning",
     "mov": "Zadouri et al. 2023, Pushing Mixture of Experts to the Limit",
 }
-_SIZES = {"large": "770M", "xl": "3B", "xxl": "11B"}
-_PART = re.compile(r"(Number|Command|Expected|Differs|Hardware|In two minutes): +")
+_NEEDED = ("Command", "Expected", "In two minutes", "Number", "Printed in", "Size", "Trains")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,32 +53,30 @@ class CommandLine:
         files = [word for name in self.gin_files for word in ("--gin_file", name)]
         return [self.command, *files, *(f"--gin.{binding}" for binding in self.bindings)]
 
+    @property
+    def model_dir(self) -> str:
+        """The folder that the command writes."""
+        return next(b for b in self.bindings if b.startswith("MODEL_DIR=")).partition("=")[2]
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One row of a paper's table.
+    """One row of a paper's table."""
 
-    Attributes:
-      name: paper/table/row, such as "mhr/t0_xl/poly".
-      title: the row in words.
-      source: where the number is printed, such as "tables 2 and 6".
-      expected: published value, spread, remarks.
-      commands: its own commands, in order.
-      after: the experiment whose first command comes before them, or None.
-      sample: the gin file of its two-minute version.
-      hardware: what is known about its cost.
-      size: of the backbone.
-    """
-
-    name: str
-    title: str
-    source: str
-    expected: str
-    commands: tuple[CommandLine, ...]
-    after: str | None
-    sample: str
-    hardware: str
-    size: str
+    name: str  # paper/table/row, such as "mhr/t0_xl/poly"
+    title: str  # the row in words
+    source: str  # where the number is printed, such as "tables 2 and 6"
+    value: str  # the published number and spread, as printed
+    remark: str | None  # on the published number
+    commands: tuple[CommandLine, ...]  # its own commands, in order
+    after: str | None  # the experiment whose first command comes before them, or None
+    sample: str  # the gin file of its two-minute version
+    # parameters that train on many tasks, and afterwards; None where nothing does
+    trainable: tuple[int | None, int | None]
+    is_full: bool  # all weights train, which the head counts to three digits
+    # floating-point operations of the training, by count; None where nothing trains
+    operations: float | None
+    size: str  # of the backbone
 
     @property
     def gin_file(self) -> str:
@@ -94,32 +91,12 @@ class Experiment:
     @property
     def tables(self) -> tuple[str, ...]:
         """Numbers of the tables that print it."""
-        listed = re.findall(r"tables? ([\d, and]+\d|\d)", self.source)
-        return tuple(re.findall(r"\d+", " ".join(listed)))
+        return tuple(re.findall(r"\d+", re.sub(r"(figure|section) [\d.]+", "", self.source)))
 
     @property
-    def value(self) -> str:
-        """The published number without remarks."""
-        return re.split(r"; |\. (?=[A-Z])| \((?=table|section|no )", self.expected)[0].rstrip(".")
-
-    @property
-    def trainable(self) -> tuple[int | None, int | None]:
-        """Parameters that train on many tasks, and afterwards; None where nothing does.
-
-        All weights are counted to three digits.
-        """
-        everything = re.search(r"moves all ([\d.]+) billion weights", self.hardware)
-        whole = round(float(everything[1]) * 1e9) if everything else None
-        many = re.search(r"counts ([\d,]+) parameters", self.hardware)
-        new = re.search(r"(?:; |a new task )([\d,]+) (?:train in|parameters)", self.hardware)
-        many, new = (int(m[1].replace(",", "")) if m else None for m in (many, new))
-        return many or whole, whole if "so does each run" in self.hardware else new
-
-    @property
-    def operations(self) -> float | None:
-        """Floating-point operations of the training, by count; None where nothing trains."""
-        found = re.search(r"([\d.]+e\+\d+) operations", self.hardware)
-        return float(found[1]) if found else None
+    def expected(self) -> str:
+        """The published number with its remark."""
+        return f"{self.value} ({self.remark})" if self.remark else self.value
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -131,7 +108,7 @@ class Experiment:
         return hashlib.sha256("\n".join(_settings(self.gin_file)).encode()).hexdigest()[:12]
 
     def folder(self, root: pathlib.Path) -> pathlib.Path:
-        """Of its runs on samples; other settings have another one."""
+        """The folder of its runs on samples; other settings have another folder."""
         return root.absolute() / f"{self.name}-{self.fingerprint}"
 
     def two_minutes(self, folder: pathlib.Path) -> list[CommandLine]:
@@ -141,7 +118,7 @@ class Experiment:
 
 
 def names() -> list[str]:
-    """Of all experiments, in the order of their papers."""
+    """Names of all experiments, in the order of their papers."""
     root = gin_files_lib.packaged_folder() / "experiments"
     return [
         path.relative_to(root).with_suffix("").as_posix()
@@ -159,69 +136,49 @@ def load(name: str) -> Experiment:
       UserError: a part of the head is missing.
     """
     gin_file = f"experiments/{name}.gin"
-    text = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()]).read_text(
-        encoding="utf-8"
-    )
-    parts = _parts(text)
-    missing = {"Number", "Command", "Expected", "Hardware", "In two minutes"} - set(parts)
-    sample = re.search(r"samples/\w+\.gin", parts.get("In two minutes", ""))
-    if missing or not sample:
-        raise errors.UserError(
-            f"{gin_file}: its head lacks {', '.join(sorted(missing)) or 'a file of samples'}."
-        )
-    command = parts["Command"].replace("\\\n", "")
-    after = re.search(r"after the first command of experiments/([\w/]+)\.gin", command)
+    title, _, head = _read(gin_file).partition("\n")
+    facts = dict(re.findall(r"^# (\w[\w ]*):(.*(?:\n#  .*)*)", head, re.MULTILINE))
+    facts = {key: re.sub(r"\s*\\?\n#\s+|\s+", " ", text).strip() for key, text in facts.items()}
+    if missing := [key for key in _NEEDED if key not in facts]:
+        raise errors.UserError(f"{gin_file}: its head lacks {', '.join(missing)}.")
+    commands = re.findall(r"moe-peft .+?(?= moe-peft |$)", facts["Command"])
+    after, operations = facts.get("Shared run"), facts.get("Operations")
     return Experiment(
         name=name,
-        title=parts["title"].rstrip("."),
-        source=_one_line(parts["Number"]).rsplit(" 20", 1)[1].partition(", ")[2].rstrip("."),
-        expected=_one_line(parts["Expected"]).replace(" Not measured here.", "").rstrip("."),
-        commands=tuple(
-            CommandLine.parse(line[line.index("moe-peft ") :])
-            for line in command.splitlines()
-            if "moe-peft " in line
-        ),
-        after=after[1] if after else None,
-        sample=sample[0],
-        hardware=_one_line(parts["Hardware"]),
-        size=_size(gin_file),
+        title=title.strip("# ."),
+        source=facts["Printed in"],
+        value=facts["Expected"],
+        remark=facts.get("Remark"),
+        commands=tuple(map(CommandLine.parse, commands)),
+        after=after and after.split(",")[0],
+        sample=facts["In two minutes"].split()[0],
+        trainable=(_count(facts["Trains"]), _count(facts.get("Trains afterwards", ""))),
+        is_full=facts["Trains"].startswith("all "),
+        operations=float(operations.split()[0]) if operations else None,
+        size=facts["Size"],
     )
 
 
-def _parts(text: str) -> dict[str, str]:
-    """Parts of a head by name, the first line as "title"; lines of a part as they are."""
-    parts, current = {}, "title"
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        line = line.removeprefix("#").strip()
-        if found := _PART.match(line):
-            current, line = found[1], line[found.end() :]
-        parts[current] = f"{parts[current]}\n{line}" if current in parts else line
-    return {name: content.strip() for name, content in parts.items()}
+def _count(text: str) -> int | None:
+    """
+    >>> _count("all 738,000,000 weights"), _count("nothing")
+    (738000000, None)
+    """
+    found = re.search(r"\d[\d,]*", text)
+    return int(found[0].replace(",", "")) if found else None
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _read(gin_file: str) -> str:
+    path = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()])
+    return path.read_text(encoding="utf-8")
 
 
 def _settings(gin_file: str) -> Iterator[str]:
     """Lines of a file and of the files it includes, in order, without comments."""
-    path = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()])
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _read(gin_file).splitlines():
         line = line.split("  #")[0].strip()
         included = re.fullmatch(r"include '(.+)'", line)
         if included and not included[1].startswith(("data/", "runs/")):
             yield from _settings(included[1])
         elif line and not line.startswith("#"):
             yield line
-
-
-def _size(gin_file: str) -> str:
-    path = gin_files_lib.find_file(gin_file, [gin_files_lib.packaged_folder()])
-    text = path.read_text(encoding="utf-8")
-    model = re.search(r"include 'models/t5_1_\d_(\w+)\.gin'", text)
-    if model:
-        return _SIZES[model[1]]
-    first = re.search(r"include '(experiments/.+)'", text)
-    return _size(first[1])

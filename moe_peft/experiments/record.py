@@ -1,23 +1,25 @@
-"""What checks of experiments found, in a file that several processes may add to.
+"""What checks of experiments found, in a file that several processes may add to, and scores.
 
-A record counts as long as the experiment's fingerprint has not changed.
+A record counts as long as the experiment's fingerprint has not changed. Scores are those of
+experiments that ran at full size.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-import contextlib
+from collections.abc import Iterable, Mapping
 import dataclasses
 import datetime
 import fcntl
 import json
 import os
 import pathlib
+import re
+import statistics
 from typing import Any
 
 import moe_peft
 from moe_peft import errors
 from moe_peft.config import gin_files
 from moe_peft.experiments import files
-from moe_peft.experiments import results as results_lib
+from moe_peft.runtime import json_files
 
 LEVELS = ("parse", "plan", "run")
 REACHED = {"parse": "parses", "plan": "plans", "run": "ran on samples"}
@@ -31,18 +33,26 @@ def default_record() -> pathlib.Path:
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """What came of an experiment, in per cent, averaged as its table does."""
+
+    value: float  # the number to compare
+    published: float  # the number in the table
+    spread: float | None  # the published one, over seeds; None where there is none
+
+    def __str__(self) -> str:
+        is_close = self.spread is not None and abs(self.value - self.published) <= self.spread
+        return f"{'reproduced' if is_close else 'measured'}: {self.value:.2f}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """An experiment and what its record says.
+    """An experiment and what its record says."""
 
-    Attributes:
-      experiment: what the file's head says.
-      record: outcomes by level, "ok" or the error's line; empty if nothing counts.
-      score: what came of it at full size, if it ran.
-    """
-
-    experiment: files.Experiment
+    experiment: files.Experiment  # what the file's head says
+    # outcomes by level, "ok" or the error's line; empty if nothing counts
     record: Mapping[str, Any]
-    score: results_lib.Score | None = None
+    score: Score | None = None  # what came of it at full size, if it ran
 
     @property
     def state(self) -> str:
@@ -83,7 +93,7 @@ def rows(
 ) -> list[Row]:
     """Experiments with what the record has for their present settings, and scores in `results`."""
     records = read(record)
-    score = lambda each: results_lib.measured(each, results) if results else None
+    score = lambda each: measured(each, results) if results else None
     return [Row(each, _current(records.get(each.name), each), score(each)) for each in found]
 
 
@@ -101,32 +111,59 @@ def read(record: pathlib.Path) -> dict[str, dict[str, Any]]:
         raise errors.UserError(f"{record} is not a record of checks: {error}") from None
 
 
-@contextlib.contextmanager
-def _locked(record: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes away from the record."""
+def keep(record: pathlib.Path, experiment: files.Experiment, outcome: Mapping) -> None:
+    """Adds an outcome to what is recorded of the experiment's present settings."""
     record.parent.mkdir(parents=True, exist_ok=True)
+    # The folder's lock, not the file's: the file is replaced. Closing releases it.
     lock = os.open(record.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def keep(record: pathlib.Path, experiment: files.Experiment, outcome: Mapping) -> None:
-    """Adds an outcome to what is recorded of the experiment's present settings."""
-    with _locked(record):
         records = read(record)
         old = _current(records.get(experiment.name), experiment)
         if "run" in outcome:  # what an earlier run left goes
             old = {level: old[level] for level in LEVELS if level in old}
-        records[experiment.name] = {
-            **old,
-            **outcome,
-            "settings": experiment.fingerprint,
-            "version": moe_peft.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
-        os.replace(temporary, record)
+        date = datetime.date.today().isoformat()
+        made = {"settings": experiment.fingerprint, "version": moe_peft.__version__, "date": date}
+        records[experiment.name] = {**old, **outcome, **made}
+        json_files.write_text(record, json.dumps(dict(sorted(records.items())), indent=1))
+    finally:
+        os.close(lock)
+
+
+def measured(experiment: files.Experiment, root: pathlib.Path) -> Score | None:
+    """The score in the folder that the experiment's last command names, below `root` for results/.
+
+    None if nothing is there, or if it ran on the samples or with an embedded backbone.
+    """
+    last = experiment.commands[-1]
+    folder = root / pathlib.Path(last.model_dir).relative_to("results")
+    config = folder / "config.gin"
+    is_adapted = last.command == "adapt"
+    found = sorted(folder.glob("results.json" if is_adapted else "eval/*/results.json"))
+    if not found or (config.is_file() and "'embedded:" in config.read_text(encoding="utf-8")):
+        return None
+    content = json.loads(found[0].read_text(encoding="utf-8"))
+    value = (_adapted if is_adapted else _evaluated)(experiment, content)
+    spread = re.search(r"± ([\d.]+)", experiment.value)
+    if experiment.paper == "poly_s":  # In other papers' parentheses stand other averages.
+        spread = spread or re.search(r"\(([\d.]+)\)", experiment.value)
+    published = float(experiment.value.split()[0])
+    return Score(100 * value, published, float(spread[1]) if spread else None)
+
+
+def _adapted(experiment: files.Experiment, content: Mapping[str, Any]) -> float:
+    """On T0 the mean over sets of medians over seeds, elsewhere means of both."""
+    overall = content["overall"]
+    if experiment.sample == "samples/p3.gin":
+        return overall["mean_of_task_medians"]
+    return overall["over_seeds"]["mean"]
+
+
+def _evaluated(experiment: files.Experiment, content: Mapping[str, Any]) -> float:
+    """MHR's mean over sets; MoV's mean over data sets of medians over templates."""
+    results = content["results"]
+    if experiment.paper == "mhr":
+        return results["overall"]["mean"]
+    left_out = {"anli"} if experiment.name.startswith("mov/sentence/") else set()
+    groups = results["groups"]
+    return statistics.fmean(groups[name]["median"] for name in groups.keys() - left_out)

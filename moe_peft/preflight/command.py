@@ -1,6 +1,5 @@
 """`preflight`: compiles programs for hardware one does not have, and says whether they fit."""
 
-import dataclasses
 import json
 
 from moe_peft import errors
@@ -24,29 +23,22 @@ def run(
     errors.check_one_of("--program", program, programs.PROGRAMS)
     errors.check_one_of("--remat", remat, t5.REMAT_POLICIES)
     if is_search:
-        flights = search.search(experiment, target, program, is_quick=is_quick)
+        tried = search.search(experiment, target, program, is_quick=is_quick)
     else:
-        setting = _setting(experiment, target, program, mesh, microbatches, remat)
-        flights = [
-            experiment.compile(target, target.devices(), setting, program, is_quick=is_quick)
-        ]
+        if mesh == "auto":
+            found = search.by_rule(experiment.rows(program), experiment.weight_bytes(), target)
+            shape = found.data, found.fsdp, found.model
+            microbatches = found.num_microbatches if program == "train" else 1
+        else:
+            shape = search.parse_mesh(mesh, target.count)
+        # Evaluation computes nothing again.
+        choice = compiled.Choice(*shape, microbatches, remat if program == "train" else "none")
+        devices = target.devices()
+        tried = [experiment.compile(target, devices, choice, program, is_quick=is_quick)]
     if as_json:
-        print(json.dumps([flight.to_json() for flight in flights], indent=1))
+        print(json.dumps([made.to_json() for made in tried], indent=1))
     elif is_search:
-        view.show_ranked(flights)
+        view.show_ranked(tried)
     else:
-        view.show(flights[0], program, price, target)
-    return int(not any(flight.fits for flight in flights))
-
-
-def _setting(experiment, target, program, mesh, microbatches, remat) -> compiled.Setting:
-    """As the flags say; evaluation computes nothing again."""
-    if mesh == "auto":
-        rows, weights = experiment.rows(program), experiment.weight_bytes()
-        setting = search.by_rule(rows, weights, target)
-        microbatches = setting.num_microbatches if program == "train" else 1
-    else:
-        shape = search.parse_mesh(mesh, target.count)
-        setting = compiled.Setting(*shape, microbatches, remat)
-    remat = remat if program == "train" else "none"
-    return dataclasses.replace(setting, num_microbatches=microbatches, remat_policy=remat)
+        view.show(tried[0], program, price, target)
+    return int(not any(made.fits for made in tried))

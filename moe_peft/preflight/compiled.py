@@ -21,20 +21,14 @@ _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What may be changed to make a program fit.
+class Choice:
+    """What may be changed to make a program fit."""
 
-    Attributes:
-      data, fsdp, model: sizes of the mesh.
-      num_microbatches: parts of a batch, one after another.
-      remat_policy: of `T5Config`.
-    """
-
-    data: int
+    data: int  # sizes of the mesh: data, fsdp and model
     fsdp: int
     model: int
-    num_microbatches: int
-    remat_policy: str
+    num_microbatches: int  # parts of a batch, one after another
+    remat_policy: str  # of `T5Config`
 
     def __str__(self) -> str:
         mesh = f"data {self.data} x fsdp {self.fsdp} x model {self.model}"
@@ -43,53 +37,33 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function that is to be compiled.
+    """A function that is to be compiled."""
 
-    Attributes:
-      function: jitted.
-      arguments: shapes with their shardings.
-      mesh: of those.
-      loops: how often a loop of unknown length runs.
-      read_again: bytes of arguments on a device that each round of such a loop reads.
-    """
-
-    function: Any
-    arguments: Sequence[Any]
-    mesh: jax.sharding.Mesh
-    loops: int = 1
-    read_again: float = 0.0
+    function: Any  # jitted
+    arguments: Sequence[Any]  # shapes with their shardings
+    mesh: jax.sharding.Mesh  # of those
+    loops: int = 1  # how often a loop of unknown length runs
+    read_again: float = 0.0  # bytes of arguments on a device that each round of such a loop reads
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
-    """What is known of one compiled program; bytes and operations are of one chip.
+class CompiledProgram:
+    """What is known of one compiled program; bytes and operations are of one chip."""
 
-    Attributes:
-      setting: of it.
-      target: name of the hardware.
-      capacity: memory of a chip.
-      memory: planned; None where the compiler refused the program.
-      needed: bytes; the peak, or what the compiler asked for when it refused. 0 if it did not say.
-      refused: what the compiler said then.
-      operations: of matrix products.
-      bytes_accessed: of the chip's memory; loops counted once, as the compiler reports it.
-      collectives: by kind.
-      bounds: seconds that arithmetic, memory (each argument read) and links need at least; the
-        network between slices is not among them.
-      compile_seconds: tracing included.
-    """
-
-    setting: Setting
-    target: str
-    capacity: float
-    memory: hlo_cost.Memory | None
+    choice: Choice  # of it
+    target: str  # name of the hardware
+    capacity: float  # memory of a chip
+    memory: hlo_cost.Memory | None  # planned; None where the compiler refused the program
+    # bytes; the peak, or what the compiler asked for when it refused. 0 if it did not say.
     needed: float
-    refused: str
-    operations: float
-    bytes_accessed: float
-    collectives: Mapping[str, hlo_cost.Collective]
+    refused: str  # what the compiler said then
+    operations: float  # of matrix products
+    bytes_accessed: float  # of the chip's memory; loops counted once, as the compiler reports it
+    collectives: Mapping[str, hlo_cost.Collective]  # by kind
+    # seconds that arithmetic, memory (each argument read) and links need at least; the network
+    # between slices is not among them
     bounds: Mapping[str, float]
-    compile_seconds: float
+    compile_seconds: float  # tracing included
 
     @property
     def fits(self) -> bool:
@@ -103,19 +77,17 @@ class Flight:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return dataclasses.asdict(self) | {"fits": self.fits, "seconds_at_least": self.seconds}
+        values = dataclasses.asdict(self)
+        values = {"setting": values.pop("choice"), **values}  # as files of earlier versions have it
+        return values | {"fits": self.fits, "seconds_at_least": self.seconds}
 
 
-def compiled(
-    what: Program, target: hardware.Target, setting: Setting, *, is_quick: bool = False
-) -> Flight:
-    """Compiles a program for a target.
+def compile_program(
+    what: Program, target: hardware.Target, choice: Choice, *, is_quick: bool = False
+) -> CompiledProgram:
+    """Compiles a program, made with a choice on a mesh of the target's devices, for that target.
 
-    Args:
-      what: the program, on a mesh of the target's devices.
-      target: hardware.
-      setting: that the program was made with.
-      is_quick: asks a TPU's compiler for its least effort.
+    With `is_quick` a TPU's compiler is asked for its least effort.
     """
     started = time.monotonic()
     options = _LEAST_EFFORT if is_quick and target.shape else None
@@ -135,13 +107,13 @@ def compiled(
         memory = hlo_cost.memory(executable)
         needed = memory.peak
         collectives = hlo_cost.collectives(executable.as_text())
-        costs = executable.cost_analysis() or {}
-        accessed = float(costs.get("bytes accessed", 0.0))
+        accessed = float((executable.cost_analysis() or {}).get("bytes accessed", 0.0))
         read = memory.arguments + (what.loops - 1) * what.read_again
+        sent = (e.num_bytes for k, e in collectives.items() if k != hlo_cost.BETWEEN_SLICES)
         bounds["memory"] = max(read, accessed) / target.chip.bandwidth
-        bounds["links"] = sent_by_links(collectives) / target.chip.link
-    return Flight(
-        setting,
+        bounds["links"] = sum(sent) / target.chip.link
+    return CompiledProgram(
+        choice,
         target.name,
         target.chip.memory,
         memory,
@@ -155,18 +127,10 @@ def compiled(
     )
 
 
-def sent_by_links(collectives: Mapping[str, hlo_cost.Collective]) -> int:
-    """Bytes that a chip sends over its own links; not those between slices."""
-    inside = (each for kind, each in collectives.items() if kind != hlo_cost.BETWEEN_SLICES)
-    return sum(each.num_bytes for each in inside)
-
-
 def needed_memory(refusal: str, arguments: int) -> float:
     """Bytes that a compiler asked for when it refused a program; 0 where it did not say.
 
-    Args:
-      refusal: what it said.
-      arguments: bytes that come on top where it speaks of temporaries alone.
+    Bytes of `arguments` come on top where the refusal speaks of temporaries alone.
 
     >>> needed_memory("Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 0) / 2**30
     20.5

@@ -3,38 +3,31 @@
 TPU topologies come from libtpu (`pip install libtpu`), H100s from jax's CUDA plugins without CUDA
 (`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, of jax's own version). Neither needs a
 device. Other figures of chips are their makers' data sheets.
+
+Nothing here imports jax before it is needed: `without_devices` has to be called first.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 import dataclasses
 import math
 import re
-
-import jax
+from typing import Any
 
 from moe_peft import errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a kind, by its data sheet.
+    """One device of a kind, by its data sheet."""
 
-    Attributes:
-      name: as people write it.
-      memory: bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one;
-        data sheets say more.
-      flops: bfloat16 operations per second.
-      bandwidth: of the memory, bytes per second.
-      link: bytes per second that a chip can send to others.
-      per_host: devices of one machine.
-    """
-
-    name: str
+    name: str  # as people write it
+    # bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one; data
+    # sheets say more.
     memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    per_host: int
+    flops: float  # bfloat16 operations per second
+    bandwidth: float  # of the memory, bytes per second
+    link: float  # bytes per second that a chip can send to others
+    per_host: int  # devices of one machine
 
 
 CHIPS = {
@@ -69,41 +62,33 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-      name: such as "v5e:4x4" or "h100:8".
-      chip: of which there are `count`.
-      shape: of the topology of a slice; empty for GPUs.
-      slices: of so many chips together, joined by the data centre's network.
-    """
-
-    name: str
-    chip: Chip
+    name: str  # such as "v5e:4x4" or "h100:8"
+    chip: Chip  # of which there are `count`
     count: int
-    shape: str
-    slices: int = 1
+    shape: str  # of the topology of a slice; empty for GPUs
+    slices: int = 1  # of so many chips together, joined by the data centre's network
 
-    def devices(self) -> Sequence[jax.Device]:
+    def devices(self) -> Sequence[Any]:
         """Descriptions of the devices, for a mesh.
 
         Raises:
           UserError: the plugin that knows them is not installed, or there is no such topology.
         """
+        import jax
         from jax.experimental import topologies
 
         try:
             if self.shape:
                 name = f"{self.chip.name}:{self.shape}"
                 options = dict(_ONE_DEVICE_A_CHIP.get(self.chip.name, {}))
-                if self.slices > 1:
-                    options["num_slices"] = self.slices
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+                options |= {"num_slices": self.slices} if self.slices > 1 else {}
+                found = topologies.get_topology_desc(name, platform="tpu", **options)
             else:
                 name = f"1x1x{self.count}"
-                found = topologies.get_topology_desc(
-                    name, platform="cuda", topology=name, target_config=_H100
-                )
+                options = {"topology": name, "target_config": _H100}
+                found = topologies.get_topology_desc(name, platform="cuda", **options)
         except Exception as error:
             reason = str(error).splitlines()[0][:160]
             wanted = "libtpu" if self.shape else "--no-deps jax-cuda12-plugin jax-cuda12-pjrt"
@@ -115,12 +100,8 @@ class Target:
         return found.devices
 
 
-def find(name: str, slices: int = 1) -> Target:
-    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8".
-
-    Args:
-      name: of the chip and its topology or number.
-      slices: how many of them, for TPUs.
+def find_target(name: str, slices: int = 1) -> Target:
+    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices.
 
     Raises:
       UserError: there is no such chip or number.
@@ -133,7 +114,6 @@ def find(name: str, slices: int = 1) -> Target:
         )
     kind, shape = form.groups()
     errors.check_one_of("The chip of --target", kind, CHIPS)
-    chip = CHIPS[kind]
     if slices < 1 or (slices > 1 and kind == "h100"):
         raise errors.UserError(
             f"--slices is {slices} for {name}; expected a number of slices of TPUs, at least 1."
@@ -141,7 +121,7 @@ def find(name: str, slices: int = 1) -> Target:
     if kind == "h100":
         if "x" in shape:
             raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
-        return Target(name, chip, int(shape), "")
+        return Target(name, CHIPS[kind], int(shape), "")
     if "x" not in shape:
         sizes = {_size(each): each for each in _SHAPES[kind]}
         if int(shape) not in sizes:
@@ -150,7 +130,7 @@ def find(name: str, slices: int = 1) -> Target:
                 f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
             )
         shape = sizes[int(shape)]
-    return Target(name, chip, _size(shape) * slices, shape, slices)
+    return Target(name, CHIPS[kind], _size(shape) * slices, shape, slices)
 
 
 def _size(shape: str) -> int:
@@ -159,3 +139,15 @@ def _size(shape: str) -> int:
     16
     """
     return math.prod(map(int, shape.split("x")))
+
+
+def without_devices(environ: MutableMapping[str, str]) -> None:
+    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for.
+
+    It has to come before jax is imported.
+    """
+    environ.setdefault("JAX_PLATFORMS", "cpu")
+    environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It compiles, next to whoever trains.
+    environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

@@ -5,102 +5,73 @@ Nothing is allocated and nothing is compiled, so an 11B network is planned on a 
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
 from flax import linen as nn
 import gin
 import jax
-import rich.box
 import rich.console
-import rich.table
 
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.patching import rules as rules_lib
+from moe_peft.runtime import tables
 
 # Any lengths do: no parameter of an encoder-decoder depends on them.
-_TOKENS = (1, 8)
-_TOKEN_FEATURES = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+_SHAPES = dict.fromkeys(
+    ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"), (1, 8)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RulePlan:
-    """What one rule of the method does.
+    """What one rule of the method does."""
 
-    Attributes:
-      pattern: regular expression over full layer paths.
-      adapter: name of the adapter's class.
-      layers: paths of the layers it matches; a scanned path stands for a whole stack.
-      num_parameters: of its adapters and their routers.
-    """
-
-    pattern: str
-    adapter: str
+    pattern: str  # regular expression over full layer paths
+    adapter: str  # name of the adapter's class
+    # paths of the layers it matches; a scanned path stands for a whole stack
     layers: tuple[str, ...]
-    num_parameters: int
+    num_parameters: int  # of its adapters and their routers
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """Leaves of one kind, the same in every layer of a stack.
+    """Leaves of one kind, the same in every layer of a stack."""
 
-    Attributes:
-      path: with `*` for the number of the layer.
-      shape: of one leaf.
-      axes: logical axes of one leaf, as partitioning sees them.
-      count: number of leaves.
-      num_parameters: of all of them together.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    count: int
-    num_parameters: int
+    path: str  # with `*` for the number of the layer
+    shape: tuple[int, ...]  # of one leaf
+    axes: tuple[str | None, ...]  # logical axes of one leaf, as partitioning sees them
+    count: int  # number of leaves
+    num_parameters: int  # of all of them together
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The result of `plan`; counts are numbers of parameters.
+    """The result of `plan`; counts are numbers of parameters."""
 
-    Attributes:
-      method: as the method describes itself.
-      rules: one entry per rule that matches something.
-      parts: adapter parameters by the part of the adapter they belong to (`vectors`, `lora_a`,
-        `router`, ...).
-      base: the network's own parameters.
-      adapters: parameters that the method adds.
-      trainable: parameters that learn.
-      frozen: parameters that do not.
-      percent: trainable, in per cent of `base`.
-      nominal_size: the size in the model's name ("3B"), if the model file says.
-      nominal_percent: trainable, in per cent of `nominal_size`.
-      checkpoint_bytes: float32 trainable parameters and AdamW's two moments, the most a checkpoint
-        holds; Adafactor's second moments are smaller.
-      export_bytes: the trainable parameters alone.
-      frozen_bytes: the frozen parameters in bfloat16.
-      leaves: the adapters' leaves.
-      target_method: name of what trains on a new task afterwards, if that is another method.
-      target_trainable: parameters that learn there.
-    """
-
-    method: dict[str, Any]
-    rules: tuple[RulePlan, ...]
+    method: dict[str, Any]  # as the method describes itself
+    rules: tuple[RulePlan, ...]  # one entry per rule that matches something
+    # adapter parameters by the part of the adapter they belong to (`vectors`, `lora_a`, `router`,
+    # ...)
     parts: dict[str, int]
-    base: int
-    adapters: int
-    trainable: int
-    frozen: int
-    percent: float
-    nominal_size: int | None
-    nominal_percent: float | None
+    base: int  # the network's own parameters
+    adapters: int  # parameters that the method adds
+    trainable: int  # parameters that learn
+    frozen: int  # parameters that do not
+    percent: float  # trainable, in per cent of `base`
+    nominal_size: int | None  # the size in the model's name ("3B"), if the model file says
+    nominal_percent: float | None  # trainable, in per cent of `nominal_size`
+    # float32 trainable parameters and AdamW's two moments, the most a checkpoint holds; Adafactor's
+    # second moments are smaller
     checkpoint_bytes: int
-    export_bytes: int
-    frozen_bytes: int
-    leaves: tuple[LeafPlan, ...]
+    export_bytes: int  # the trainable parameters alone
+    frozen_bytes: int  # the frozen parameters in bfloat16
+    leaves: tuple[LeafPlan, ...]  # the adapters' leaves
+    # name of what trains on a new task afterwards, if that is another method
     target_method: str | None = None
-    target_trainable: int | None = None
+    target_trainable: int | None = None  # parameters that learn there
 
 
 @gin.configurable(module="analysis")
@@ -126,38 +97,26 @@ def plan(
       UserError: a rule matches nothing, two rules match one layer, or the backbone is of another
         size than the model.
     """
-    shapes = dict.fromkeys(_TOKEN_FEATURES, _TOKENS)
-    found = patching.matches(model, method.rules, shapes, enable_dropout=False)
+    found = patching.matches(model, method.rules, _SHAPES, enable_dropout=False)
     found.check()
-
-    extras = {"task_ids": (1,), "sentence_embeddings": (1, embedding_dim)}
-
-    def abstract(method):
-        network = encoder_decoder.EncoderDecoder(method.patch(model), method=method)
-        init = lambda rng: network.init_variables(rng, {**shapes, **extras})
-        return jax.eval_shape(init, jax.random.key(0))
-
-    variables = abstract(method)
+    variables = _abstract_variables(model, method, embedding_dim)
+    params = patching.flatten(variables["params"])
+    sizes = {path: leaf.size for path, leaf in params.items()}
+    in_adapters = {path: size for path, size in sizes.items() if patching.is_adapter(path)}
     if backbone is not None:
         from moe_peft.weights import backbone as backbone_lib  # imports what saves checkpoints
 
-        flat = patching.flatten(variables["params"])
-        own = {path: leaf for path, leaf in flat.items() if not patching.is_adapter(path)}
+        own = {path: leaf for path, leaf in params.items() if path not in in_adapters}
         backbone_lib.check_headers(backbone, patching.trees.unflatten(own))
     target = {}
     if target_method is not None and target_method != method:
-        learns = target_method.split(abstract(target_method)["params"])[1]
+        params_then = _abstract_variables(model, target_method, embedding_dim)["params"]
+        learns = target_method.split(params_then)[1]
         target["target_method"] = target_method.name
         target["target_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(learns))
-    params = patching.flatten(variables["params"])
-    axes = _axes(variables)
-    sizes = {path: leaf.size for path, leaf in params.items()}
-    in_adapters = {path: size for path, size in sizes.items() if patching.is_adapter(path)}
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
-
-    num_trainable = sum(sizes[path] for path in trainable)
+    num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())
-    num_frozen = sum(sizes[path] for path in frozen)
     return Plan(
         method=method.describe(),
         rules=_rules(found, in_adapters),
@@ -172,9 +131,17 @@ def plan(
         checkpoint_bytes=3 * 4 * num_trainable,
         export_bytes=4 * num_trainable,
         frozen_bytes=2 * num_frozen,
-        leaves=_leaves({path: params[path] for path in in_adapters}, axes),
+        leaves=_leaves({path: params[path] for path in in_adapters}, _axes(variables)),
         **target,
     )
+
+
+def _abstract_variables(model: nn.Module, method: methods.Method, embedding_dim: int) -> Any:
+    """Shapes of what the model holds with a method's adapters."""
+    network = encoder_decoder.EncoderDecoder(method.patch(model), method=method)
+    extras = {"task_ids": (1,), "sentence_embeddings": (1, embedding_dim)}
+    init = lambda rng: network.init_variables(rng, {**_SHAPES, **extras})
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def _axes(variables: Any) -> dict[str, tuple[str | None, ...]]:
@@ -217,48 +184,41 @@ def show(result: Plan, as_json: bool = False, console: rich.console.Console | No
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return
-    console = console or rich.console.Console()
-    # Without a terminal rich assumes 80 columns and would break paths.
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
+    console = console or tables.wide_console(140)
     for table in (_rule_table(result), _leaf_table(result), _count_table(result)):
         if table.row_count:
             console.print(table)
 
 
-def _table(title: str, *columns: str) -> rich.table.Table:
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-    for column in columns:
-        is_number = column in ("layers", "leaves", "parameters", "size")
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
-    return table
+def _grid(title: str, *columns: str):
+    words = ("adapter", "rule", "matched", "leaf", "shape", "logical axes", "what")
+    return tables.grid(*columns, left=words, title=title, overflow="fold")
 
 
-def _rule_table(result: Plan) -> rich.table.Table:
+def _rule_table(result: Plan):
     title = f"Method {result.method['name']}: what each rule matches"
-    table = _table(title, "adapter", "rule", "layers", "parameters", "matched")
+    table = _grid(title, "adapter", "rule", "layers", "parameters", "matched")
     for rule in result.rules:
-        count = str(len(rule.layers))
-        matched = rules_lib.summary(rule.layers)
-        table.add_row(rule.adapter, rule.pattern, count, f"{rule.num_parameters:,}", matched)
+        count, size = str(len(rule.layers)), f"{rule.num_parameters:,}"
+        table.add_row(rule.adapter, rule.pattern, count, size, rules_lib.summary(rule.layers))
     return table
 
 
-def _leaf_table(result: Plan) -> rich.table.Table:
-    table = _table("Adapter leaves", "leaf", "shape", "logical axes", "leaves", "parameters")
+def _leaf_table(result: Plan):
+    table = _grid("Adapter leaves", "leaf", "shape", "logical axes", "leaves", "parameters")
     for leaf in result.leaves:
         shape, axes = " ".join(map(str, leaf.shape)), " ".join(map(str, leaf.axes))
         table.add_row(leaf.path, shape, axes, str(leaf.count), f"{leaf.num_parameters:,}")
     return table
 
 
-def _count_table(result: Plan) -> rich.table.Table:
-    table = _table("Parameters", "what", "parameters")
-    table.add_row("network", f"{result.base:,}")
-    for part, size in result.parts.items():
-        table.add_row(f"adapters: {part}", f"{size:,}")
-    table.add_row("trainable", f"{result.trainable:,}")
-    table.add_row("frozen", f"{result.frozen:,}")
+def _count_table(result: Plan):
+    table = _grid("Parameters", "what", "parameters")
+    counts = {"network": result.base}
+    counts |= {f"adapters: {part}": size for part, size in result.parts.items()}
+    counts |= {"trainable": result.trainable, "frozen": result.frozen}
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
     table.add_row("trainable, % of the network", f"{result.percent:.4f}")
     if result.nominal_percent is not None:
         nominal = f"trainable, % of the nominal {result.nominal_size:,}"
@@ -272,9 +232,12 @@ def _count_table(result: Plan) -> rich.table.Table:
     return table
 
 
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
-        count /= 1000
-    raise AssertionError("unreachable")
+def _bytes(count: float) -> str:
+    """
+    >>> _bytes(999), _bytes(31_800_000)
+    ('999 B', '31.8 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    power = min(int(math.log10(count)) // 3, 3)
+    return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB')[power - 1]}"

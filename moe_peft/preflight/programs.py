@@ -26,17 +26,7 @@ PROGRAMS = ("train", "eval", "decode")
 @gin.configurable("preflight", module="commands")
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What `moe-peft train` and `eval` would run, from the same gin files; see `training.train`.
-
-    Attributes (others are those of `training.train`):
-      embedding_dim: width of sentence embeddings, for methods that route by them.
-      pack: whether training packs; None for what the files say of `train.pack`.
-      eval_batch_size: rows of a batch of evaluation.
-      rank_choices: whether evaluation scores choices; None for what the files say of
-        `Evaluator.rank_choices`. Choices of an example stand in a row as long as targets.
-      num_choices: of an example.
-      decoding: of "decode"; by default greedy.
-    """
+    """What `moe-peft train` and `eval` would run, from the same gin files; see `training.train`."""
 
     model: nn.Module = gin.REQUIRED
     method: methods.Method = gin.REQUIRED
@@ -44,40 +34,42 @@ class Experiment:
     feature_lengths: Mapping[str, int] = gin.REQUIRED
     batch_size: int = gin.REQUIRED
     frozen_dtype: str = "bfloat16"
-    embedding_dim: int = 384
+    embedding_dim: int = 384  # width of sentence embeddings, for methods that route by them
     loss: encoder_decoder.LossConfig | None = None
-    pack: bool | None = None
-    eval_batch_size: int = 64
+    pack: bool | None = None  # whether training packs; None for what the files say of `train.pack`
+    eval_batch_size: int = 64  # rows of a batch of evaluation
+    # Whether evaluation scores choices; None for what the files say of `Evaluator.rank_choices`.
+    # Choices of an example stand in a row as long as targets.
     rank_choices: bool | None = None
-    num_choices: int = 4
-    decoding: strategies.Strategy = strategies.Greedy()
+    num_choices: int = 4  # of an example
+    decoding: strategies.Strategy = strategies.Greedy()  # of "decode"
 
     def compile(
         self,
         target: hardware.Target,
         devices: Sequence,
-        setting: compiled.Setting,
+        choice: compiled.Choice,
         program: str = "train",
         *,
         is_quick: bool = False,
-    ) -> compiled.Flight:
+    ) -> compiled.CompiledProgram:
         """Compiles one of `PROGRAMS`.
 
         Raises:
-          UserError: the setting does not suit the experiment.
+          UserError: the choice does not suit the experiment.
         """
-        if program != "train" and setting.num_microbatches > 1:
+        if program != "train" and choice.num_microbatches > 1:
             raise errors.UserError(f"--microbatches belong to training, not to {program}.")
-        mesh = mesh_lib.make_mesh(setting.data, setting.fsdp, setting.model, devices=devices)
-        mesh_lib.check_batch_size(self.rows(program), setting.num_microbatches, mesh)
+        mesh = mesh_lib.make_mesh(choice.data, choice.fsdp, choice.model, devices=devices)
+        mesh_lib.check_batch_size(self.rows(program), choice.num_microbatches, mesh)
         if program == "train":
-            made = self.train_program(mesh, setting)
+            made = self.train_program(mesh, choice)
         else:
             made = self.eval_program(mesh, is_decoding=program == "decode")
-        return compiled.compiled(made, target, setting, is_quick=is_quick)
+        return compiled.compile_program(made, target, choice, is_quick=is_quick)
 
     def rows(self, program: str) -> int:
-        """Of a batch of a program."""
+        """Rows of a batch of a program."""
         return self.batch_size if program == "train" else self.eval_batch_size
 
     def describe(self) -> dict[str, Any]:
@@ -98,9 +90,9 @@ class Experiment:
         begin = self._start(self.model, self._train_batch())
         return tuple(map(state_lib.num_bytes, self._trees(begin)))
 
-    def train_program(self, mesh: jax.sharding.Mesh, setting: compiled.Setting) -> compiled.Program:
+    def train_program(self, mesh: jax.sharding.Mesh, choice: compiled.Choice) -> compiled.Program:
         """The jitted step with the shapes of state, frozen weights and batch."""
-        begin = self._start(self._network(setting.remat_policy), self._train_batch())
+        begin = self._start(self._scanned(choice.remat_policy), self._train_batch())
         axes, layout = begin.logical_axes(), layout_lib.Layout(mesh)
         frozen, trainable = self._trees(begin)
         group_of = self.method.learning_rate_group
@@ -111,40 +103,40 @@ class Experiment:
             begin.model,
             transform,
             patching.merge,
-            setting.num_microbatches,
+            choice.num_microbatches,
             self.optimizer.learning_rates(trainable, group_of),
             layout=layout,
             out_shardings=(places, layout.everywhere),
         )
-        weights = _at(frozen, layout.shardings(frozen, axes))
-        batch = _batch_at(begin.batch_shapes, mesh)
-        return compiled.Program(step, (_at(state, places), weights, batch), mesh)
+        weights = _with_shardings(frozen, layout.shardings(frozen, axes))
+        batch = _batch_on(begin.batch_shapes, mesh)
+        return compiled.Program(step, (_with_shardings(state, places), weights, batch), mesh)
 
     def eval_program(self, mesh: jax.sharding.Mesh, *, is_decoding: bool) -> compiled.Program:
         """What `moe-peft eval` runs for a full batch: choices, exact match, or decoding."""
         shapes = self._batch(self.eval_batch_size, is_packed=False)
-        begin = self._start(self._network("none"), shapes)
+        begin = self._start(self._scanned("none"), shapes)
         params = patching.merge(*self._trees(begin))
-        params = _at(params, layout_lib.Layout(mesh).shardings(params, begin.logical_axes()))
-        jitted, length = inference.programs(begin.model, mesh), self.feature_lengths["targets"]
+        shardings = layout_lib.Layout(mesh).shardings(params, begin.logical_axes())
+        params = _with_shardings(params, shardings)
+        jitted, loops, again = inference.programs(begin.model, mesh), 1, 0.0
         if is_decoding:
             shapes = {name: size for name, size in shapes.items() if "decoder" not in name}
-            strategy = dataclasses.replace(self.decoding, max_decode_length=length)
+            loops, again = (
+                self.feature_lengths["targets"],
+                compiled.bytes_of_device(params["decoder"]),
+            )
+            strategy = dataclasses.replace(self.decoding, max_decode_length=loops)
             step = jax.jit(lambda params, batch: jitted.predict(params, batch, strategy))
-            again = compiled.bytes_of_device(params["decoder"])
-            return compiled.Program(step, (params, _batch_at(shapes, mesh)), mesh, length, again)
-        is_ranking = self.rank_choices
-        if is_ranking is None:
-            is_ranking = _in_files("Evaluator.rank_choices", False)
-        if not is_ranking:
-            return compiled.Program(jitted.exact_match, (params, _batch_at(shapes, mesh)), mesh)
-        shapes["decoder_segment_ids"] = shapes["decoder_target_tokens"]
-        step = jax.jit(
-            lambda params, batch: jitted.rank_choices(params, batch, self.num_choices, False)
-        )
-        return compiled.Program(step, (params, _batch_at(shapes, mesh)), mesh)
+        elif _or_in_files(self.rank_choices, "Evaluator.rank_choices"):
+            shapes["decoder_segment_ids"] = shapes["decoder_target_tokens"]
+            rank = jitted.rank_choices
+            step = jax.jit(lambda params, batch: rank(params, batch, self.num_choices, False))
+        else:
+            step = jitted.exact_match
+        return compiled.Program(step, (params, _batch_on(shapes, mesh)), mesh, loops, again)
 
-    def _network(self, remat_policy: str) -> nn.Module:
+    def _scanned(self, remat_policy: str) -> nn.Module:
         """The model with scanned layers."""
         config = dataclasses.replace(self.model.config, scan_layers=True, remat_policy=remat_policy)
         return self.model.clone(config=config)
@@ -162,44 +154,40 @@ class Experiment:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen), trainable
 
     def _train_batch(self) -> dict[str, tuple[int, ...]]:
-        is_packed = _in_files("train.pack", False) if self.pack is None else self.pack
-        return self._batch(self.batch_size, is_packed)
+        return self._batch(self.batch_size, _or_in_files(self.pack, "train.pack"))
 
     def _batch(self, rows: int, is_packed: bool) -> dict[str, tuple[int, ...]]:
-        inputs, targets_ = self.feature_lengths["inputs"], self.feature_lengths["targets"]
+        inputs, targets = self.feature_lengths["inputs"], self.feature_lengths["targets"]
         shapes = {
             "encoder_input_tokens": (rows, inputs),
-            "decoder_input_tokens": (rows, targets_),
-            "decoder_target_tokens": (rows, targets_),
+            "decoder_input_tokens": (rows, targets),
+            "decoder_target_tokens": (rows, targets),
             # A step that does not look at these does not get them either.
             "task_ids": (rows,),
             "sentence_embeddings": (rows, self.embedding_dim),
         }
         if is_packed:
-            for side, length in (("encoder", inputs), ("decoder", targets_)):
-                shapes |= {
-                    f"{side}_{name}": (rows, length) for name in ("segment_ids", "positions")
-                }
+            for name in ("segment_ids", "positions"):
+                shapes |= {f"encoder_{name}": (rows, inputs), f"decoder_{name}": (rows, targets)}
         return shapes
 
 
-def _in_files(name: str, default: Any) -> Any:
-    """What gin says of a parameter that another command reads."""
+def _or_in_files(value: bool | None, name: str) -> bool:
+    """A setting; if it is None, what gin says of a parameter that another command reads."""
+    if value is not None:
+        return value
     try:
         return gin.query_parameter(name)
     except ValueError:
-        return default
+        return False
 
 
-def _batch_at(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _batch_on(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     place = mesh_lib.batch_sharding(mesh)
     kind = lambda name: jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32
-    return {
-        name: jax.ShapeDtypeStruct(shape, kind(name), sharding=place)
-        for name, shape in shapes.items()
-    }
+    return {n: jax.ShapeDtypeStruct(s, kind(n), sharding=place) for n, s in shapes.items()}
 
 
-def _at(tree, shardings):
-    give = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    return jax.tree.map(give, tree, shardings)
+def _with_shardings(tree, shardings):
+    put_on = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.tree.map(put_on, tree, shardings)

@@ -12,11 +12,8 @@ from moe_peft.preflight import compiled, hardware, programs, view
 
 def meshes(count: int) -> list[tuple[int, int, int]]:
     """(data, fsdp, model) of so many devices, powers of two, `model` at most 16."""
-    found = []
-    for model, fsdp in itertools.product([1, 2, 4, 8, 16], [1, 2, 4, 8, 16, 32, 64, 128, 256]):
-        if count % (model * fsdp) == 0:
-            found.append((count // (model * fsdp), fsdp, model))
-    return found
+    pairs = itertools.product([2**power for power in range(5)], [2**power for power in range(9)])
+    return [(count // (m * f), f, m) for m, f in pairs if count % (m * f) == 0]
 
 
 def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
@@ -41,28 +38,22 @@ def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
     return data, sizes["fsdp"], sizes["model"]
 
 
-def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Setting:
+def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Choice:
     """A mesh and micro-batches to begin with, without compiling anything.
 
     As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
     are along `data`, or inside a slice along `fsdp` where a copy of the weights, and of the
     gradients of what trains, would fill more than half of a chip. At a time a chip takes one row
-    for every two gigabytes that it has, rounded down to a power of two.
-
-    Args:
-      batch_size: rows.
-      weights: bytes that are frozen, bytes that train.
-      target: hardware.
+    for every two gigabytes that it has, rounded down to a power of two. Weights are the bytes that
+    are frozen and the bytes that train.
     """
     shards = math.gcd(batch_size, target.count)
     model = target.count // shards
-    frozen, trainable = weights
-    is_split = (frozen + 2 * trainable) / model > target.chip.memory / 2
+    is_split = (weights[0] + 2 * weights[1]) / model > target.chip.memory / 2
     at_a_time = 2 ** int(math.log2(target.chip.memory / 2e9))
     parts = max(batch_size // shards // at_a_time, 1)
     fsdp = shards // target.slices if is_split else 1
-    data = shards // fsdp
-    return compiled.Setting(data, fsdp, model, parts, "full")
+    return compiled.Choice(shards // fsdp, fsdp, model, parts, "full")
 
 
 def search(
@@ -73,7 +64,7 @@ def search(
     microbatches: Sequence[int] = (1, 2, 4),
     *,
     is_quick: bool = False,
-) -> list[compiled.Flight]:
+) -> list[compiled.CompiledProgram]:
     """Compiles what may fit, and ranks it: what fits first, by the bound on the step's time.
 
     For every mesh, less and less memory is asked for until the step fits. Evaluation has neither
@@ -84,14 +75,14 @@ def search(
     devices, found = target.devices(), []
     for shape in meshes(target.count):
         for parts, policy in itertools.product(microbatches, policies):
-            setting = compiled.Setting(*shape, parts, policy)
+            choice = compiled.Choice(*shape, parts, policy)
             try:
-                flight = experiment.compile(target, devices, setting, program, is_quick=is_quick)
+                made = experiment.compile(target, devices, choice, program, is_quick=is_quick)
             except errors.UserError as error:
-                print(f"{setting}: {error}", file=sys.stderr, flush=True)
+                print(f"{choice}: {error}", file=sys.stderr, flush=True)
                 break
-            found.append(flight)
-            print(f"{setting}: {view.summary(flight)}", file=sys.stderr, flush=True)
-            if flight.fits:
+            found.append(made)
+            print(f"{choice}: {view.summary(made)}", file=sys.stderr, flush=True)
+            if made.fits:
                 break
-    return sorted(found, key=lambda flight: (not flight.fits, flight.seconds))
+    return sorted(found, key=lambda made: (not made.fits, made.seconds))

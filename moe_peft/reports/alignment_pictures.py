@@ -1,4 +1,7 @@
-"""Pictures of gradient alignment: the matrix of tasks, and its mean over training."""
+"""Pictures of gradient alignment: the matrix of tasks, and its mean over training.
+
+All have a title above, and are written to a path that ends in .png, .pdf or .svg.
+"""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -9,22 +12,20 @@ from matplotlib import colors as colors_lib
 from matplotlib import figure
 import numpy as np
 
-from moe_peft.reports import routing_pictures, run_folder, style
+from moe_peft.reports import recorded_run, style
 from moe_peft.training.monitors import alignment
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def draw_matrices(
-    records: Records, tasks: run_folder.Tasks, title: str, path: pathlib.Path | str
+    records: Records, tasks: recorded_run.Tasks, title: str, path: pathlib.Path | str
 ) -> None:
     """Writes the matrix of cosines at the first, middle and last record, tasks by group.
 
     Args:
       records: of `alignment`, oldest first, all of the same tasks.
       tasks: in the order of the matrices' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
     """
     order = tasks.by_group()
     shown = [records[i] for i in sorted({0, (len(records) - 1) // 2, len(records) - 1})]
@@ -32,7 +33,7 @@ def draw_matrices(
     fig = figure.Figure(
         figsize=(max(len(shown) * (size + 0.2) + 2.4, 6.0), size + 0.8), layout="constrained"
     )
-    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
+    style.heading(fig, title)
     all_axes = fig.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     matrices = [_without_diagonal(record["cosines"][np.ix_(order, order)]) for record in shown]
     strongest = [np.max(np.abs(each[~np.isnan(each)]), initial=0.0) for each in matrices]
@@ -43,7 +44,7 @@ def draw_matrices(
         found = alignment.summarize(record["cosines"]).get("mean_cosine")
         mean = "none" if found is None else f"{found:+.3f}"
         axes.set_title(f"step {record['step']:,}: mean {mean}", fontsize=9, color=style.INK)
-        for _, _, end in routing_pictures.group_spans(tasks, order)[:-1]:
+        for _, _, end in tasks.spans()[:-1]:
             axes.axhline(end - 0.5, color=style.GREY, linewidth=0.5)
             axes.axvline(end - 0.5, color=style.GREY, linewidth=0.5)
         axes.set_xticks([])
@@ -52,20 +53,12 @@ def draw_matrices(
     font = float(np.clip(72 * size / len(order) * 0.75, 4.0, 8.0))
     all_axes[0].set_yticks(range(len(order)), [tasks.names[i] for i in order], fontsize=font)
     bar = fig.colorbar(image, ax=list(all_axes), shrink=0.7, aspect=25, pad=0.01)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=7, colors=style.INK)
-    bar.set_label("cosine of the tasks' gradients", fontsize=8, color=style.INK)
+    style.color_bar(bar, "cosine of the tasks' gradients")
     style.save(fig, path)
 
 
 def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | str) -> None:
-    """Writes the mean cosine over training, one line a run.
-
-    Args:
-      runs: records of `alignment` by the run's label.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
-    """
+    """Writes the mean cosine over training, one line a run (records of `alignment` by label)."""
     fig = figure.Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = fig.add_subplot()
     colors = style.by_name(list(runs))
@@ -73,9 +66,8 @@ def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | st
         steps = [record["step"] for record in records]
         means = [_mean(record["cosines"]) for record in records]
         marker = "o" if len(steps) <= 12 else None
-        axes.plot(
-            steps, means, color=colors[label], linewidth=1.8, marker=marker, ms=4, label=label
-        )
+        look = {"color": colors[label], "linewidth": 1.8, "marker": marker, "ms": 4}
+        axes.plot(steps, means, label=label, **look)
     axes.axhline(0, color="#bbbbbb", linewidth=1, zorder=1)
     style.clean(axes)
     style.title(axes, title)
@@ -86,15 +78,7 @@ def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | st
     note = f"{' or '.join(map(str, counts))} tasks"
     if len(drawn) > 1:
         note += "; NOT the same ones in all runs"
-    fig.legend(
-        loc="outside lower center",
-        ncols=min(len(runs), 4),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=style.INK,
-        title=f"gradients of adapter parameters, {note}",
-        title_fontsize=8,
-    )
+    style.legend(fig, min(len(runs), 4), f"gradients of adapter parameters, {note}")
     style.save(fig, path)
 
 

@@ -6,7 +6,7 @@ reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's 
 per cent; mean and median are over the templates of a task, then averaged over tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 from typing import Any
@@ -28,9 +28,8 @@ _MUST_AGREE = {
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
     """The evaluations found in folders of runs, by mixture, in the order of the folders.
 
-    A run is called by its method; where two runs of a mixture share it, by their folders.
-
-    Raises UserError for a folder without results, or results that cannot be read.
+    Runs are called as `labels` says. Raises UserError for a folder without results, or results
+    that cannot be read.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):
@@ -39,69 +38,78 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
             raise errors.UserError(
                 f"{folder} holds no results (eval/*/results.json); make them with `moe-peft eval`."
             )
-        for path in paths:
-            content = _read(path)
+        for content in map(read, paths):
             found.setdefault(content["mixture"], []).append((folder, content))
     runs = {}
     for mixture, members in found.items():
-        names = [content["run"]["method"]["name"] for _, content in members]
-        runs[mixture] = [
-            table.Run(name if names.count(name) == 1 else folder.name, content)
-            for name, (folder, content) in zip(names, members, strict=True)
-        ]
-        check_comparable(runs[mixture])
+        sources, contents = zip(*members, strict=True)
+        names = labels(sources, [content["run"]["method"]["name"] for content in contents])
+        runs[mixture] = list(map(table.Run, names, contents))
+        check_alike(names, list(map(_facts, runs[mixture])))
     return runs
 
 
-def check_comparable(runs: Sequence[table.Run]) -> None:
-    """Raises UserError unless all runs answered the same examples and were scored alike."""
-    first = runs[0]
-    for run in runs[1:]:
-        for part, default in _MUST_AGREE.items():
-            was, now = (r.content["settings"].get(part, default) for r in (first, run))
-            if was != now:
+def _facts(run: table.Run) -> dict[str, Any]:
+    """What runs have in common if they answered the same examples and were scored alike."""
+    settings = run.content["settings"]
+    counts = {group: line["num_examples"] for group, line in run.lines.items()}
+    facts = {part: settings.get(part, default) for part, default in _MUST_AGREE.items()}
+    return {**facts, "number of examples": counts[table.OVERALL], "examples by group": counts}
+
+
+def check_alike(names: Sequence[object], facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError at the first fact that a run does not share with the first one."""
+    for name, found in zip(names, facts, strict=True):
+        for part, value in facts[0].items():
+            if value != found[part]:
                 raise errors.UserError(
-                    f"{first.name} and {run.name} cannot be compared: {part} is {was} and {now}."
+                    f"{names[0]} and {name} cannot be compared: {part} is {value} and "
+                    f"{found[part]}."
                 )
-        counts = [{k: v["num_examples"] for k, v in r.lines.items()} for r in (first, run)]
-        if counts[0] != counts[1]:
-            raise errors.UserError(
-                f"{first.name} and {run.name} cannot be compared: they answered "
-                f"{counts[0][table.OVERALL]} and {counts[1][table.OVERALL]} examples, or other "
-                "tasks."
-            )
+
+
+def labels(folders: Sequence[pathlib.Path], methods: Sequence[str]) -> list[str]:
+    """Returns what runs are called: by method; where two share it, by folder; else by path."""
+    paths = [folder.absolute() for folder in folders]
+    by_path = ["-".join(path.parts[1:]) for path in paths]
+    candidates = (methods, [path.name for path in paths], by_path)
+    return [
+        next((names[i] for names in candidates if names.count(names[i]) == 1), by_path[i])
+        for i in range(len(paths))
+    ]
 
 
 def to_json(runs: Sequence[table.Run]) -> dict[str, Any]:
     """What the table shows, in numbers: shares in [0, 1]."""
-    return {
-        "mixture": runs[0].content["mixture"],
-        "settings": runs[0].content["settings"],
-        "runs": [
-            {
-                "name": run.name,
-                "run": run.content["run"],
-                "lines": run.lines,
-            }
-            for run in runs
-        ],
-    }
+    members = [{"name": run.name, "run": run.content["run"], "lines": run.lines} for run in runs]
+    content = runs[0].content
+    return {"mixture": content["mixture"], "settings": content["settings"], "runs": members}
 
 
 def write(runs: Sequence[table.Run], folder: pathlib.Path | str) -> list[pathlib.Path]:
     """Writes <mixture>.md, .json and .png into a folder; returns their paths."""
     from moe_peft.reports import picture  # Imports matplotlib.
-    from moe_peft.runtime import json_files
 
     stem = pathlib.Path(folder) / runs[0].content["mixture"]
+    draw = lambda path: picture.draw(runs, path)
+    return write_files(stem, table.markdown(runs), to_json(runs), draw)
+
+
+def write_files(
+    stem: pathlib.Path, text: str, content: Any, draw: Callable[[pathlib.Path], object]
+) -> list[pathlib.Path]:
+    """Writes a table as <stem>.md, its numbers as .json and its picture as .png; their paths."""
+    from moe_peft.runtime import json_files
+
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
-    json_files.write_text(paths[0], table.markdown(runs))
-    json_files.write_json(paths[1], to_json(runs))
-    picture.draw(runs, paths[2])
+    json_files.write_text(paths[0], text)
+    json_files.write_json(paths[1], content)
+    draw(paths[2])
     return paths
 
 
-def _read(path: pathlib.Path) -> Mapping[str, Any]:
+def read(path: pathlib.Path) -> Mapping[str, Any]:
+    """A results.json; a UserError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

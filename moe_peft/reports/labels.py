@@ -1,8 +1,9 @@
-"""Names beside points, moved until they cover neither each other nor a point."""
+"""Names next to points, moved until they cover neither each other nor a point."""
 
 from collections.abc import Sequence
 import itertools
 
+from jaxtyping import Float
 from matplotlib import axes as axes_lib
 from matplotlib import patheffects, transforms
 from matplotlib.backends import backend_agg
@@ -41,80 +42,60 @@ def place(
       radius: of a point, in points.
       fontsize: of the names.
     """
-    fig = axes.figure
+    fig, pixels = axes.figure, axes.figure.dpi / 72
     renderer = backend_agg.FigureCanvasAgg(fig).get_renderer()
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # Labels must not move what they were fitted to.
-    pixels = fig.dpi / 72
-    to_pixels = axes.transData.transform
+    to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
     centers = to_pixels(np.array(points, float))
-    blocked = [_square(center, radius * pixels) for center in centers]
-    blocked += [box for line in obstacles for box in _boxes(to_pixels(np.array(line, float)))]
-    frame, placed = axes.get_window_extent(renderer), []
+    taken = [np.hstack([centers - radius * pixels, centers + radius * pixels])]
+    taken += [_boxes_along(to_pixels(np.array(line, float))) for line in obstacles if len(line)]
+    frame = np.array(axes.get_window_extent(renderer).extents)
+    distance, direction = zip(*itertools.product(_DISTANCES, _DIRECTIONS), strict=True)
+    distance, direction = np.array(distance), np.array(direction, float)
+    steps = direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    steps *= pixels * distance[:, None]
     for center, name in zip(centers, names, strict=True):
-        text = axes.annotate(
-            name, center, xycoords="figure pixels", fontsize=fontsize, color=style.INK, zorder=5
-        )
-        size = text.get_window_extent(renderer)
-        text.remove()
+        look = {"fontsize": fontsize, "color": style.INK, "zorder": 5, "va": "bottom"}
+        text = axes.text(*to_data(center), name, **look)
+        size = np.array(text.get_window_extent(renderer).size) + 2 * _MARGIN
+        middles = center + steps + direction * size / 2  # the nearest side is that far away
+        boxes = np.hstack([middles - size / 2, middles + size / 2])
+        cost = _overlap(boxes[:, None], np.vstack(taken)).sum(1) - _overlap(boxes, frame)
         others = [other for other in centers if not np.array_equal(other, center)]
-        places = []
-        for rank, (distance, direction) in enumerate(itertools.product(_DISTANCES, _DIRECTIONS)):
-            box = _box(center, direction, distance * pixels, size)
-            cost = _covered(box, [*blocked, *placed], frame) + _COST_OF_DISTANCE * distance
-            gap = _gap(box, center)
-            cost += _COST_OF_DOUBT * any(_gap(box, other) < 1.2 * gap for other in others)
-            places.append((cost, rank, distance, box))
-        _, _, distance, box = min(places, key=lambda each: each[:2])
-        placed.append(box)
-        to_data = axes.transData.inverted().transform
-        x, y = to_data((box.x0 + _MARGIN, box.y0 + _MARGIN))
-        text = axes.text(x, y, name, fontsize=fontsize, color=style.INK, zorder=5, va="bottom")
+        nearest = np.min([_gap(boxes, other) for other in others], axis=0, initial=np.inf)
+        cost += _COST_OF_DISTANCE * distance
+        cost += _COST_OF_DOUBT * (nearest < 1.2 * _gap(boxes, center))
+        best = np.argmin(cost)
+        box = boxes[best]
+        taken.append(box[None])
+        text.set_position(to_data(box[:2] + _MARGIN))
         text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="white")])
-        if distance >= _LEADER_FROM:
-            ends = to_data([center, np.clip(center, (box.x0, box.y0), (box.x1, box.y1))])
-            axes.plot(
-                *ends.T, color=style.GREY, linewidth=0.6, zorder=1.5, scalex=False, scaley=False
-            )
-    return placed
+        if distance[best] >= _LEADER_FROM:
+            ends = to_data([center, np.clip(center, box[:2], box[2:])])
+            look = {"color": style.GREY, "linewidth": 0.6, "zorder": 1.5}
+            axes.plot(*ends.T, scalex=False, scaley=False, **look)
+    return [transforms.Bbox.from_extents(box[0]) for box in taken[len(taken) - len(names) :]]
 
 
-def _box(center, direction, distance, size) -> transforms.Bbox:
-    """The box of a label whose nearest side is `distance` from the point."""
-    width, height = size.width + 2 * _MARGIN, size.height + 2 * _MARGIN
-    step = np.array(direction) / np.linalg.norm(direction)
-    middle = center + step * distance + np.array(direction) * (width / 2, height / 2)
-    return transforms.Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+def _gap(boxes: Float[np.ndarray, "n 4"], point: Float[np.ndarray, "2"]) -> Float[np.ndarray, "n"]:
+    """Distances of boxes from a point."""
+    return np.linalg.norm(np.clip(point, boxes[:, :2], boxes[:, 2:]) - point, axis=1)
 
 
-def _gap(box: transforms.Bbox, point: np.ndarray) -> float:
-    """Distance of a point from a box, in pixels."""
-    nearest = np.clip(point, (box.x0, box.y0), (box.x1, box.y1))
-    return float(np.linalg.norm(nearest - point))
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Areas that boxes (left, bottom, right, top) have in common with others."""
+    low = np.maximum(boxes[..., :2], others[..., :2])
+    high = np.minimum(boxes[..., 2:], others[..., 2:])
+    return np.prod(np.maximum(high - low, 0.0), axis=-1)
 
 
-def _square(center, radius) -> transforms.Bbox:
-    return transforms.Bbox.from_bounds(*(center - radius), 2 * radius, 2 * radius)
-
-
-def _boxes(line: np.ndarray, length: float = 6.0) -> list[transforms.Bbox]:
+def _boxes_along(line: Float[np.ndarray, "n 2"], length: float = 6.0) -> Float[np.ndarray, "m 4"]:
     """Small boxes along a line in pixels."""
-    boxes = []
-    for start, end in zip(line[:-1], line[1:], strict=True):
+    boxes = [np.empty((0, 4))]
+    for start, end in itertools.pairwise(line):
         count = max(int(np.linalg.norm(end - start) / length), 1)
         cuts = start + (end - start) * np.linspace(0, 1, count + 1)[:, None]
-        boxes += [
-            transforms.Bbox([np.minimum(a, b) - 0.5, np.maximum(a, b) + 0.5])
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
-    return boxes
-
-
-def _covered(box: transforms.Bbox, others: Sequence[transforms.Bbox], frame) -> float:
-    """Area of a box that lies on others or outside of the frame, in square pixels."""
-    area = sum(_area(transforms.Bbox.intersection(box, other)) for other in others)
-    return area + box.width * box.height - _area(transforms.Bbox.intersection(box, frame))
-
-
-def _area(box: transforms.Bbox | None) -> float:
-    return 0.0 if box is None else box.width * box.height
+        low, high = np.minimum(cuts[:-1], cuts[1:]), np.maximum(cuts[:-1], cuts[1:])
+        boxes.append(np.hstack([low - 0.5, high + 0.5]))
+    return np.vstack(boxes)

@@ -8,19 +8,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant.
+    """One variant."""
 
-    Attributes:
-      name: of the variant.
-      trainable: parameters it trains for a new task.
-      scores: one for each seed, averages over tasks, in [0, 1].
-      seconds: wall time of the adaptation of all tasks and seeds, if known.
-    """
-
-    name: str
-    trainable: int
-    scores: tuple[float, ...]
-    seconds: float | None = None
+    name: str  # of the variant
+    trainable: int  # parameters it trains for a new task
+    scores: tuple[float, ...]  # one for each seed, averages over tasks, in [0, 1]
+    seconds: float | None = None  # wall time of the adaptation of all tasks and seeds, if known
 
     @property
     def mean(self) -> float:

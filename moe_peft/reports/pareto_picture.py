@@ -13,20 +13,18 @@ _MARKERS = "os^Dvp*"
 
 
 def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> None:
-    """Writes the picture: points are means over seeds, bars one standard deviation each way.
+    """Writes a .png, .pdf or .svg: points are means over seeds, bars one standard deviation.
 
-    Args:
-      rows: at least one; those that train nothing become lines across.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
+    Rows, at least one, that train nothing become lines across.
     """
     fig = figure.Figure(figsize=(7.6, 5.0), layout="constrained")
     axes = fig.add_subplot()
     trained = [row for row in rows if row.trainable]
     untrained = [row for row in rows if not row.trainable]
-    places = _side_by_side(trained)
-    for row, x in zip(trained, places, strict=True):
-        _point(axes, row, x, list(dict.fromkeys(map(_family, trained))).index(_family(row)))
+    points = list(zip(_side_by_side(trained), trained, strict=True))
+    families = list(dict.fromkeys(map(_family, trained)))
+    for x, row in points:
+        _draw_point(axes, row, x, families.index(_family(row)))
     corners = _stairs(pareto.front(trained))
     axes.plot(*np.reshape(corners, (-1, 2)).T, color=style.INK, linewidth=1, alpha=0.5, zorder=2)
     for row in untrained:
@@ -39,45 +37,27 @@ def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> No
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
     style.clean(axes, "both")
     style.title(axes, title)
-    axes.set_xlabel(
-        "parameters trained for a new task, equal numbers side by side; "
-        "bars: one standard deviation over seeds; line: Pareto front",
-        fontsize=8,
-        color=style.INK,
-    )
+    note = "parameters trained for a new task, equal numbers side by side; "
+    note += "bars: one standard deviation over seeds; line: Pareto front"
+    axes.set_xlabel(note, fontsize=8, color=style.INK)
     axes.autoscale_view()
     (left, right), bottom_and_top = axes.get_xlim(), axes.get_ylim()
     axes.set(xlim=(left, right), ylim=bottom_and_top)
     across = [[(left, 100 * row.mean), (right, 100 * row.mean)] for row in untrained]
-    bars = [
-        [(x, 100 * (row.mean - row.std)), (x, 100 * (row.mean + row.std))]
-        for row, x in zip(trained, places, strict=True)
-        if row.std is not None
-    ]
-    labels.place(
-        axes,
-        [(x, 100 * row.mean) for row, x in zip(trained, places, strict=True)]
-        + [line[0] for line in across],
-        [row.name for row in (*trained, *untrained)],
-        obstacles=[*bars, *across, corners],
-    )
+    ends = lambda row: (100 * (row.mean - row.std), 100 * (row.mean + row.std))
+    bars = [[(x, y) for y in ends(row)] for x, row in points if row.std is not None]
+    centers = [(x, 100 * row.mean) for x, row in points] + [line[0] for line in across]
+    names = [row.name for row in (*trained, *untrained)]
+    labels.place(axes, centers, names, obstacles=[*bars, *across, corners])
     style.save(fig, path)
 
 
-def _point(axes, row: pareto.Row, x: float, number: int) -> None:
-    axes.errorbar(
-        x,
-        100 * row.mean,
-        yerr=None if row.std is None else 100 * row.std,
-        fmt=_MARKERS[number % len(_MARKERS)],
-        color=style.COLORS[number % len(style.COLORS)],
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        elinewidth=1,
-        capsize=2.5,
-        zorder=4,
-    )
+def _draw_point(axes, row: pareto.Row, x: float, number: int) -> None:
+    color, marker = style.COLORS[number % len(style.COLORS)], _MARKERS[number % len(_MARKERS)]
+    std = None if row.std is None else 100 * row.std
+    look = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    look |= {"elinewidth": 1, "capsize": 2.5, "zorder": 4}
+    axes.errorbar(x, 100 * row.mean, yerr=std, fmt=marker, color=color, **look)
 
 
 def _side_by_side(rows: Sequence[pareto.Row]) -> list[float]:

@@ -1,4 +1,7 @@
-"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all."""
+"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all.
+
+All have a title above, and are written to a path that ends in .png, .pdf or .svg.
+"""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -11,14 +14,14 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from moe_peft import errors
-from moe_peft.reports import run_folder, style
+from moe_peft.reports import recorded_run, style
 from moe_peft.training.monitors import task_routing
 
 Weights = Mapping[str, Float[np.ndarray, "n p s"]]
 
 NUM_SELECTORS, NUM_SPLITS = 8, 4  # shown unless others are asked for
 _BLOCKS_PER_ROW = 4
-_NAMED_TASKS = 48  # as many are still labelled one by one beside a heatmap
+_NAMED_TASKS = 48  # as many are still labelled one by one next to a heatmap
 
 _MEANING = {
     "entropy": "entropy, as a share of log(skills)",
@@ -27,7 +30,7 @@ _MEANING = {
 }
 
 
-def choose(
+def choose_selectors(
     weights: Weights, layers: str | None = None, splits: Sequence[int] | None = None
 ) -> dict[str, Float[np.ndarray, "n p s"]]:
     """Returns the selectors and splits that are to be drawn.
@@ -49,7 +52,7 @@ def choose(
         try:
             chosen = [name for name in names if re.search(layers, name)]
         except re.error as error:
-            raise errors.UserError(f"{layers!r} is no regular expression: {error}.") from error
+            raise errors.UserError(f"{layers!r} is not a regular expression: {error}.") from error
         if not chosen:
             raise errors.UserError(
                 f"No selector is called {layers!r}.{errors.near(layers, names)} There are "
@@ -67,7 +70,7 @@ def choose(
 
 def draw_weights(
     weights: Weights,
-    tasks: run_folder.Tasks,
+    tasks: recorded_run.Tasks,
     title: str,
     path: pathlib.Path | str,
     splits: Sequence[int] | None = None,
@@ -75,69 +78,59 @@ def draw_weights(
     """Writes small multiples: tasks down, skills across, a strip for each split of each selector.
 
     Args:
-      weights: of the selectors to be shown, see `choose`.
+      weights: of the selectors to be shown, see `choose_selectors`.
       tasks: in the order of the weights' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
       splits: numbers of the splits in `weights`; None for 0, 1, ...
     """
-    order = tasks.by_group()
     num_tasks, num_splits, num_skills = next(iter(weights.values())).shape
-    splits = list(range(num_splits)) if splits is None else list(splits)
+    labels = [""] if num_splits == 1 else [str(split) for split in splits or range(num_splits)]
+    places, names = _task_labels(tasks)
     num_columns = min(len(weights), _BLOCKS_PER_ROW)
     num_rows = -(-len(weights) // num_columns)
     block_width = max(0.055 * num_skills, 0.28) * num_splits + 0.25  # inches
-    places, names = _task_labels(tasks, order)
     label_width, bar_width = 0.15 + 0.065 * max(map(len, names)), 0.8
     height = num_rows * (min(max(0.12 * num_tasks, 2.0), 5.0) + 0.75) + 0.7
     width = max(num_columns * block_width + label_width + bar_width, 6.0)
     fig = figure.Figure(figsize=(width, height), layout="constrained")
-    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
+    style.heading(fig, title)
     left, right = fig.subfigures(1, 2, width_ratios=[width - bar_width, bar_width])
     widths = [block_width + label_width] + [block_width] * (num_columns - 1)
     blocks = left.subfigures(num_rows, num_columns, squeeze=False, width_ratios=widths)
+    blocks = list(blocks.flat)
     # Equal shares are no darker than the middle of the scale.
     top = max(2 / num_skills, *(float(np.max(each)) for each in weights.values()))
-    for number, (name, found) in enumerate(weights.items()):
-        block = blocks[number // num_columns][number % num_columns]
+    for number, (block, (name, found)) in enumerate(zip(blocks, weights.items(), strict=False)):
         block.suptitle(_two_lines(name), fontsize=8, color=style.INK)
         strips = block.subplots(1, num_splits, squeeze=False, sharey=True)[0]
         for place, axes in enumerate(strips):
-            image = axes.imshow(
-                found[order, place],
-                aspect="auto",
-                interpolation="nearest",
-                cmap="Blues",
-                vmin=0.0,
-                vmax=top,
-            )
-            axes.set_xticks([])
-            axes.tick_params(length=0, colors=style.INK, labelleft=False)
-            if num_splits > 1:
-                axes.set_xlabel(str(splits[place]), fontsize=7, color=style.INK, labelpad=2)
-            for spine in axes.spines.values():
-                spine.set_color("#bbbbbb")
-            _separate_groups(axes, tasks, order)
+            image = _draw_strip(axes, found[tasks.by_group(), place], top, labels[place], tasks)
         strips[0].set_yticks([])
         if number % num_columns == 0:
             strips[0].set_yticks(places, names, fontsize=8 if len(names) < num_tasks else 6.5)
             strips[0].tick_params(labelleft=True)
-    for spare in range(len(weights), num_rows * num_columns):
-        blocks[spare // num_columns][spare % num_columns].set_visible(False)
+    for spare in blocks[len(weights) :]:
+        spare.set_visible(False)
     bar = fig.colorbar(image, cax=right.add_axes((0.1, 0.25, 0.16, 0.5)))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=7, colors=style.INK)
+    style.color_bar(bar, "weight")
     bar.ax.axhline(1 / num_skills, color="#d55e00", linewidth=1.5)
-    bar.set_label("weight", fontsize=8, color=style.INK)
     what = "Skills stand side by side" + (", in a strip for each split" if num_splits > 1 else "")
-    fig.supxlabel(
-        f"{what}; the mark at the scale is an equal share, 1/{num_skills}.",
-        x=0.01,
-        ha="left",
-        fontsize=8,
-        color=style.INK,
-    )
+    note = f"{what}; the mark at the scale is an equal share, 1/{num_skills}."
+    fig.supxlabel(note, x=0.01, ha="left", fontsize=8, color=style.INK)
     style.save(fig, path)
+
+
+def _draw_strip(axes, weights: Float[np.ndarray, "n s"], top: float, label: str, tasks):
+    """Draws weights of tasks by group over skills; returns the image."""
+    image = axes.imshow(
+        weights, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0.0, vmax=top
+    )
+    axes.set_xticks([])
+    axes.tick_params(length=0, colors=style.INK, labelleft=False)
+    axes.set_xlabel(label, fontsize=7, color=style.INK, labelpad=2)
+    axes.spines[:].set_color("#bbbbbb")
+    for _, _, end in tasks.spans()[:-1]:
+        axes.axhline(end - 0.5, color=style.INK, linewidth=0.5)
+    return image
 
 
 def distances(weights: Weights) -> Float[np.ndarray, "pairs"]:
@@ -154,69 +147,40 @@ def distances(weights: Weights) -> Float[np.ndarray, "pairs"]:
 
 
 def draw_tree(
-    weights: Weights, tasks: run_folder.Tasks, title: str, path: pathlib.Path | str
+    weights: Weights, tasks: recorded_run.Tasks, title: str, path: pathlib.Path | str
 ) -> list[str]:
     """Writes a dendrogram of tasks by routing and returns the leaves' names from top to bottom.
 
     Average linkage of `distances`. A leaf's square and the branches of one group only are in the
-    group's colour.
-
-    Args:
-      weights: of all selectors that count.
-      tasks: at least two, in the order of the weights' rows.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
+    group's colour. Tasks, at least two, are in the order of the weights' rows.
     """
     if len(tasks.names) < 2:
         raise errors.UserError("A tree of tasks needs at least two of them.")
     linkage = hierarchy.linkage(distances(weights), "average", optimal_ordering=True)
     colors = style.by_name(sorted(set(tasks.groups)))
     inside = _groups_of_branches(linkage, tasks.groups)
+    color = lambda node: colors[min(inside[node])] if len(inside[node]) == 1 else style.GREY
     fig = figure.Figure(figsize=(7.0, 1.5 + 0.105 * len(tasks.names)), layout="constrained")
     axes = fig.add_subplot()
-    drawn = hierarchy.dendrogram(
-        linkage,
-        orientation="left",
-        labels=list(tasks.names),
-        ax=axes,
-        link_color_func=lambda node: (
-            colors[next(iter(inside[node]))] if len(inside[node]) == 1 else style.GREY
-        ),
-    )
+    leaves = hierarchy.dendrogram(
+        linkage, orientation="left", labels=list(tasks.names), ax=axes, link_color_func=color
+    )["leaves"]
     for line in axes.collections:
         line.set_linewidth(0.9)
-    leaves = drawn["leaves"]
     # Leaves stand at 5, 15, ...; their squares lie between the tree and the names.
-    axes.scatter(
-        np.full(len(leaves), 1.008),
-        10 * np.arange(len(leaves)) + 5,
-        c=[colors[tasks.groups[leaf]] for leaf in leaves],
-        s=14,
-        marker="s",
-        clip_on=False,
-        transform=axes.get_yaxis_transform(),
-    )
+    heights = 10 * np.arange(len(leaves)) + 5
+    squares = {"s": 14, "marker": "s", "clip_on": False, "transform": axes.get_yaxis_transform()}
+    axes.scatter(np.full(len(leaves), 1.008), heights, c=list(map(color, leaves)), **squares)
     axes.tick_params(axis="y", labelsize=6.5, length=0, pad=9, labelcolor=style.INK)
     axes.tick_params(axis="x", labelsize=8, length=0, colors=style.INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
-    axes.set_xlabel(
-        "difference of routing: share of weight on other skills, mean over selectors",
-        fontsize=8,
-        color=style.INK,
-    )
+    note = "difference of routing: share of weight on other skills, mean over selectors"
+    axes.set_xlabel(note, fontsize=8, color=style.INK)
     handles = [patches.Patch(color=color, label=name) for name, color in colors.items()]
-    legend = fig.legend(
-        handles=handles,
-        title=title,
-        title_fontsize=11,
-        alignment="left",
-        loc="outside upper left",
-        ncols=min(len(handles), 6),
-        frameon=False,
-        fontsize=8,
-        labelcolor=style.INK,
-    )
+    place = {"loc": "outside upper left", "ncols": min(len(handles), 6), "alignment": "left"}
+    look = {"title_fontsize": 11, "frameon": False, "fontsize": 8, "labelcolor": style.INK}
+    legend = fig.legend(handles=handles, title=title, **place, **look)
     legend.get_title().set_color(style.INK)
     style.save(fig, path)
     return [tasks.names[leaf] for leaf in reversed(leaves)]
@@ -227,12 +191,8 @@ def draw_course(
 ) -> None:
     """Writes entropy, sparsity and largest weight over training, one line a run.
 
-    Lines are means over selectors, bands reach from the tenth to the ninetieth percentile of them.
-
-    Args:
-      runs: records of `routing_course`, by the run's label.
-      title: above the picture.
-      path: a .png, .pdf or .svg file.
+    Runs are records of `routing_course` by label. Lines are means over selectors, bands reach from
+    the tenth to the ninetieth percentile of them.
     """
     fig = figure.Figure(figsize=(9.6, 3.6), layout="constrained")
     all_axes = fig.subplots(1, len(task_routing.STATISTICS))
@@ -252,17 +212,9 @@ def draw_course(
         axes.tick_params(labelsize=8)
         axes.set_ylim(*_readable(*axes.get_ylim()))
         axes.ticklabel_format(useOffset=False)
-    fig.suptitle(title, x=0.01, ha="left", fontsize=11, color=style.INK)
-    fig.legend(
-        *all_axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(runs), 4),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=style.INK,
-        title="line: mean over selectors, band: 10th to 90th percentile",
-        title_fontsize=8,
-    )
+    style.heading(fig, title)
+    note = "line: mean over selectors, band: 10th to 90th percentile"
+    style.legend(fig, min(len(runs), 4), note, *all_axes[0].get_legend_handles_labels())
     style.save(fig, path)
 
 
@@ -284,26 +236,13 @@ def _two_lines(name: str) -> str:
     return f"{first}\n{rest.replace('/', ' ').replace('_attention', '-attention')}"
 
 
-def _separate_groups(axes, tasks: run_folder.Tasks, order: np.ndarray) -> None:
-    for _, _, end in group_spans(tasks, order)[:-1]:
-        axes.axhline(end - 0.5, color=style.INK, linewidth=0.5)
-
-
-def _task_labels(tasks: run_folder.Tasks, order: np.ndarray) -> tuple[list[float], list[str]]:
+def _task_labels(tasks: recorded_run.Tasks) -> tuple[list[float], list[str]]:
     """(places, names) of every task, or where they are many of the groups."""
-    if len(order) <= _NAMED_TASKS:
-        return list(range(len(order))), [tasks.names[place] for place in order]
-    spans = group_spans(tasks, order)
+    if len(tasks.names) <= _NAMED_TASKS:
+        return list(range(len(tasks.names))), [tasks.names[place] for place in tasks.by_group()]
+    spans = tasks.spans()
     names = [f"{name} ({end - start})" for name, start, end in spans]
     return [(start + end - 1) / 2 for _, start, end in spans], names
-
-
-def group_spans(tasks: run_folder.Tasks, order: np.ndarray) -> list[tuple[str, int, int]]:
-    """Returns (group, first place, place after the last) of each group in an order by group."""
-    groups = [tasks.groups[place] for place in order]
-    starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
-    ends = [*starts[1:], len(groups)]
-    return [(groups[start], start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _groups_of_branches(linkage: np.ndarray, groups: Sequence[str]) -> list[set[str]]:

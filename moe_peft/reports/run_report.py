@@ -5,7 +5,7 @@
 reads checkpoints and the records of monitors; no gin file is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -14,54 +14,41 @@ import jax
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.reports import run_folder
+from moe_peft.reports import compare, recorded_run
 from moe_peft.training.monitors import alignment, routing, task_routing
 from moe_peft.weights import saved_run
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run and what it has data for.
+    """A run and what it has data for."""
 
-    Attributes:
-      folder: of the run.
-      label: what it is called.
-      saved: its checkpoint.
-      weights: of its task routing, by selector; empty if it has none.
-      alignment: records of gradient alignment.
-      course: records of the course of routing.
-    """
-
-    folder: pathlib.Path
-    label: str
-    saved: saved_run.Saved
-    weights: dict[str, np.ndarray]
-    alignment: list[dict[str, Any]]
-    course: list[dict[str, Any]]
+    folder: pathlib.Path  # of the run
+    label: str  # what it is called
+    saved: saved_run.Saved  # its checkpoint
+    weights: dict[str, np.ndarray]  # of its task routing, by selector; empty if it has none
+    alignment: list[dict[str, Any]]  # records of gradient alignment
+    course: list[dict[str, Any]]  # records of the course of routing
 
 
 def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list[Source]:
-    """Reads runs.
-
-    Args:
-      folders: of the runs.
-      step: which checkpoint of each; None takes the newest.
+    """Reads runs and of each the checkpoint of a step, or the newest.
 
     Raises:
       UserError: a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
     saved = [saved_run.load(folder, step) for folder in folders]
-    found = []
-    labels = run_folder.labels(folders, saved)
-    for folder, label, each in zip(folders, labels, saved, strict=True):
+    methods = [each.description["method"]["name"] for each in saved]
+    names, found = compare.labels(folders, methods), []
+    for folder, label, method, each in zip(folders, names, methods, saved, strict=True):
         records = alignment.records(folder), routing.records(folder)
         found.append(Source(folder, label, each, _weights(each), *records))
         if not found[-1].weights and not any(records):
             raise errors.UserError(
-                f"There is nothing to draw of {folder}: the method "
-                f"{each.description['method']['name']!r} has no learned task routing, and no "
-                "monitor ran. For gradient alignment, train with --gin_file monitors/alignment.gin."
+                f"There is nothing to draw of {folder}: the method {method!r} has no learned task "
+                "routing, and no monitor ran. For gradient alignment, train with "
+                "--gin_file monitors/alignment.gin."
             )
     return found
 
@@ -82,8 +69,7 @@ def write(
       out: folder to write into.
       step: checkpoint whose routing is drawn; None takes the newest.
       group: as `Evaluator.task_group`; None takes that of each run.
-      layers: see `routing_pictures.choose`.
-      splits: see `routing_pictures.choose`.
+      layers, splits: see `routing_pictures.choose_selectors`.
 
     Raises:
       UserError: see `load`; or layers or splits are asked for and no run has them.
@@ -103,44 +89,45 @@ def write(
         return paths[-1]
 
     for source in sources:
-        at = f"{source.label}, step {source.saved.step:,}"
         if source.weights:
-            chosen = routing_pictures.choose(source.weights, layers, splits)
-            num_tasks = len(next(iter(chosen.values())))
-            tasks = run_folder.tasks(source.folder, source.saved, num_tasks, group)
-            routing_pictures.draw_weights(
-                chosen,
-                tasks,
-                f"Weights of {num_tasks} tasks over skills: {at}",
-                path(f"{source.label}_routing_weights"),
-                splits,
-            )
-            if num_tasks > 1:
-                routing_pictures.draw_tree(
-                    source.weights,
-                    tasks,
-                    f"{num_tasks} tasks by routing: {at}",
-                    path(f"{source.label}_routing_tree"),
-                )
+            _draw_routing(source, group, layers, splits, path)
         if source.alignment:
-            names = source.alignment[-1]["tasks"]
-            records = [each for each in source.alignment if each["tasks"] == names]
-            tasks = run_folder.named(names, group or run_folder.task_group(source.folder))
-            alignment_pictures.draw_matrices(
-                records,
-                tasks,
-                f"Gradient alignment of tasks: {source.label}",
-                path(f"{source.label}_alignment"),
-            )
-    courses = {source.label: source.course for source in sources if source.course}
-    if courses:
+            _draw_alignment(source, group, path(f"{source.label}_alignment"))
+    if courses := {source.label: source.course for source in sources if source.course}:
         title = "Task routing over training"
         routing_pictures.draw_course(courses, title, path("routing_course"))
-    aligned = {source.label: source.alignment for source in sources if source.alignment}
-    if aligned:
+    if aligned := {source.label: source.alignment for source in sources if source.alignment}:
         title = "Gradient alignment over training"
         alignment_pictures.draw_course(aligned, title, path("alignment_course"))
     return paths
+
+
+def _draw_routing(source: Source, group, layers, splits, path: Callable) -> None:
+    """Draws the weights of selectors, and the tree of tasks; `path` gives a picture its place."""
+    from moe_peft.reports import routing_pictures
+
+    at = f"{source.label}, step {source.saved.step:,}"
+    chosen = routing_pictures.choose_selectors(source.weights, layers, splits)
+    num_tasks = len(next(iter(chosen.values())))
+    tasks = recorded_run.tasks(source.folder, source.saved, num_tasks, group)
+    title = f"Weights of {num_tasks} tasks over skills: {at}"
+    place = path(f"{source.label}_routing_weights")
+    routing_pictures.draw_weights(chosen, tasks, title, place, splits)
+    if num_tasks > 1:
+        title = f"{num_tasks} tasks by routing: {at}"
+        place = path(f"{source.label}_routing_tree")
+        routing_pictures.draw_tree(source.weights, tasks, title, place)
+
+
+def _draw_alignment(source: Source, group: str | None, path: pathlib.Path) -> None:
+    """Draws the matrices of the records that have the same tasks as the last one."""
+    from moe_peft.reports import alignment_pictures
+
+    names = source.alignment[-1]["tasks"]
+    records = [each for each in source.alignment if each["tasks"] == names]
+    tasks = recorded_run.named(names, group or recorded_run.task_group(source.folder))
+    title = f"Gradient alignment of tasks: {source.label}"
+    alignment_pictures.draw_matrices(records, tasks, title, path)
 
 
 def _weights(saved: saved_run.Saved) -> dict[str, np.ndarray]:
@@ -149,6 +136,4 @@ def _weights(saved: saved_run.Saved) -> dict[str, np.ndarray]:
         return {}
     rounds = task_routing.is_straight_through(saved.description["method"])
     logits = task_routing.logits(saved.trainable)
-    return {
-        name: jax.device_get(task_routing.weights(each, rounds)) for name, each in logits.items()
-    }
+    return {k: jax.device_get(task_routing.weights(each, rounds)) for k, each in logits.items()}

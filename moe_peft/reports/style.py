@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 import pathlib
+from typing import Any
 
 from matplotlib import axes as axes_lib
 from matplotlib import figure
 
 from moe_peft import errors
 
-# Told apart in print and by the colour-blind (Okabe-Ito). Grey is kept for what trains nothing.
+# Distinct in print and by the colour-blind (Okabe-Ito). Grey is kept for what trains nothing.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-# Beside them where there are more names than colours (mostly Tol's muted scheme).
+# After them where there are more names than colours (mostly Tol's muted scheme).
 _MORE = ("#332288", "#882255", "#8c564b", "#999933", "#000000", "#aa4499", "#44aa99", "#117733")
 GREY = "#9aa0a6"
 INK = "#333333"
@@ -36,6 +37,24 @@ def clean(axes: axes_lib.Axes, grid: str = "y") -> None:
 def title(axes: axes_lib.Axes, text: str) -> None:
     """Sets the title as all pictures have it, left above the plot."""
     axes.set_title(text, loc="left", fontsize=11, color=INK, pad=10)
+
+
+def heading(fig: figure.Figure, text: str) -> None:
+    """Sets the title of a picture of several plots, left above them."""
+    fig.suptitle(text, x=0.01, ha="left", fontsize=11, color=INK)
+
+
+def legend(fig: figure.Figure, count: int, note: str, *handles: Any) -> None:
+    """Sets the legend below the plots, `count` names a line, under a note."""
+    look = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "title_fontsize": 8}
+    fig.legend(*handles, loc="outside lower center", ncols=count, title=note, **look)
+
+
+def color_bar(bar: Any, text: str) -> None:
+    """Gives a colour bar its name."""
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7, colors=INK)
+    bar.set_label(text, fontsize=8, color=INK)
 
 
 def save(fig: figure.Figure, path: pathlib.Path | str) -> None:

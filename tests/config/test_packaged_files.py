@@ -41,6 +41,7 @@ def _clean_gin():
 def test_no_file_is_left_out():
     assert {name.split("/")[0] for name in names(".")} == SEEN | ELSEWHERE
     assert not {folder for folder, least in LEAST.items() if len(names(folder)) < least}
+    assert (len(EXPERIMENTS), len(FIRST_OF_TABLE)) == (139, 17)
 
 
 def test_folder_cannot_hide_the_gin_library():
@@ -137,6 +138,8 @@ def test_experiment_says_what_it_is_and_its_commands_parse(name, tmp_path):
     for part in ("# Number:", "# Command:", "# Expected:", "# Hardware:", "# In two minutes:"):
         assert part in head
     assert "@HW@" not in head
+    if "/cldr/" not in name:
+        assert re.search(r"^# In two minutes: samples/\w+\.gin ", head, re.MULTILINE)
     commands = list(commands_of(name))
     assert commands
     for line in commands:
@@ -159,5 +162,5 @@ def test_first_experiment_of_a_table_plans(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if "/cldr/" in n])
 def test_experiment_plans(name):
-    # Those of papers: commands/test_experiments.py.
+    # Those of papers: tests/experiments/test_checks.py.
     assert (plan(name).trainable == 0) == ("methods/frozen.gin" in (ROOT / name).read_text())

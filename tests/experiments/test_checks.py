@@ -1,17 +1,15 @@
 """`moe-peft experiments`: filters, shards, what is recorded, and two-minute versions."""
 
+import dataclasses
 import json
-import os
 
 import gin
 import pytest
 
 from moe_peft import errors
 from moe_peft.cli import main
-from moe_peft.experiments import checks, files
-from moe_peft.experiments import list as command
+from moe_peft.experiments import checks, files, listing
 from moe_peft.experiments import record as record_lib
-from moe_peft.experiments import results as results_lib
 
 ROW = "poly_s/superni/shared"
 
@@ -29,7 +27,9 @@ def record(tmp_path):
 
 def check(level, record, *names, **settings):
     found = [files.load(name) for name in names or (ROW,)]
-    rows = checks.check(found, level, record, record.parent / "runs", **settings)
+    rows = checks.check(
+        found, level, record, record.parent / "runs", configure=main.configure, **settings
+    )
     return [row.state for row in rows]
 
 
@@ -48,8 +48,8 @@ def done(monkeypatch):
 
     monkeypatch.setattr(checks, "parse", instead("parse"))
     monkeypatch.setattr(checks, "plan", instead("plan"))
-    monkeypatch.setattr(checks, "settings_on_samples", lambda found: found.name)
-    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: None)
+    monkeypatch.setattr(checks, "settings_on_samples", lambda found, _: found.name)
+    monkeypatch.setattr(checks, "run_on_samples", lambda found, folder: None)
     return asked
 
 
@@ -65,19 +65,19 @@ def done(monkeypatch):
     ],
 )
 def test_filters(filters, count):
-    assert len(command.select(**filters)) == count
+    assert len(listing.select(**filters)) == count
 
 
 def test_wrong_filter_names_what_there_is():
     with pytest.raises(errors.UserError, match="No experiment fits --paper moe.* 'mov'"):
-        command.select(papers=["moe"])
+        listing.select(papers=["moe"])
     with pytest.raises(errors.UserError, match="--size 7B. Known: 11B, 3B, 770M"):
-        command.select(sizes=["7b"])
+        listing.select(sizes=["7b"])
 
 
 def test_shards_are_all_and_keep_shared_runs_together():
-    found = command.select()
-    parts = [command.shard(found, f"{i}/4") for i in (1, 2, 3, 4)]
+    found = listing.select()
+    parts = [listing.shard(found, f"{i}/4") for i in (1, 2, 3, 4)]
     assert sorted(each.name for part in parts for each in part) == sorted(files.names())
     assert max(map(len, parts)) < 40
     for part in parts:
@@ -88,7 +88,7 @@ def test_shards_are_all_and_keep_shared_runs_together():
 @pytest.mark.parametrize("which", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_wrong_shard(which):
     with pytest.raises(errors.UserError, match="expected I/N"):
-        command.shard(command.select(), which)
+        listing.shard(listing.select(), which)
 
 
 def test_levels_build_on_each_other_and_are_not_repeated(record, done):
@@ -103,7 +103,7 @@ def test_levels_build_on_each_other_and_are_not_repeated(record, done):
 
 
 def test_failure_is_recorded_stops_there_and_is_tried_again(record, done, monkeypatch):
-    def fails(found):
+    def fails(found, configure):
         raise errors.UserError("no such thing")
 
     with monkeypatch.context() as broken:
@@ -124,16 +124,31 @@ def test_record_of_other_settings_does_not_count(record, done):
     assert "run" not in json.loads(record.read_text())[ROW]
 
 
-def test_process_that_dies_is_a_failure_and_the_next_one_lives(record, done, monkeypatch):
-    monkeypatch.undo()
-    with monkeypatch.context() as broken, checks.Workers() as workers:
-        broken.setattr(checks, "_prepare_worker", os.abort)
-        assert "the process died" in workers.run(ROW, record.parent)
-        assert workers._pool is None
+def test_processes_that_die_fail_or_leave_nothing_are_one_line(record, monkeypatch):
+    python = record.parent / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *{ROW}*) kill -9 $$ ;; esac\n'
+        'case "$*" in *mov/3b/full*) echo traceback; echo moe-peft train: wrong; exit 2 ;; esac\n'
+        'case "$*" in *mov/3b/lora_r4*) exit 0 ;; esac\n'
+        "for each; do case $each in --gin.MODEL_DIR=*) made=${each#*=} ;; esac; done\n"
+        'mkdir -p $made; echo "$JAX_COMPILATION_CACHE_DIR"; echo {} > $made/results.json\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(checks.sys, "executable", str(python))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    runs = record.parent / "runs"
+    run = lambda name: checks.run_on_samples(files.load(name), runs)
+    assert "train: SIGKILL ended the process; see " in run(ROW)
+    assert run("mov/3b/full") == "train: moe-peft train: wrong"
+    assert "eval left no results in " in run("mov/3b/lora_r4")
+    assert run("mov/3b/ia3") is None
+    (log,) = runs.glob("mov/3b/ia3-*/log.txt")
+    assert log.read_text().count(f"{runs}/compiled\n") == 2
 
 
 def test_same_settings_on_the_samples_run_once(record, done, monkeypatch):
-    monkeypatch.setattr(checks, "settings_on_samples", lambda found: found.paper)
+    monkeypatch.setattr(checks, "settings_on_samples", lambda found, _: found.paper)
     names = (ROW, "poly_s/superni/poly", "poly_s/superni/full_ft", "mov/3b/ia3")
     assert check("run", record, *names) == ["ran on samples"] * 4
     content = json.loads(record.read_text())
@@ -142,7 +157,7 @@ def test_same_settings_on_the_samples_run_once(record, done, monkeypatch):
 
 
 def test_settings_on_samples_leave_out_size_and_folders():
-    digest = lambda name: checks.settings_on_samples(files.load(name))
+    digest = lambda name: checks.settings_on_samples(files.load(name), main.configure)
     assert digest("mov/3b/mov_10") == digest("mov/11b/mov_10")
     assert digest("mov/3b/mov_10") != digest("mov/3b/mov_20")
 
@@ -157,11 +172,10 @@ def test_parse_and_plan(record):
     assert check("plan", record) == ["plans"]
 
 
-def test_count_that_is_not_in_the_head(monkeypatch):
-    found = files.load(ROW)
-    monkeypatch.setattr(files.Experiment, "trainable", property(lambda _: (9_437_185, 9_437_184)))
+def test_count_that_is_not_in_the_head():
+    found = dataclasses.replace(files.load(ROW), trainable=(9_437_185, 9_437_184))
     with pytest.raises(errors.UserError, match="says 9,437,185 .* counted are 9,437,184"):
-        checks.plan(found)
+        checks.plan(found, main.configure)
 
 
 def test_listing(record, capsys):
@@ -184,10 +198,10 @@ def test_json(record, capsys):
 
 def test_failed_check_is_the_exit_code(record, done, monkeypatch, capsys):
     arguments = ["experiments", ROW, "--check", "run", "--record", str(record)]
-    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: "broken")
+    monkeypatch.setattr(checks, "run_on_samples", lambda found, folder: "broken")
     assert main.main(arguments) == 1
     assert "run fails: broken" in capsys.readouterr().err
-    monkeypatch.setattr(checks.Workers, "run", lambda self, name, folder: None)
+    monkeypatch.setattr(checks, "run_on_samples", lambda found, folder: None)
     assert main.main(arguments) == 0
 
 
@@ -250,11 +264,11 @@ def test_scores_on_samples_do_not_count(tmp_path):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"overall": {"mean_of_task_medians": 0.68}}')
     (folder / "config.gin").write_text("DATA_DIR = 'embedded:samples'\n")
-    assert results_lib.measured(files.load("mhr/t0_xl/poly"), tmp_path) is None
+    assert record_lib.measured(files.load("mhr/t0_xl/poly"), tmp_path) is None
 
 
 def test_tables_of_the_docs_are_those_of_the_files():
-    shown = command.markdown(command.select())
+    shown = listing.markdown(listing.select())
     docs = record_lib.default_record().parents[1] / "experiments.md"
     assert shown in docs.read_text(encoding="utf-8"), (
         "docs/experiments.md differs from the files; write its tables with "
@@ -269,7 +283,7 @@ def test_recorded_experiments_exist():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", files.names())
 def test_plans_as_its_head_says(name):
-    assert checks.plan(files.load(name)).base > 0
+    assert checks.plan(files.load(name), main.configure).base > 0
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_every_row_has_a_file_and_every_file_a_row():
 
 
 def test_files_name_the_tables_that_print_them():
-    assert len(files_lib.names()) > 100
+    assert len(files_lib.names()) == 104
     for name in files_lib.names():
         tables = sorted(table for row, table, _ in PRINTED if row == name)
         assert sorted(files_lib.load(name).tables) == tables, name
@@ -203,6 +203,16 @@ def test_size_and_counts():
     assert files_lib.load("mov/11b/mov_10").trainable == (15_820_800, None)
     assert files_lib.load("mov/11b/t0_published").trainable == (None, None)
     assert files_lib.load("mhr/t0_11b/lora").size == "11B"
+
+
+def test_size_is_that_of_the_model():
+    nominal = {"770M": "770_000_000", "3B": "3_000_000_000", "11B": "11_000_000_000"}
+    seen = set()
+    for found in map(files_lib.load, files_lib.names()):
+        settings = list(files_lib._settings(found.gin_file))
+        assert f"NOMINAL_SIZE = {nominal[found.size]}" in settings, found.name
+        seen.add(found.size)
+    assert seen == nominal.keys()
 
 
 def test_two_minute_version_of_a_shared_run(tmp_path):
@@ -230,12 +240,19 @@ def gin_folder(tmp_path, monkeypatch):
     """A folder of gin files of one experiment, mhr/t/row, and what it includes."""
     files = {
         "experiments/mhr/t/row.gin": "# A row.\n#\n"
-        "# Number:    Accuracy. Somebody 2023, table 1.\n"
-        "# Command:   moe-peft train --gin_file experiments/mhr/t/row.gin --gin.A=1 \\\n"
-        "#              --gin.B=2\n"
-        "# Expected:  1.0 ± 0.1. Not measured here.\n"
-        "# Hardware:  none.\n"
-        "# In two minutes: add --gin_file samples/p3.gin.\n"
+        "# Paper: Somebody 2023\n"
+        "# Printed in: table 1\n"
+        "# Number: accuracy: in\n#   per cent\n"
+        "# Expected: 1.0 ± 0.1\n"
+        "# Size: 3B\n"
+        "# Command:\n"
+        "#   moe-peft train --gin_file experiments/mhr/t/row.gin --gin.A=1 \\\n"
+        "#     --gin.B=2\n"
+        "#   moe-peft eval --gin.C=3\n"
+        "# In two minutes: samples/p3.gin in place of all\n"
+        "# Hardware: none\n"
+        "# Trains: 1,234 parameters\n"
+        "# Operations: 1.2e+03 of training\n"
         "include 'models/t5_1_1_xl.gin'\ninclude 'data/p3.gin'\nA = 1\n",
         "models/t5_1_1_xl.gin": "SIZE = 1\n",
         "data/p3.gin": "DATA = 1\n",
@@ -243,7 +260,7 @@ def gin_folder(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(files_lib.gin_utils, "packaged_folder", lambda: tmp_path)
+    monkeypatch.setattr(files_lib.gin_files_lib, "packaged_folder", lambda: tmp_path)
     files_lib.load.cache_clear()
     yield tmp_path
     files_lib.load.cache_clear()
@@ -258,7 +275,9 @@ def test_head_is_read(gin_folder):
     del gin_folder
     found = files_lib.load("mhr/t/row")
     assert (found.title, found.source, found.expected) == ("A row", "table 1", "1.0 ± 0.1")
-    assert found.commands[0].bindings == ("A=1", "B=2")
+    assert [line.bindings for line in found.commands] == [("A=1", "B=2"), ("C=3",)]
+    assert (found.sample, found.size, found.after) == ("samples/p3.gin", "3B", None)
+    assert (found.trainable, found.operations, found.is_full) == ((1234, None), 1200.0, False)
 
 
 @pytest.mark.parametrize("name", ["experiments/mhr/t/row.gin", "models/t5_1_1_xl.gin"])

@@ -1,9 +1,12 @@
 """Names of hardware that programs are compiled for."""
 
+import subprocess
+import sys
+
 import pytest
 
 from moe_peft import errors
-from moe_peft.preflight import hardware, surroundings
+from moe_peft.preflight import hardware
 
 
 @pytest.mark.parametrize(
@@ -17,16 +20,16 @@ from moe_peft.preflight import hardware, surroundings
     ],
 )
 def test_names(name, chip, count, shape):
-    found = hardware.find(name)
+    found = hardware.find_target(name)
     assert (found.chip.name, found.count, found.shape) == (chip, count, shape)
 
 
 def test_several_slices():
-    found = hardware.find("v5e:4x4", slices=2)
+    found = hardware.find_target("v5e:4x4", slices=2)
     assert (found.count, found.slices) == (32, 2)
     for name, slices in (("h100:8", 2), ("v5e:4x4", 0)):
         with pytest.raises(errors.UserError, match="expected a number of slices of TPUs"):
-            hardware.find(name, slices)
+            hardware.find_target(name, slices)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +43,16 @@ def test_several_slices():
 )
 def test_names_of_nothing(name, message):
     with pytest.raises(errors.UserError, match=message):
-        hardware.find(name)
+        hardware.find_target(name)
 
 
 def test_what_is_set_already_stays():
     environ = {"JAX_PLATFORMS": "tpu"}
-    surroundings.without_devices(environ)
+    hardware.without_devices(environ)
     assert environ["JAX_PLATFORMS"] == "tpu"
     assert environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_it_comes_before_jax():
+    code = "import sys; from moe_peft.preflight import hardware; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

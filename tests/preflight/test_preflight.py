@@ -15,7 +15,7 @@ from moe_peft.cli import main
 from moe_peft.models import strategies, t5
 from moe_peft.partitioning import hlo_cost
 from moe_peft.preflight import command as command_lib
-from moe_peft.preflight import compiled as flight_lib
+from moe_peft.preflight import compiled as compiled_lib
 from moe_peft.preflight import hardware, programs, search, view
 from moe_peft.training import optimizers
 
@@ -33,7 +33,7 @@ CONFIG = t5.T5Config(
     num_decoder_layers=2,
     dtype="bfloat16",
 )
-HERE = dataclasses.replace(hardware.find("v5e-8"), name="eight of this machine")
+HERE = dataclasses.replace(hardware.find_target("v5e-8"), name="eight of this machine")
 
 
 def experiment(method=None, batch_size=8):
@@ -47,14 +47,14 @@ def experiment(method=None, batch_size=8):
 
 
 def test_a_step_for_a_mesh_of_this_machine(capsys):
-    setting = flight_lib.Setting(2, 2, 2, 2, "full")
-    flight = experiment().compile(HERE, jax.devices(), setting)
-    assert flight.fits
-    assert flight.collectives["all-reduce"].count > 0
-    assert flight.seconds == max(flight.bounds.values()) > 0
-    assert flight.memory.peak >= flight.memory.arguments > 0
-    assert json.loads(json.dumps(flight.to_json()))["fits"] is True
-    small = dataclasses.replace(flight, capacity=10.0)
+    choice = compiled_lib.Choice(2, 2, 2, 2, "full")
+    made = experiment().compile(HERE, jax.devices(), choice)
+    assert made.fits
+    assert made.collectives["all-reduce"].count > 0
+    assert made.seconds == max(made.bounds.values()) > 0
+    assert made.memory.peak >= made.memory.arguments > 0
+    assert json.loads(json.dumps(made.to_json()))["fits"] is True
+    small = dataclasses.replace(made, capacity=10.0)
     assert not small.fits
     assert "does not fit" in view.summary(small)
     assert "--microbatches 4" in view.advice(small)
@@ -66,13 +66,13 @@ def test_a_step_for_a_mesh_of_this_machine(capsys):
 
 
 def test_evaluation_is_compiled_as_it_runs():
-    setting = flight_lib.Setting(2, 2, 2, 1, "none")
+    choice = compiled_lib.Choice(2, 2, 2, 1, "none")
     beams = strategies.BeamSearch(num_beams=3)
     given = dataclasses.replace(
         experiment(methods.lora()), eval_batch_size=16, rank_choices=True, decoding=beams
     )
     choices, answers = (
-        given.compile(HERE, jax.devices(), setting, program) for program in ("eval", "decode")
+        given.compile(HERE, jax.devices(), choice, program) for program in ("eval", "decode")
     )
     assert choices.fits
     assert choices.collectives["all-reduce"].num_bytes > 0
@@ -82,34 +82,36 @@ def test_evaluation_is_compiled_as_it_runs():
 
 
 def test_evaluation_has_no_micro_batches():
-    setting = flight_lib.Setting(4, 1, 2, 2, "none")
+    choice = compiled_lib.Choice(4, 1, 2, 2, "none")
     with pytest.raises(errors.UserError, match="belong to training"):
-        experiment().compile(HERE, jax.devices(), setting, "eval")
+        experiment().compile(HERE, jax.devices(), choice, "eval")
 
 
 def test_a_search_asks_for_less_until_a_step_fits(monkeypatch, capsys):
     asked = []
 
-    def compiled(self, target, devices, setting, what, is_quick):
-        asked.append(setting)
-        if setting.model == 2:
+    def compiled(self, target, devices, choice, what, is_quick):
+        asked.append(choice)
+        if choice.model == 2:
             raise errors.UserError("no such mesh")
-        needed = 20e9 / setting.num_microbatches / setting.fsdp
+        needed = 20e9 / choice.num_microbatches / choice.fsdp
         memory = hlo_cost.Memory(0, int(needed), int(needed))
-        bounds = {"arithmetic": setting.num_microbatches / setting.data}
-        return flight_lib.Flight(setting, "t", 16e9, memory, needed, "", 1.0, 1.0, {}, bounds, 0.0)
+        bounds = {"arithmetic": choice.num_microbatches / choice.data}
+        return compiled_lib.CompiledProgram(
+            choice, "t", 16e9, memory, needed, "", 1.0, 1.0, {}, bounds, 0.0
+        )
 
     monkeypatch.setattr(programs.Experiment, "compile", compiled)
     monkeypatch.setattr(hardware.Target, "devices", lambda self: ())
-    found = search.search(experiment(), hardware.find("v5e-4"))
+    found = search.search(experiment(), hardware.find_target("v5e-4"))
     first = [s for s in asked if (s.data, s.fsdp, s.model) == (4, 1, 1)]
     assert [(s.num_microbatches, s.remat_policy) for s in first] == [
         (1, "minimal"),
         (1, "full"),
         (2, "minimal"),
     ]
-    assert [flight.fits for flight in found] == sorted((f.fits for f in found), reverse=True)
-    assert str(found[0].setting).startswith("data 4 x fsdp 1 x model 1, 2 micro-batches")
+    assert [made.fits for made in found] == sorted((f.fits for f in found), reverse=True)
+    assert str(found[0].choice).startswith("data 4 x fsdp 1 x model 1, 2 micro-batches")
     assert "no such mesh" in capsys.readouterr().err
 
 
@@ -135,25 +137,27 @@ def test_meshes_that_are_none(text, message):
 def test_a_mesh_by_rule(monkeypatch, program, wanted):
     asked = []
 
-    def compiled(self, target, devices, setting, what, is_quick):
-        asked.append((setting, what))
+    def compiled(self, target, devices, choice, what, is_quick):
+        asked.append((choice, what))
         memory = hlo_cost.Memory(0, 1, 1)
-        return flight_lib.Flight(setting, "t", 2.0, memory, 1.0, "", 1.0, 1.0, {}, {}, 0.0)
+        return compiled_lib.CompiledProgram(
+            choice, "t", 2.0, memory, 1.0, "", 1.0, 1.0, {}, {}, 0.0
+        )
 
     monkeypatch.setattr(programs.Experiment, "compile", compiled)
     monkeypatch.setattr(hardware.Target, "devices", lambda self: ())
     given = dataclasses.replace(experiment(batch_size=128), eval_batch_size=128)
     settings = {"microbatches": 1, "remat": "minimal", "price": None}
     flags = {"is_search": False, "is_quick": False, "as_json": True}
-    target = hardware.find("v5e-8")
+    target = hardware.find_target("v5e-8")
     assert command_lib.run(given, target, program, "auto", **settings, **flags) == 0
-    assert asked == [(flight_lib.Setting(*wanted), program)]
+    assert asked == [(compiled_lib.Choice(*wanted), program)]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(errors.UserError, match="A batch of 6"):
         experiment(batch_size=6).compile(
-            HERE, jax.devices(), flight_lib.Setting(8, 1, 1, 1, "full")
+            HERE, jax.devices(), compiled_lib.Choice(8, 1, 1, 1, "full")
         )
 
 
@@ -175,36 +179,36 @@ def test_what_a_refusal_asked_for():
         "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm by 4.75G"
     )
     early = "the total memory required for HLO temporaries (298.02G) exceeds available HBM (15.75G)"
-    assert flight_lib.needed_memory(usual, 7) == 20.5 * 2**30
-    assert flight_lib.needed_memory(early, 10**9) == pytest.approx(298.02 * 2**30 + 1e9)
-    assert flight_lib.needed_memory("exceeds something", 7) == 0
-    flight = flight_lib.Flight(
-        flight_lib.Setting(1, 1, 1, 1, "full"), "t", 16e9, None, 20e9, usual, 1.0, 0.0, {}, {}, 0.0
+    assert compiled_lib.needed_memory(usual, 7) == 20.5 * 2**30
+    assert compiled_lib.needed_memory(early, 10**9) == pytest.approx(298.02 * 2**30 + 1e9)
+    assert compiled_lib.needed_memory("exceeds something", 7) == 0
+    made = compiled_lib.CompiledProgram(
+        compiled_lib.Choice(1, 1, 1, 1, "full"), "t", 16e9, None, 20e9, usual, 1.0, 0.0, {}, {}, 0.0
     )
-    assert "4.00 more than there are" in view.summary(flight)
-    unsaid = dataclasses.replace(flight, needed=0.0)
+    assert "4.00 more than there are" in view.summary(made)
+    unsaid = dataclasses.replace(made, needed=0.0)
     assert not unsaid.fits
     assert "refused by the compiler: Ran out" in view.summary(unsaid)
 
 
 def run(*arguments):
-    """The command in a process of its own, which libtpu needs; the flight that it prints."""
+    """The command in a process of its own, which libtpu needs; the program that it prints."""
     command = [sys.executable, "-m", "moe_peft", "preflight", "--json", *arguments]
     environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr
-    (flight,) = json.loads(done.stdout)
-    return flight
+    (made,) = json.loads(done.stdout)
+    return made
 
 
 @NEEDS_LIBTPU
 @pytest.mark.slow
 def test_a_published_experiment_for_sixteen_tpus():
     experiment_ = ["--gin_file", "experiments/mov/770m/mov_10.gin"]
-    flight = run(*experiment_, "--target", "v5e:4x4", "--mesh", "model=4", "--quick")
-    assert flight["fits"]
-    assert 0.3e9 < flight["memory"]["arguments"] < 1e9
-    assert flight["collectives"]["all-reduce"]["count"] > 24 * 4
+    made = run(*experiment_, "--target", "v5e:4x4", "--mesh", "model=4", "--quick")
+    assert made["fits"]
+    assert 0.3e9 < made["memory"]["arguments"] < 1e9
+    assert made["collectives"]["all-reduce"]["count"] > 24 * 4
 
 
 @NEEDS_LIBTPU
@@ -214,7 +218,7 @@ def test_gradients_cross_slices_and_activations_do_not(chip):
     files = ("models/tiny.gin", "methods/lora.gin", "optimizers/adafactor.gin")
     small = [part for file in files for part in ("--gin_file", file)]
     small += ["--gin.BATCH_SIZE=8", "--gin.FEATURE_LENGTHS={'inputs': 32, 'targets': 16}"]
-    flight = run(*small, "--target", chip, "--slices", "2", "--mesh", "model=2", "--quick")
-    assert flight["setting"]["data"] == 4  # a chip of v4 is one device
-    sent = flight["collectives"]
+    made = run(*small, "--target", chip, "--slices", "2", "--mesh", "model=2", "--quick")
+    assert made["setting"]["data"] == 4  # a chip of v4 is one device
+    sent = made["collectives"]
     assert 0 < sent["between slices"]["num_bytes"] < sent["all-reduce"]["num_bytes"]

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from moe_peft.preflight import compiled as flight_lib
+from moe_peft.preflight import compiled as compiled_lib
 from moe_peft.preflight import hardware, search
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "preflight_table.py"
@@ -47,14 +47,14 @@ table = load()
     ],
 )
 def test_the_rule_for_meshes(rows, weights, target, wanted):
-    setting = search.by_rule(rows, weights, hardware.find(target))
-    assert setting == flight_lib.Setting(*wanted, "full")
+    choice = search.by_rule(rows, weights, hardware.find_target(target))
+    assert choice == compiled_lib.Choice(*wanted, "full")
 
 
 def test_the_rule_for_several_slices():
-    target = hardware.find("v5e-16", slices=2)
+    target = hardware.find_target("v5e-16", slices=2)
     found = search.by_rule(32, (22.2e9, 95e6), target)
-    assert found == flight_lib.Setting(2, 16, 1, 1, "full")
+    assert found == compiled_lib.Choice(2, 16, 1, 1, "full")
 
 
 def row(case, **changes):

@@ -100,7 +100,7 @@ def test_runs_of_one_method_go_by_their_folders(tmp_path):
     ("other", "words"),
     [
         ({"metric": "rouge_l"}, "metric is exact_match and rouge_l"),
-        ({"groups": ("date",)}, "answered 48 and 24 examples"),
+        ({"groups": ("date",)}, "number of examples is 48 and 24"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, other, words):

@@ -156,7 +156,7 @@ def test_folders_of_adaptations_are_compared(tmp_path, capsys):
         ({"shots": 32}, "shots is 16 and 32"),
         ({"selection": "reported_split"}, "selection is validation and reported_split"),
         ({"metric": "rouge_l"}, "metric is exact_match and rouge_l"),
-        ({"tasks": ("t_de",)}, "2 and 1 tasks"),
+        ({"tasks": ("t_de",)}, "number of tasks is 2 and 1"),
     ],
 )
 def test_what_was_not_made_alike_is_refused(tmp_path, changed, expected):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from moe_peft import errors
-from moe_peft.reports import alignment_pictures, routing_pictures, run_folder, style
+from moe_peft.reports import alignment_pictures, recorded_run, routing_pictures, style
 from moe_peft.training.monitors import task_routing
 
 GROUP = "t_([a-z]+)_[a-z]+"
 NAMES = ["t_unit_fr", "t_date_de", "t_unit_de", "t_date_fr", "t_unit_el"]
-TASKS = run_folder.named(NAMES, GROUP)
+TASKS = recorded_run.named(NAMES, GROUP)
 SPLITS, SKILLS = 2, 4
 SELECTORS = [f"{stack}/layers_{i}/mlp/wo" for stack in ("encoder", "decoder") for i in range(6)]
 
@@ -40,21 +40,20 @@ def test_tasks_are_named_shortly_and_grouped():
     assert TASKS.names == ("unit_fr", "date_de", "unit_de", "date_fr", "unit_el")
     assert TASKS.groups == ("unit", "date", "unit", "date", "unit")
     assert TASKS.by_group().tolist() == [1, 3, 2, 4, 0]
-    order = TASKS.by_group()
-    assert routing_pictures.group_spans(TASKS, order) == [("date", 0, 2), ("unit", 2, 5)]
-    assert run_folder.named(["task 0", "task 1"]).names == ("task 0", "task 1")
-    assert run_folder.named(["only_one"], "x_(.)").groups == (run_folder.OTHER,)
-    assert run_folder.named(["ab_c", "abd_c"]).names == ("ab_c", "abd_c")
+    assert TASKS.spans() == [("date", 0, 2), ("unit", 2, 5)]
+    assert recorded_run.named(["task 0", "task 1"]).names == ("task 0", "task 1")
+    assert recorded_run.named(["only_one"], "x_(.)").groups == (recorded_run.OTHER,)
+    assert recorded_run.named(["ab_c", "abd_c"]).names == ("ab_c", "abd_c")
     with pytest.raises(errors.UserError, match="no parenthesis"):
-        run_folder.named(NAMES, "t_.*")
+        recorded_run.named(NAMES, "t_.*")
 
 
 def test_selectors_are_chosen_evenly_or_by_name(weights):
-    chosen = list(routing_pictures.choose(weights))
+    chosen = list(routing_pictures.choose_selectors(weights))
     assert len(chosen) == routing_pictures.NUM_SELECTORS
     assert (chosen[0], chosen[-1]) == (SELECTORS[0], SELECTORS[-1])
     assert chosen == [name for name in SELECTORS if name in chosen]
-    (found,) = routing_pictures.choose(weights, "decoder/layers_3", [1]).items()
+    (found,) = routing_pictures.choose_selectors(weights, "decoder/layers_3", [1]).items()
     assert found[0] == "decoder/layers_3/mlp/wo"
     np.testing.assert_array_equal(found[1], weights[found[0]][:, 1:])
 
@@ -63,14 +62,14 @@ def test_selectors_are_chosen_evenly_or_by_name(weights):
     ("layers", "splits", "expected"),
     [
         ("decodr/layers_0/mlp/wo", None, "Did you mean 'decoder/layers_0/mlp/wo'"),
-        ("(", None, "no regular expression"),
+        ("(", None, "not a regular expression"),
         (None, [0, 2], r"splits 0 to 1; got \[0, 2\]"),
         (None, [-1], "splits 0 to 1"),
     ],
 )
 def test_what_is_not_there_is_said(weights, layers, splits, expected):
     with pytest.raises(errors.UserError, match=expected):
-        routing_pictures.choose(weights, layers, splits)
+        routing_pictures.choose_selectors(weights, layers, splits)
 
 
 def test_heatmaps_show_weights_with_tasks_by_group(weights, drawn):
@@ -101,7 +100,7 @@ def test_many_tasks_are_named_by_group(drawn):
     names = [f"t_{group}_{i:02d}" for group in ("date", "unit") for i in range(30)]
     names = [name.translate(str.maketrans("0123456789", "abcdefghij")) for name in names]
     w = {"model": np.full((60, 1, 8), 1 / 8)}
-    routing_pictures.draw_weights(w, run_folder.named(names, GROUP), "title", "a.png")
+    routing_pictures.draw_weights(w, recorded_run.named(names, GROUP), "title", "a.png")
     strip = next(axes for axes in _axes(drawn["a.png"]) if axes.get_images())
     labels = [label.get_text() for label in strip.get_yticklabels()]
     assert labels == ["date (30)", "unit (30)"]
@@ -132,7 +131,7 @@ def test_tree_puts_tasks_that_route_alike_together(weights, drawn):
     assert found == [colors[name.split("_")[0]] for name in shown]
     single = {"a": np.ones((1, 1, 2)) / 2}
     with pytest.raises(errors.UserError, match="at least two"):
-        routing_pictures.draw_tree(single, run_folder.named(["one"]), "title", "u.png")
+        routing_pictures.draw_tree(single, recorded_run.named(["one"]), "title", "u.png")
 
 
 def test_course_shows_means_and_percentiles_over_selectors(drawn):

@@ -9,7 +9,7 @@ import pytest
 
 from moe_peft import errors, patching
 from moe_peft.cli import main
-from moe_peft.reports import routing_pictures, run_folder, run_report
+from moe_peft.reports import recorded_run, routing_pictures, run_report
 from moe_peft.training import checkpoints
 from moe_peft.training import state as state_lib
 from moe_peft.training.monitors import base
@@ -110,12 +110,12 @@ def test_tasks_are_called_and_grouped_as_in_the_mixture(mhr):
     saved = saved_run.load(mhr)
     ids = {task.name: number for task, number in cldr.task_ids().items()}
     first = min(ids[task.name] for task in cldr.suite.tasks("fewshot"))
-    tasks = run_folder.tasks(mhr, saved, first + 3)
+    tasks = recorded_run.tasks(mhr, saved, first + 3)
     by_id = {number: name for name, number in ids.items()}
     assert tasks.names[0] == "task 0"  # Of another mixture.
     assert tasks.names[first:] == tuple(by_id[first + i] for i in range(3))
     assert tasks.groups[first] == by_id[first].split("_")[1]
-    by_locale = run_folder.tasks(mhr, saved, first + 3, "cldr_[a-z]+_([a-z]+)")
+    by_locale = recorded_run.tasks(mhr, saved, first + 3, "cldr_[a-z]+_([a-z]+)")
     assert by_locale.groups[first] == by_id[first].split("_")[2]
 
 
@@ -127,16 +127,16 @@ def test_templates_with_ids_of_their_own_are_told_apart(mhr):
     )
     ids = {task.name: number for task, number in cldr.task_ids().items()}
     task = cldr.suite.tasks("fewshot")[0]
-    tasks = run_folder.tasks(mhr, saved_run.load(mhr), 10 * ids[task.name] + 2)
+    tasks = recorded_run.tasks(mhr, saved_run.load(mhr), 10 * ids[task.name] + 2)
     assert tasks.names[-2:] == (f"{task.name}_t0", f"{task.name}_t1")
     assert tasks.names[-3].startswith("task ")
 
 
 def test_settings_that_are_gone_leave_numbers(mhr, capsys):
     (mhr / "config.gin").write_text("import nowhere.to_be_found\n")
-    tasks = run_folder.tasks(mhr, saved_run.load(mhr), 2)
+    tasks = recorded_run.tasks(mhr, saved_run.load(mhr), 2)
     assert tasks.names == ("task 0", "task 1")
-    assert tasks.groups == (run_folder.OTHER,) * 2
+    assert tasks.groups == (recorded_run.OTHER,) * 2
     assert "cannot be read" in capsys.readouterr().out
 
 

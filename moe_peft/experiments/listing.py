@@ -1,16 +1,17 @@
-"""`experiments`: rows of the papers' tables, chosen by filters, and how far each was checked."""
+"""Rows of the papers' tables, chosen by filters, and how far each was checked."""
 
 import collections
 from collections.abc import Callable, Sequence
+import itertools
 import json
 import re
 
-import rich.box
-import rich.console
-import rich.table
-
 from moe_peft import errors
 from moe_peft.experiments import files, record
+from moe_peft.runtime import tables as tables_lib
+
+_COLUMNS = ("row", "experiment", "printed in", "size", "published")
+_COLUMNS += ("trained", "afterwards", "operations")
 
 
 def select(
@@ -23,7 +24,7 @@ def select(
 
     Args:
       names: of experiments or of folders of them, such as "mhr/t0_xl".
-      papers: keys of `experiments.PAPERS`.
+      papers: keys of `files.PAPERS`.
       tables: numbers as printed ("6"), or folders ("t0_xl").
       sizes: of the backbone, "770M", "3B" or "11B", in any case of letters.
 
@@ -31,8 +32,9 @@ def select(
       UserError: a filter fits nothing at all.
     """
     found = [files.load(name) for name in files.names()]
+    folders = lambda name: {*itertools.accumulate(name.split("/"), "{}/{}".format)}
     tests: tuple[tuple[str, Sequence[str], Callable], ...] = (
-        ("", names, lambda each: _prefixes(each.name)),
+        ("", names, lambda each: folders(each.name)),
         ("--paper ", papers, lambda each: {each.paper}),
         ("--table ", tables, lambda each: {*each.tables, each.name.split("/")[1]}),
         ("--size ", [size.upper() for size in sizes], lambda each: {each.size}),
@@ -46,15 +48,6 @@ def select(
         if wanted:
             found = [each for each in found if values(each) & set(wanted)]
     return found
-
-
-def _prefixes(name: str) -> set[str]:
-    """
-    >>> sorted(_prefixes("a/b/c"))
-    ['a', 'a/b', 'a/b/c']
-    """
-    parts = name.split("/")
-    return {"/".join(parts[: i + 1]) for i in range(len(parts))}
 
 
 def shard(found: Sequence[files.Experiment], which: str) -> list[files.Experiment]:
@@ -77,16 +70,12 @@ def show(found: Sequence[record.Row], as_json: bool = False) -> None:
     if as_json:
         print(json.dumps([row.to_json() for row in found], indent=2, ensure_ascii=False))
         return
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console.width = 200
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    columns = ("experiment", "printed in", "size", "published", "trained", "afterwards")
-    for column in (*columns, "operations", "state"):
-        right = column in ("trained", "afterwards", "operations")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    columns = (*_COLUMNS[1:], "state")
+    left = set(columns) - {"trained", "afterwards", "operations"}
+    table = tables_lib.grid(*columns, left=left, overflow="fold")
     for row in found:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row.experiment), row.state)
+    console = tables_lib.wide_console(200)
     console.print(table)
     counts = collections.Counter(row.state.partition(":")[0] for row in found)
     said = [f"{count} {state}" for state, count in counts.items()]
@@ -95,23 +84,22 @@ def show(found: Sequence[record.Row], as_json: bool = False) -> None:
         console.print("None has been run at full size: samples say nothing about the numbers.")
 
 
-def cells(row: record.Row) -> tuple[str, ...]:
-    """One line of the table."""
-    found = row.experiment
+def cells(found: files.Experiment) -> tuple[str, ...]:
+    """One line of the tables."""
     many, new = (f"{count:,}" if count else "" for count in found.trainable)
     cost = f"{found.operations:.1e}" if found.operations else ""
-    return found.name, found.source, found.size, found.value, many, new, cost, row.state
+    return found.name, found.source, found.size, found.value, many, new, cost
 
 
 def markdown(found: Sequence[files.Experiment]) -> str:
     """The tables of docs/experiments.md, one per paper; what was checked changes too often."""
-    titles = "row | experiment | printed in | size | published | trained | afterwards | operations"
     lines = []
     for paper, title in files.PAPERS.items():
-        lines += [f"### {title}", "", f"| {titles} |", f"|{'---|' * 5}{'---:|' * 3}"]
+        lines += [f"### {title}", "", f"| {' | '.join(_COLUMNS)} |"]
+        lines.append(f"|{'---|' * 5}{'---:|' * 3}")
         for each in found:
             if each.paper == paper:
-                name, *rest, _ = cells(record.Row(each, {}))
+                name, *rest = cells(each)
                 lines.append(f"| {' | '.join((each.title, f'`{name}`', *rest))} |")
         lines.append("")
     return "\n".join(lines).rstrip()

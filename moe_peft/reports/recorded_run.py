@@ -17,34 +17,21 @@ OTHER = "other"  # group of tasks that the expression does not match
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """The tasks of a run in the order of their ids.
+    """The tasks of a run in the order of their ids."""
 
-    Attributes:
-      names: as short as they stay different.
-      groups: what each is reported under.
-    """
-
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
+    names: tuple[str, ...]  # as short as they stay different
+    groups: tuple[str, ...]  # what each is reported under
 
     def by_group(self) -> np.ndarray:
         """Places that put tasks of a group together, by name within each."""
         keys = list(zip(self.groups, self.names, strict=True))
         return np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
 
-
-def labels(folders: Sequence[pathlib.Path], saved: Sequence[saved_run.Saved]) -> list[str]:
-    """Returns what runs are called: by method; where two share it, by folder; else by path."""
-    by_method = [each.description["method"]["name"] for each in saved]
-    paths = [folder.absolute() for folder in folders]
-    by_folder = [path.name for path in paths]
-    by_path = ["-".join(path.parts[1:]) for path in paths]
-    return [
-        next(names[i] for names in (by_method, by_folder, by_path) if names.count(names[i]) == 1)
-        if paths.count(paths[i]) == 1
-        else by_path[i]
-        for i in range(len(folders))
-    ]
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(group, first place, place after the last) of each group in the order `by_group`."""
+        groups = [self.groups[place] for place in self.by_group()]
+        starts = {group: groups.index(group) for group in groups}
+        return [(group, start, start + groups.count(group)) for group, start in starts.items()]
 
 
 def tasks(
@@ -52,8 +39,8 @@ def tasks(
 ) -> Tasks:
     """Returns the tasks of a run's logits.
 
-    The names come from the mixture, which the run's config.gin tells how to find. Where that cannot
-    be read any more (a module is gone, files were moved), tasks are called by their numbers.
+    Their names come from the mixture, and config.gin says how to find it. If that cannot be read
+    any more (a module is gone, files were moved), tasks are called by their numbers.
 
     Args:
       folder: of the run.
@@ -72,31 +59,27 @@ def named(names: Sequence[str], group: str | None = None) -> Tasks:
     from moe_peft.evaluation import questions
 
     pattern = questions.compile_group(group) if group else None
-    groups = []
-    for name in names:
-        match = pattern.fullmatch(name) if pattern else None
-        groups.append(match[1] if match else OTHER)
+    matches = [pattern.fullmatch(name) if pattern else None for name in names]
+    groups = [match[1] if match else OTHER for match in matches]
     # Names of tasks begin alike: "cldr_".
     common = re.match(r"(?:.*_)?", os.path.commonprefix(list(names)))[0] if len(names) > 1 else ""
     return Tasks(tuple(name.removeprefix(common) for name in names), tuple(groups))
 
 
 def task_group(folder: pathlib.Path) -> str | None:
-    """Returns the expression that a run reports its tasks under; None if it cannot be found."""
-    config = _config(folder)
-    group = config.macro("TASK_GROUP") if config else None
-    return group.value if group else None
+    """Returns the expression that a run reports its tasks under; None if it cannot be found.
 
-
-def _config(folder: pathlib.Path):
-    """The settings of a run, in force from here on; None if they cannot be read any more."""
+    The run's settings are in force from here on.
+    """
     from moe_peft.config import gin_files
 
     try:
-        return gin_files.load([str((folder / CONFIG).absolute())])
+        config = gin_files.load([str((folder / CONFIG).absolute())])
     except (errors.UserError, ImportError) as error:
         print(f"{folder}: its settings cannot be read ({gin_files.one_line(error)})")
         return None
+    group = config.macro("TASK_GROUP")
+    return group.value if group else None
 
 
 def _task_names(folder: pathlib.Path, data: Mapping[str, object]) -> dict[int, str]:
