@@ -87,7 +87,7 @@ class LoRA(nn.Module):
 
         def project(kernel):
             """Router logits and rank-space activations in one product: half the thin products."""
-            both = narrow_matmul.thin_product(
+            both = narrow_matmul.narrow_matmul(
                 x, jnp.concatenate([down, kernel], axis=1), routing.PRECISION
             )
             hidden.append(both[..., : down.shape[1]])
@@ -98,7 +98,7 @@ class LoRA(nn.Module):
             if site.routes_on_inputs and x.dtype == jnp.float32 and not has_dropout:
                 site = dataclasses.replace(site, project=project)
             weights = self.router_factory(num_experts=self.num_experts, name="router")(site)
-        hidden = hidden[0] if hidden else narrow_matmul.thin_product(x, down)
+        hidden = hidden[0] if hidden else narrow_matmul.narrow_matmul(x, down)
         delta = low_rank.expand(hidden, lora_b, self.alpha / self.rank, weights)
         return outputs + delta.reshape(outputs.shape)
 

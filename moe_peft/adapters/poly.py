@@ -45,8 +45,8 @@ def apply_lora(
 ) -> Float[Array, "b ... o"]:
     """Returns `scale * (x a) b`, example by example; one a and b (b = 1) serve all examples."""
     if a.shape[0] == 1:
-        hidden = narrow_matmul.thin_product(x, a[0])
-        return narrow_matmul.thin_product(hidden * jnp.asarray(scale, hidden.dtype), b[0])
+        hidden = narrow_matmul.narrow_matmul(x, a[0])
+        return narrow_matmul.narrow_matmul(hidden * jnp.asarray(scale, hidden.dtype), b[0])
     # Left to itself, XLA (jax 0.10.2) splits factors that were joined from several splits wrongly
     # on meshes of three axes (data 2 x fsdp 2 x model 2): other numbers, no error.
     a, b = (partitioning.with_sharding_constraint(f, ("batch", None, None)) for f in (a, b))

@@ -17,7 +17,7 @@ def mix_vectors(
         num_token_axes: tells the two apart.
     """
     if weights.ndim == num_token_axes + 1:
-        mixed = narrow_matmul.thin_product(weights, vectors.reshape(vectors.shape[0], -1))
+        mixed = narrow_matmul.narrow_matmul(weights, vectors.reshape(vectors.shape[0], -1))
         return mixed.reshape(*weights.shape[:-1], *vectors.shape[1:])
     return jnp.einsum("...he,ehk->...hk", weights, vectors)
 

@@ -113,7 +113,7 @@ class SoftmaxRouter(Router):
             logits = site.project(kernel)
         else:
             x = self._jittered(x.astype(jnp.float32), site)
-            logits = narrow_matmul.thin_product(x, kernel, PRECISION)
+            logits = narrow_matmul.narrow_matmul(x, kernel, PRECISION)
         probs = jax.nn.softmax(logits)
         selected = self._selected(probs)
         if site.wants_losses and self.num_experts > 1 and not self.is_initializing():
