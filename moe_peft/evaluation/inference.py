@@ -75,7 +75,7 @@ class Programs:
 
 def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> Programs:
     """Returns the jitted functions of an `Answerer`; nothing is compiled yet."""
-    split = layout_lib.Layout(mesh).applied
+    split = layout_lib.Layout(mesh).with_axis_rules
 
     def choose(params, batch, num_choices, is_length_normalized):
         scores = model.score_choices(params, batch, num_choices)

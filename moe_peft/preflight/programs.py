@@ -106,7 +106,7 @@ class Experiment:
         group_of = self.method.learning_rate_group
         transform = self.optimizer.build(trainable, group_of)
         state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), trainable)
-        places = layout.like(state, layout.shardings(trainable, axes), trainable)
+        places = layout.optimizer_shardings(state, layout.shardings(trainable, axes), trainable)
         step = step_lib.make_train_step(
             begin.model,
             transform,
@@ -114,7 +114,7 @@ class Experiment:
             setting.num_microbatches,
             self.optimizer.learning_rates(trainable, group_of),
             layout=layout,
-            out_shardings=(places, layout.everywhere),
+            out_shardings=(places, layout.replicated),
         )
         weights = _at(frozen, layout.shardings(frozen, axes))
         batch = _batch_at(begin.batch_shapes, mesh)

@@ -205,7 +205,7 @@ def test_moments_lie_beside_their_parameters():
     shardings = layout.shardings(params, axes)
     transform = optimizers.adamw(1e-2).build(params, method.learning_rate_group)
     state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
-    places = layout.like(state, shardings, params)
+    places = layout.optimizer_shardings(state, shardings, params)
     kernels = [
         sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(places)
@@ -222,7 +222,7 @@ def test_moments_taken_layer_by_layer_lie_beside_their_parameters():
     layout = layout_lib.Layout(mesh_of(1, 2, 4))
     transform = optimizers.adafactor(1e-2).build(params, method.learning_rate_group)
     state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
-    places = layout.like(state, layout.shardings(params, axes), params)
+    places = layout.optimizer_shardings(state, layout.shardings(params, axes), params)
     moments = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(sharding.spec)
         for path, sharding in jax.tree_util.tree_leaves_with_path(places.opt_state)
