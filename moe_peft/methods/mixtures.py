@@ -3,27 +3,55 @@
 import dataclasses
 import functools
 
-import gin
-
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 from moe_peft.methods import method as method_lib
 from moe_peft.methods import targets
 
-ROUTERS = {
-    "token": routing_lib.TokenRouter,
-    "sentence": routing_lib.SentenceRouter,
-    "uniform": routing_lib.UniformRouter,
-}
+ROUTERS = {router.option: router for router in routing_lib.ROUTERS}
 
 
-@gin.register(module="methods")
+@method_lib.register(adapters.IA3)
 def ia3() -> method_lib.Method:
     """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022)."""
     return method_lib.Method("ia3", targets.scaling_rules(adapters.IA3, "as_in_paper"))
 
 
-@gin.register(module="methods")
+@method_lib.register(adapters.LoRA)
+def lora(
+    rank: int = 4,
+    alpha: float = 16.0,
+    dropout_rate: float = 0.0,
+    placement: str = "all7",
+    a_init: str = "normal",
+) -> method_lib.Method:
+    """LoRA, with the scale and initialisation of MoV's baselines.
+
+    Poly's LoRA baseline is `lora(rank=1, alpha=1.0, a_init="uniform")`.
+
+    Args:
+        rank: at least 1.
+        alpha: the update is scaled by alpha / rank.
+        dropout_rate: of the adapter's inputs in training.
+        placement: one of `PLACEMENTS`, or a regular expression on the paths of layers, such as
+            ".*/(query|value)".
+        a_init: "normal" or "uniform", see `adapters.LoRA`.
+    """
+    pattern = targets.placement(placement)
+    factory = functools.partial(
+        adapters.LoRA, rank=rank, alpha=alpha, dropout_rate=dropout_rate, a_init=a_init
+    )
+    return method_lib.Method("lora", (patching.Rule(pattern, factory),))
+
+
+@method_lib.register()
+@method_lib.arguments_of(lora, rank=16, alpha=1.0, a_init="uniform")
+def lora_big(**options) -> method_lib.Method:
+    """LoRA-big: the large single LoRA next to MHR (Caccia et al. 2023), 35M parameters at T5-XL."""
+    return dataclasses.replace(lora(**options), name="lora_big")
+
+
+@method_lib.register(adapters.MoV)
 def mov(
     num_experts: int = 10,
     router_input: str = "as_released",
@@ -58,47 +86,7 @@ def mov(
     )
 
 
-@gin.register(module="methods")
-def lora(
-    rank: int = 4,
-    alpha: float = 16.0,
-    dropout_rate: float = 0.0,
-    placement: str = "all7",
-    a_init: str = "normal",
-) -> method_lib.Method:
-    """LoRA, with the scale and initialisation of MoV's baselines.
-
-    Poly's LoRA baseline is `lora(rank=1, alpha=1.0, a_init="uniform")`.
-
-    Args:
-        rank: at least 1.
-        alpha: the update is scaled by alpha / rank.
-        dropout_rate: of the adapter's inputs in training.
-        placement: one of `PLACEMENTS`, or a regular expression on the paths of layers, such as
-            ".*/(query|value)".
-        a_init: "normal" or "uniform", see `adapters.LoRA`.
-    """
-    pattern = targets.placement(placement)
-    factory = functools.partial(
-        adapters.LoRA, rank=rank, alpha=alpha, dropout_rate=dropout_rate, a_init=a_init
-    )
-    return method_lib.Method("lora", (patching.Rule(pattern, factory),))
-
-
-@gin.register(module="methods")
-def lora_big(
-    rank: int = 16,
-    alpha: float = 1.0,
-    dropout_rate: float = 0.0,
-    placement: str = "all7",
-    a_init: str = "uniform",
-) -> method_lib.Method:
-    """LoRA-big: the large single LoRA beside MHR (Caccia et al. 2023), 35M parameters at T5-XL."""
-    method = lora(rank, alpha, dropout_rate, placement, a_init)
-    return dataclasses.replace(method, name="lora_big")
-
-
-@gin.register(module="methods")
+@method_lib.register(adapters.MoLoRA)
 def molora(
     num_experts: int = 10,
     rank: int = 4,
@@ -122,12 +110,7 @@ def molora(
         dropout_rate: of the adapter's inputs in training; the router sees them undropped.
         placement: one of `PLACEMENTS`.
         a_init: as in `lora`.
-        top_k: as in `mov`, and so on.
-        renormalize: as in `mov`.
-        jitter: as in `mov`.
-        routing: as in `mov`.
-        load_balancing_weight: as in `mov`.
-        z_weight: as in `mov`.
+        top_k: as in `mov`, as are those after it.
     """
     pattern = targets.placement(placement)
     factory = functools.partial(
