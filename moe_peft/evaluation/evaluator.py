@@ -16,7 +16,8 @@ from moe_peft import errors, methods
 from moe_peft.evaluation import aggregation, inference, metrics
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import questions as questions_lib
-from moe_peft.models import encoder_decoder, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
 
@@ -39,7 +40,7 @@ class Evaluator:
         split: str = "validation",
         batch_size: int = 64,
         metric: str = "exact_match",
-        decoding: strategies.Strategy | None = None,
+        decoding: decoding_lib.Strategy | None = None,
         rank_choices: bool = False,
         length_normalized_choices: bool = False,
         max_examples_per_task: int | None = None,

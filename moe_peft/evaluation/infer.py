@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_peft import errors, methods
 from moe_peft.evaluation import inference, restore
-from moe_peft.models import strategies
+from moe_peft.models import decoding as decoding_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
@@ -29,7 +29,7 @@ def infer(
     feature_lengths: Mapping[str, int] = gin.REQUIRED,
     inputs: str = gin.REQUIRED,
     outputs: str = gin.REQUIRED,
-    decoding: strategies.Strategy = gin.REQUIRED,
+    decoding: decoding_lib.Strategy = gin.REQUIRED,
     batch_size: int = 64,
     length_normalized_choices: bool = False,
     step: int | None = None,

@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.models import encoder_decoder, scoring, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, scoring
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
@@ -143,7 +144,7 @@ class Answerer:
         self,
         params: PyTree,
         questions: Sequence[Question],
-        strategy: strategies.Strategy,
+        strategy: decoding_lib.Strategy,
         progress: progress_lib.Progress,
         seed: int = 0,
     ) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe_peft import errors, patching, routing
 from moe_peft import methods as methods_lib
-from moe_peft.models import decoding, losses, scoring, strategies
+from moe_peft.models import decoding, losses, scoring
 
 Batch = losses.Batch
 LossConfig = losses.LossConfig
@@ -147,7 +147,7 @@ class EncoderDecoder:
         self,
         params: PyTree,
         batch: Batch,
-        strategy: strategies.Strategy,
+        strategy: decoding.Strategy,
         rng: Array | None = None,
     ) -> Int[Array, "b t"]:
         """Answers: ids [b, max_decode_length] with the end mark, 0 after it.
@@ -157,9 +157,9 @@ class EncoderDecoder:
         Args:
           params: as everywhere.
           batch: encoder_input_tokens [b, s] and what routers look at; targets are not read.
-          strategy: how, such as `strategies.Greedy(max_decode_length=32)`. Hashable, so it may be a
+          strategy: how, such as `decoding.Greedy(max_decode_length=32)`. Hashable, so it may be a
             static argument of jit.
-          rng: key for random strategies.
+          rng: key for random decoding.
         """
         if strategy.is_random and rng is None:
             raise errors.UserError(f"{type(strategy).__name__} draws tokens and needs an rng.")

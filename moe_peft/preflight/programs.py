@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from moe_peft import errors, methods, patching
 from moe_peft.evaluation import inference
-from moe_peft.models import encoder_decoder, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.preflight import compiled, hardware
@@ -50,7 +51,7 @@ class Experiment:
     eval_batch_size: int = 64
     rank_choices: bool | None = None
     num_choices: int = 4
-    decoding: strategies.Strategy = strategies.Greedy()
+    decoding: decoding_lib.Strategy = decoding_lib.Greedy()
 
     def compile(
         self,

@@ -61,14 +61,8 @@ def padded(ids):
 def beam(table, num_beams, **options):
     tokens_to_logits, cache = from_table(table, num_beams)
     return jax.jit(
-        lambda cache: decoding.beam_search(
-            tokens_to_logits,
-            cache,
-            batch_size=BATCH,
-            num_beams=num_beams,
-            max_decode_length=LENGTH,
-            eos_id=EOS,
-            **options,
+        lambda cache: decoding.BeamSearch(LENGTH, EOS, num_beams, **options).search(
+            tokens_to_logits, cache, BATCH
         )
     )(cache)
 
@@ -125,9 +119,7 @@ def test_beam_search_stops_when_nothing_can_improve():
     table = np.zeros((BATCH, 40, VOCAB))
     table[:, :, EOS] = 9.0
     steps = count_steps(
-        lambda f, cache: decoding.beam_search(
-            f, cache, batch_size=BATCH, num_beams=1, max_decode_length=LENGTH, eos_id=EOS
-        ),
+        lambda f, cache: decoding.BeamSearch(LENGTH, EOS, num_beams=1).search(f, cache, BATCH),
         table,
     )
     assert steps == 1
@@ -147,9 +139,7 @@ def count_steps(decode, table):
 
 
 def greedy(tokens_to_logits, cache):
-    return decoding.greedy(
-        tokens_to_logits, cache, batch_size=BATCH, max_decode_length=LENGTH, eos_id=EOS
-    )
+    return decoding.Greedy(LENGTH, EOS)(tokens_to_logits, cache, batch_size=BATCH)
 
 
 def greedy_by_hand(table, row):
@@ -174,15 +164,8 @@ def test_greedy_follows_the_argmax_and_stops():
 
 def sample(table, seed, **options):
     tokens_to_logits, cache = from_table(table)
-    return decoding.sample(
-        tokens_to_logits,
-        cache,
-        jax.random.key(seed),
-        batch_size=BATCH,
-        max_decode_length=LENGTH,
-        eos_id=EOS,
-        **options,
-    )
+    strategy = decoding.Sample(LENGTH, EOS, **options)
+    return strategy(tokens_to_logits, cache, batch_size=BATCH, rng=jax.random.key(seed))
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
@@ -252,6 +235,4 @@ def test_wrong_settings_are_explained():
         beam(table, 1, length_penalty="t5")
     tokens_to_logits, cache = from_table(table)
     with pytest.raises(ValueError, match=r"= 6 rows at axis 0; leaf \['prefix'\] has shape \(2,\)"):
-        decoding.beam_search(
-            tokens_to_logits, cache, batch_size=BATCH, num_beams=3, max_decode_length=LENGTH
-        )
+        decoding.BeamSearch(LENGTH, num_beams=3).search(tokens_to_logits, cache, BATCH)

@@ -10,7 +10,8 @@ import pytest
 
 from moe_peft import errors, methods, patching
 from moe_peft.evaluation import inference
-from moe_peft.models import encoder_decoder, strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress
@@ -267,7 +268,9 @@ def test_answers_do_not_depend_on_the_mesh(method):
         mesh = mesh_of(*shape)
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
         answerer = inference.Answerer(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
-        texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), progress.Silent())
+        texts = answerer.generate(
+            placed, questions, decoding_lib.Greedy(TARGETS), progress.Silent()
+        )
         scores = answerer.score_choices(placed, questions, progress.Silent())
         found.append((texts, scores))
     (texts, scores), (other_texts, other_scores) = found
