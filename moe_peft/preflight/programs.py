@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from moe_peft import errors, methods, patching
 from moe_peft.evaluation import inference
+from moe_peft.models import batches, encoder_decoder
 from moe_peft.models import decoding as decoding_lib
-from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.preflight import compiled, hardware
@@ -192,7 +192,7 @@ def _in_files(name: str, default: Any) -> Any:
 
 def _batch_at(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     place = mesh_lib.batch_sharding(mesh)
-    kind = lambda name: jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32
+    kind = lambda name: jnp.float32 if name in batches.FLOAT_FEATURES else jnp.int32
     return {
         name: jax.ShapeDtypeStruct(shape, kind(name), sharding=place)
         for name, shape in shapes.items()

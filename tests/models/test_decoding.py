@@ -125,6 +125,19 @@ def test_beam_search_stops_when_nothing_can_improve():
     assert steps == 1
 
 
+def test_a_live_beam_may_win_late():
+    """Ending at the next token it loses, at the last one it wins: longer texts count more."""
+    table = np.full((BATCH, 40, VOCAB), -20.0)
+    table[:, 0] = np.log([0.1, 0.6, 0.3])  # [EOS] scores log 0.6; [2] is alive.
+    table[:, [3, 12], 2] = table[:, 39, EOS] = 20.0  # [2, 2, 2, EOS] is sure from there on.
+    alpha, late = 3.0, np.log(0.3)
+    penalty = lambda n: ((5 + n) / 6) ** alpha
+    assert late / penalty(2) < np.log(0.6) < late / penalty(LENGTH)
+    tokens, scores = beam(table, 1, alpha=alpha)
+    np.testing.assert_array_equal(tokens[:, 0], [[2, 2, 2, EOS]] * BATCH)
+    np.testing.assert_allclose(scores[:, 0], late / penalty(LENGTH), rtol=1e-5)
+
+
 def count_steps(decode, table):
     calls = []
     tokens_to_logits, cache = from_table(table)

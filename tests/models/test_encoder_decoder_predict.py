@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import linen as nn
 import jax
 import numpy as np
 import pytest
@@ -124,6 +125,36 @@ def test_beams_that_hold_everything_find_the_most_likely_answer():
             "decoder_loss_weights": np.cumsum(shifted(targets) == 1, -1) == 0,
         }
         np.testing.assert_array_equal(found, targets[np.argmax(score(batch))])
+
+
+class Other(nn.Module):
+    """A network with T5X's calls that does not say how it is built."""
+
+    sizes: t5.T5Config
+
+    def setup(self):
+        self.network = t5.Transformer(self.sizes)
+
+    def __call__(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+    def encode(self, *args, **kwargs):
+        return self.network.encode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return self.network.decode(*args, **kwargs)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+def test_a_network_need_not_say_whether_it_is_scanned(scan_layers):
+    model, params = model_and_params(scan_layers)
+    module, base = model.module.module, model.method.split(params)[0]
+    batch, beams = {"encoder_input_tokens": inputs(4)}, decoding_lib.BeamSearch(LENGTH, num_beams=3)
+    want = encoder_decoder.EncoderDecoder(module).predict(base, batch, beams)
+    assert len(np.unique(want, axis=0)) > 1
+    other = encoder_decoder.EncoderDecoder(Other(module.config))
+    got = other.predict({"network": base}, batch, beams)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_exact_match_needs_no_decoding():
