@@ -53,7 +53,6 @@ class LoRA(adapter.Adapter):
     router_factory: routing.RouterFactory | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         routing.check_positive("rank", self.rank)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise errors.UserError(

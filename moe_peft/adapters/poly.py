@@ -106,7 +106,6 @@ class SkilledLoRA(Skilled):
     router_factory: routing.SkillRouterFactory = routing.TaskRouter
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         routing.check_positive("rank", self.rank)
         super().__post_init__()
 

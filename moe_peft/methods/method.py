@@ -37,12 +37,12 @@ def register(*adapter_classes: type[adapters.Adapter]) -> Callable[..., Callable
 
 
 def arguments_of(
-    constructor: Callable[..., Any], without: tuple[str, ...] = (), **defaults: Any
+    *constructors: Callable[..., Any], without: tuple[str, ...] = (), **defaults: Any
 ) -> Callable[..., Callable[..., Any]]:
-    """Returns a decorator: a function of `**options` gets the arguments of another one.
+    """Returns a decorator: a function of `**options` gets the arguments of other ones.
 
     Args:
-        constructor: whose arguments follow the function's own, in order.
+        *constructors: whose arguments follow the function's own, in order.
         without: names that are left out.
         **defaults: that are other ones here.
     """
@@ -50,9 +50,10 @@ def arguments_of(
     def decorate(function):
         own = dict(inspect.signature(function).parameters)
         del own["options"]
-        for name, each in inspect.signature(constructor).parameters.items():
-            if name not in (*own, *without):
-                own[name] = each.replace(default=defaults.get(name, each.default))
+        for constructor in constructors:
+            for name, each in inspect.signature(constructor).parameters.items():
+                if name not in (*own, *without):
+                    own[name] = each.replace(default=defaults.get(name, each.default))
         signature = inspect.Signature(list(own.values()), return_annotation=Method)
 
         @functools.wraps(function)
@@ -92,7 +93,6 @@ class Method:
     transfer: "Transfer | None" = None
 
     def __post_init__(self) -> None:
-        """Refuses negative loss weights."""
         for name in ("load_balancing_weight", "z_weight"):
             errors.check_at_least(name, getattr(self, name), 0)
 

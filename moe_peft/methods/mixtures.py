@@ -74,58 +74,35 @@ def mov(
         jitter: noise on the router's input in training, a fraction in [0, 1).
         routing: "token", "sentence" (needs `sentence_embeddings` in the batch) or "uniform".
         load_balancing_weight: of the load-balancing loss; the papers train without.
-        z_weight: of the router z-loss; likewise.
+        z_weight: of the router z-loss; the papers train without.
     """
-    router_factory = _router_factory(routing, top_k, renormalize, jitter)
+    options = {"top_k": top_k, "renormalize": renormalize, "jitter": jitter}
     factory = functools.partial(
-        adapters.MoV, num_experts=num_experts, router_factory=router_factory
+        adapters.MoV, num_experts=num_experts, router_factory=_router_factory(routing, **options)
     )
     rules = targets.scaling_rules(factory, router_input)
     return method_lib.Method(
-        "mov", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
+        "mov", rules, load_balancing_weight=load_balancing_weight, z_weight=z_weight
     )
 
 
 @method_lib.register(adapters.MoLoRA)
-def molora(
-    num_experts: int = 10,
-    rank: int = 4,
-    alpha: float = 16.0,
-    dropout_rate: float = 0.0,
-    placement: str = "molora_released",
-    a_init: str = "normal",
-    top_k: int | None = None,
-    renormalize: bool = True,
-    jitter: float = 0.0,
-    routing: str = "token",
-    load_balancing_weight: float = 0.0,
-    z_weight: float = 0.0,
-) -> method_lib.Method:
-    """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads.
+@method_lib.arguments_of(lora, mov, without=("router_input",), placement="molora_released")
+def molora(num_experts: int = 10, **options) -> method_lib.Method:
+    """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads, undropped.
 
     Args:
         num_experts: LoRAs per layer; the paper reports 2 to 15.
-        rank: of each.
-        alpha: updates are scaled by alpha / rank.
-        dropout_rate: of the adapter's inputs in training; the router sees them undropped.
-        placement: one of `PLACEMENTS`.
-        a_init: as in `lora`.
-        top_k: as in `mov`, as are those after it.
+        **options: arguments of `lora`, of each LoRA, then those of `mov`.
     """
-    pattern = targets.placement(placement)
+    take = lambda *names: {name: options.pop(name) for name in names}
+    weights = take("load_balancing_weight", "z_weight")
+    router_factory = _router_factory(**take("routing", "top_k", "renormalize", "jitter"))
+    pattern = targets.placement(options.pop("placement"))
     factory = functools.partial(
-        adapters.MoLoRA,
-        num_experts=num_experts,
-        rank=rank,
-        alpha=alpha,
-        dropout_rate=dropout_rate,
-        a_init=a_init,
-        router_factory=_router_factory(routing, top_k, renormalize, jitter),
+        adapters.MoLoRA, num_experts=num_experts, router_factory=router_factory, **options
     )
-    rules = (patching.Rule(pattern, factory),)
-    return method_lib.Method(
-        "molora", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
-    )
+    return method_lib.Method("molora", (patching.Rule(pattern, factory),), **weights)
 
 
 def _router_factory(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from moe_peft import errors, methods, routing
 from moe_peft.models import losses
@@ -52,6 +52,14 @@ def context(batch: losses.Batch, method: methods.Method | None) -> routing.Routi
 def rngs(dropout_rng: Array) -> dict[str, Array]:
     """The keys of dropout and of stochastic routing, from one."""
     return dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
+
+
+def repeat_rows(tree: PyTree, times: int, axis: int = 0) -> PyTree:
+    """Repeats every row `times` times in place ([a, b] becomes [a, a, b, b]).
+
+    Leaves without that axis, such as positions in a cache, stay as they are.
+    """
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis) if x.ndim > axis else x, tree)
 
 
 def features(batch: losses.Batch) -> tuple[list[losses.AnyArray], dict[str, losses.AnyArray]]:

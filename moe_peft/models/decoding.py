@@ -22,6 +22,7 @@ from moe_peft import errors
 
 START_ID = 0
 LENGTH_PENALTIES = ("t5x", "transformers")
+_WHOLE = "a whole number of at least 1"
 
 Ids = Int[Array, "n 1"]
 Logits = Float[Array, "n v"]
@@ -52,7 +53,7 @@ class Strategy(abc.ABC):
             length is None or (isinstance(length, int) and length >= 1),
             f"{type(self).__name__}.max_decode_length",
             length,
-            "a whole number of at least 1",
+            _WHOLE,
         )
 
     @abc.abstractmethod
@@ -93,7 +94,6 @@ class Greedy(Strategy):
 
     def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
         """See `Strategy`. The key is split once per token."""
-        del cache_batch_axis
         length = self.max_decode_length
 
         def step(state: _State) -> _State:
@@ -145,10 +145,9 @@ class Sample(Greedy):
 
     def __post_init__(self):
         super().__post_init__()
-        above_0, at_least_1 = "a number above 0 (or use Greedy)", "a whole number of at least 1"
+        above_0 = "a number above 0 (or use greedy decoding)"
         _check(self.temperature > 0, "temperature", self.temperature, above_0)
-        is_right = self.top_k is None or self.top_k >= 1
-        _check(is_right, "top_k", self.top_k, f"{at_least_1}, or None")
+        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, f"{_WHOLE}, or None")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
 
     def _chosen(self, logits, key):
@@ -205,7 +204,7 @@ class BeamSearch(Strategy):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(self.num_beams >= 1, "num_beams", self.num_beams, "a whole number of at least 1")
+        _check(self.num_beams >= 1, "num_beams", self.num_beams, _WHOLE)
         errors.check_one_of("length_penalty", self.length_penalty, LENGTH_PENALTIES)
 
     @property
@@ -215,7 +214,6 @@ class BeamSearch(Strategy):
 
     def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
         """See `Strategy`."""
-        del rng
         return self.search(tokens_to_logits, cache, batch_size, cache_batch_axis)[0][:, 0]
 
     def search(
@@ -229,7 +227,7 @@ class BeamSearch(Strategy):
 
         Where a row has fewer than `num_beams` finished sequences, the rest are zeros with score
         -inf; where it has none, its live beams are returned, scored at full length. The beams of an
-        example are rows next to each other; `repeat_rows` prepares encoded text and caches.
+        example are rows next to each other, see `batches.repeat_rows`.
         """
         beams, length = self.num_beams, self.max_decode_length
         _check_rows(cache, batch_size * beams, cache_batch_axis)
@@ -265,7 +263,7 @@ class BeamSearch(Strategy):
         can_improve = attainable > state.finished_scores[:, -1]
         return (state.index < self.max_decode_length) & jnp.any(can_improve)
 
-    def _step(self, tokens_to_logits, cache_batch_axis, state: _BeamState) -> _BeamState:
+    def _step(self, tokens_to_logits, axis, state: _BeamState) -> _BeamState:
         logits, cache = tokens_to_logits(state.last, state.cache)
         batch_size, num_beams = state.live_log_probs.shape
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -285,7 +283,12 @@ class BeamSearch(Strategy):
         rows = (rows + num_beams * jnp.arange(batch_size)[:, None]).reshape(-1)
 
         scores = candidate_log_probs / self._penalty(state.index + 1)
-        scores = jnp.where(self._are_finished(ids, state.index + 1), scores, -jnp.inf)
+        are_finished = ids == self.eos_id
+        if self.length_penalty == "transformers":
+            is_full = state.index + 1 == self.max_decode_length
+            are_best = jnp.arange(2 * num_beams) < num_beams
+            are_finished = (are_finished | is_full) & are_best[None]
+        scores = jnp.where(are_finished, scores, -jnp.inf)
         scores = jnp.concatenate([state.finished_scores, scores], axis=1)
         finished_scores, best = jax.lax.top_k(scores, num_beams)
         finished = jnp.concatenate([state.finished_tokens, tokens], axis=1)
@@ -296,28 +299,8 @@ class BeamSearch(Strategy):
             finished_tokens=jnp.take_along_axis(finished, best[:, :, None], axis=1),
             finished_scores=finished_scores,
             last=jnp.take_along_axis(ids, kept, axis=1).reshape(-1, 1),
-            cache=_take_rows(cache, rows, cache_batch_axis),
+            cache=jax.tree.map(lambda x: jnp.take(x, rows, axis) if x.ndim > axis else x, cache),
         )
-
-    def _are_finished(self, ids, length):
-        """Which candidates, best first, count as finished with `length` tokens."""
-        is_eos = ids == self.eos_id
-        if self.length_penalty == "t5x":
-            return is_eos
-        is_full = length == self.max_decode_length
-        return (is_eos | is_full) & (jnp.arange(ids.shape[1]) < self.num_beams)[None]
-
-
-def repeat_rows(tree: PyTree, times: int, axis: int = 0) -> PyTree:
-    """Repeats every row `times` times in place ([a, b] becomes [a, a, b, b]).
-
-    Leaves without that axis, such as positions in a cache, stay as they are.
-    """
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis) if x.ndim > axis else x, tree)
-
-
-def _take_rows(cache: PyTree, rows: Int[Array, "n"], axis: int) -> PyTree:
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis) if x.ndim > axis else x, cache)
 
 
 def _check_rows(cache: PyTree, num_rows: int, axis: int) -> None:

@@ -181,13 +181,13 @@ class EncoderDecoder:
         _, caches = start(first, ["cache", "cross_cache"])
         # Keys and values have four axes, and one more in front where a scan stacks layers.
         axis = max(leaf.ndim for leaf in jax.tree.leaves(caches["cache"])) - 4
-        caches = decoding.repeat_rows(caches, times, axis)
+        caches = batches.repeat_rows(caches, times, axis)
         cache = caches.pop("cache")
         # The beams of an example share its text: only "cache" follows them around.
         step = functools.partial(
             self._decode,
             {"params": params, **caches},
-            *decoding.repeat_rows((encoded, seen), times),
+            *batches.repeat_rows((encoded, seen), times),
             length,
         )
 

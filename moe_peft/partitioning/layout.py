@@ -53,7 +53,6 @@ class Layout:
     adapters: str = "replicated"
 
     def __post_init__(self) -> None:
-        """Refuses axes that the mesh has not."""
         errors.check_one_of("Layout.adapters", self.adapters, ADAPTERS)
         for name, axes in self.first:
             for axis in (axes,) if isinstance(axes, str) else axes or ():

@@ -36,7 +36,6 @@ class Granularity:
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses unknown levels."""
         errors.check_one_of("granularity", self.level, LEVELS)
         if (self.level == "blocks") != (self.num_blocks is not None):
             raise errors.UserError(

@@ -73,7 +73,6 @@ class Router(AnyRouter):
     num_experts: int
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         check_positive("num_experts", self.num_experts)
         super().__post_init__()
 
@@ -114,7 +113,6 @@ class SoftmaxRouter(Router):
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         super().__post_init__()
         if self.top_k is not None:
             check_positive("top_k", self.top_k)

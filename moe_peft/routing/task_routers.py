@@ -39,7 +39,6 @@ class SkillRouter(routers.AnyRouter):
     num_splits: int = 1
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         for name in ("num_skills", "num_splits", "num_tasks"):
             routers.check_positive(name, getattr(self, name, 1))
         super().__post_init__()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft.models import decoding
+from moe_peft.models import batches, decoding
 
 EOS = 1
 VOCAB = 3
@@ -227,10 +227,10 @@ def test_top_k_keeps_k_and_comes_before_top_p():
 
 def test_repeat_rows():
     tree = {"keys": jnp.arange(6).reshape(2, 3), "index": jnp.array(4)}
-    repeated = decoding.repeat_rows(tree, 2)
+    repeated = batches.repeat_rows(tree, 2)
     np.testing.assert_array_equal(repeated["keys"], [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2)
     assert repeated["index"] == 4
-    assert decoding.repeat_rows(tree, 2, axis=1)["keys"].tolist()[0] == [0, 0, 1, 1, 2, 2]
+    assert batches.repeat_rows(tree, 2, axis=1)["keys"].tolist()[0] == [0, 0, 1, 1, 2, 2]
 
 
 def test_wrong_settings_are_explained():

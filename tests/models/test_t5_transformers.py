@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft.models import decoding, t5
+from moe_peft.models import batches, decoding, t5
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 VARIANTS = ("t5_1_1", "t5_1_0")
@@ -134,7 +134,7 @@ def test_beam_search_equals_generate(name, from_transformers):
     arrays = golden(name)
     expected, num_beams = arrays["beam"], 4
     params = from_transformers(subtree(arrays, "weight/"))
-    inputs = decoding.repeat_rows(jnp.asarray(arrays["inputs"]), num_beams)
+    inputs = batches.repeat_rows(jnp.asarray(arrays["inputs"]), num_beams)
     tokens_to_logits, cache = continuation(network(name), params, inputs, expected.shape[1])
     strategy = decoding.BeamSearch(
         expected.shape[1], num_beams=num_beams, alpha=1.0, length_penalty="transformers"
