@@ -41,10 +41,7 @@ def mix_vectors(
 
 
 def apply_lora(
-    x: Float[Array, "b ... i"],
-    a: Float[Array, "#b i r"],
-    b: Float[Array, "#b r o"],
-    scale: float,
+    x: Float[Array, "b ... i"], a: Float[Array, "#b i r"], b: Float[Array, "#b r o"], scale: float
 ) -> Float[Array, "b ... o"]:
     """Returns `scale * (x a) b`, example by example; one a and b (b = 1) serve all examples."""
     if a.shape[0] == 1:

@@ -141,11 +141,7 @@ class EncoderDecoder:
         )
 
     def predict(
-        self,
-        params: PyTree,
-        batch: Batch,
-        strategy: decoding.Strategy,
-        rng: Array | None = None,
+        self, params: PyTree, batch: Batch, strategy: decoding.Strategy, rng: Array | None = None
     ) -> Int[Array, "b t"]:
         """Answers: ids [b, max_decode_length] with the end mark, 0 after it.
 
