@@ -189,6 +189,22 @@ def test_weights_are_split_and_adapters_are_not():
     assert {spec for path, spec in found.items() if "/adapter/" in path} == {()}
 
 
+def test_unscanned_weights_are_split_and_named_too():
+    """Their kernels are matrices with one joined axis of heads; adapters tell the two apart."""
+    params, axes = shapes_and_axes(methods.molora(num_experts=2, rank=2), scan_layers=False)
+    mesh = mesh_of(2, 2, 2)
+    found = specs(layout_lib.Layout(mesh), params, axes)
+    attention = "encoder/layers_0/attention"
+    assert found[f"{attention}/query/kernel"] == ("fsdp", "model")
+    assert found[f"{attention}/out/kernel"] == ("model", "fsdp")
+    assert axes[f"{attention}/query/adapter/lora_b"] == ("expert", "rank", "heads", "kv")
+    assert axes[f"{attention}/query/adapter/router/kernel"] == ("embed", "expert")
+    assert axes[f"{attention}/out/adapter/lora_a"] == ("heads", "kv", "expert", "rank")
+    assert axes[f"{attention}/out/adapter/router/kernel"] == ("joined_kv", "expert")
+    whole = layout_lib.Layout(mesh, first=[("mlp", None)])  # comes before the rule of "mlp"
+    assert specs(whole, params, axes)["encoder/layers_0/mlp/wo/kernel"] == (None, "fsdp")
+
+
 def test_adapters_are_split_like_their_layers_on_request():
     params, axes = shapes_and_axes(methods.molora(num_experts=2, rank=2))
     mesh = mesh_of(2, 2, 2)
