@@ -19,8 +19,8 @@ def narrow_matmul(
 ) -> Float[Array, "... o"]:
     """Returns `x @ kernel` in the dtype of x; one of i and o is small.
 
-    The kernel may be wider than x (float32 beside bfloat16): it is rounded for the product, and its
-    gradient is accumulated in its own dtype. Reverse-mode differentiation only.
+    The kernel may be wider than x (float32, where x is bfloat16): it is rounded for the product,
+    and its gradient is accumulated in its own dtype. Reverse-mode differentiation only.
     """
     return jnp.dot(x, kernel.astype(x.dtype), precision=precision)
 

@@ -1,4 +1,4 @@
-"""What each method computes beside a frozen layer. Imports no model and no trainer."""
+"""What each method computes next to a frozen layer. Imports no model and no trainer."""
 
 from moe_peft.adapters.adapter import Adapter
 from moe_peft.adapters.lora import LoRA, MoLoRA, mttl_uniform

@@ -21,7 +21,7 @@ def low_rank_delta(
     Args:
         x: inputs of the frozen layer.
         lora_a: down-projections, in the dtype of x or in float32.
-        lora_b: up-projections, likewise.
+        lora_b: up-projections, in the same.
         scale: alpha / rank.
         weights: of the experts; leading axes broadcast against those of x. None weighs each by 1.
     """

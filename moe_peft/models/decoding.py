@@ -1,10 +1,8 @@
 """Greedy decoding, sampling and beam search over any function that continues texts by one token.
 
-Each class holds the options that gin files bind, and is what `EncoderDecoder.predict` calls. The
-function is `tokens_to_logits(ids, cache) -> (logits, cache)`: the last ids [n, 1] of n sequences
-and the decoding cache (any pytree) give the logits [n, vocabulary] of the next ids and the extended
-cache. Decoding starts from id 0, T5's start token, stops a sequence at `eos_id`, and stops
-altogether as soon as all are stopped.
+The function is `tokens_to_logits(ids, cache) -> (logits, cache)`: the last ids [n, 1] of n
+sequences and the decoding cache (any pytree) give the logits [n, vocabulary] of the next ids and
+the extended cache. Decoding starts from id 0, T5's start token, and stops when all have `eos_id`.
 """
 
 import abc
@@ -48,13 +46,8 @@ class Strategy(abc.ABC):
     rows_per_example = 1
 
     def __post_init__(self):
-        length = self.max_decode_length
-        _check(
-            length is None or (isinstance(length, int) and length >= 1),
-            f"{type(self).__name__}.max_decode_length",
-            length,
-            _WHOLE,
-        )
+        length, name = self.max_decode_length, f"{type(self).__name__}.max_decode_length"
+        _check(length is None or (isinstance(length, int) and length >= 1), name, length, _WHOLE)
 
     @abc.abstractmethod
     def __call__(
@@ -127,9 +120,7 @@ class Greedy(Strategy):
 @gin.register(module="decoding")
 @dataclasses.dataclass(frozen=True)
 class Sample(Greedy):
-    """Draws every token from the distribution that `restrict` leaves.
-
-    The same key gives the same sequences.
+    """Draws every token from what `restrict` leaves; the same key gives the same sequences.
 
     Attributes:
       temperature: above 0; below 1 sharpens. `Greedy` is its limit at 0.
@@ -145,8 +136,9 @@ class Sample(Greedy):
 
     def __post_init__(self):
         super().__post_init__()
-        above_0 = "a number above 0 (or use greedy decoding)"
-        _check(self.temperature > 0, "temperature", self.temperature, above_0)
+        _check(
+            self.temperature > 0, "temperature", self.temperature, "a number above 0 (or Greedy)"
+        )
         _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, f"{_WHOLE}, or None")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
 
@@ -207,30 +199,24 @@ class BeamSearch(Strategy):
         _check(self.num_beams >= 1, "num_beams", self.num_beams, _WHOLE)
         errors.check_one_of("length_penalty", self.length_penalty, LENGTH_PENALTIES)
 
-    @property
-    def rows_per_example(self) -> int:
-        """Beams."""
-        return self.num_beams
+    rows_per_example = property(lambda self: self.num_beams)
 
     def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
         """See `Strategy`."""
         return self.search(tokens_to_logits, cache, batch_size, cache_batch_axis)[0][:, 0]
 
     def search(
-        self,
-        tokens_to_logits: TokensToLogits,
-        cache: PyTree,
-        batch_size: int,
-        cache_batch_axis: int = 0,
+        self, tokens_to_logits: TokensToLogits, cache: PyTree, batch_size: int, axis: int = 0
     ) -> tuple[Int[Array, "b k t"], Float[Array, "b k"]]:
         """Returns the best finished sequences and their scores, best first.
 
         Where a row has fewer than `num_beams` finished sequences, the rest are zeros with score
         -inf; where it has none, its live beams are returned, scored at full length. The beams of an
-        example are rows next to each other, see `batches.repeat_rows`.
+        example are rows next to each other, see `batches.repeat_rows`; `axis` is that of the rows
+        in cache leaves.
         """
         beams, length = self.num_beams, self.max_decode_length
-        _check_rows(cache, batch_size * beams, cache_batch_axis)
+        _check_rows(cache, batch_size * beams, axis)
         no_tokens = jnp.zeros((batch_size, beams, length), jnp.int32)
         # One live beam at first: equal beams would only find the same continuations.
         first_beam = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
@@ -243,12 +229,12 @@ class BeamSearch(Strategy):
             last=jnp.full((batch_size * beams, 1), START_ID, jnp.int32),
             cache=cache,
         )
-        step = functools.partial(self._step, tokens_to_logits, cache_batch_axis)
+        step = functools.partial(self._step, tokens_to_logits, axis)
         end = jax.lax.while_loop(self._goes_on, step, start)
         any_finished = end.finished_scores[:, :1] > -jnp.inf
         tokens = jnp.where(any_finished[:, :, None], end.finished_tokens, end.live_tokens)
-        live_scores = end.live_log_probs / self._penalty(length)
-        return tokens, jnp.where(any_finished, end.finished_scores, live_scores)
+        live = end.live_log_probs / self._penalty(length)
+        return tokens, jnp.where(any_finished, end.finished_scores, live)
 
     def _penalty(self, length):
         base = (5.0 + length) / 6.0 if self.length_penalty == "t5x" else length
@@ -286,8 +272,7 @@ class BeamSearch(Strategy):
         are_finished = ids == self.eos_id
         if self.length_penalty == "transformers":
             is_full = state.index + 1 == self.max_decode_length
-            are_best = jnp.arange(2 * num_beams) < num_beams
-            are_finished = (are_finished | is_full) & are_best[None]
+            are_finished = (are_finished | is_full) & (jnp.arange(2 * num_beams) < num_beams)[None]
         scores = jnp.where(are_finished, scores, -jnp.inf)
         scores = jnp.concatenate([state.finished_scores, scores], axis=1)
         finished_scores, best = jax.lax.top_k(scores, num_beams)

@@ -65,10 +65,10 @@ class Transformer(nn.Module):
             decoder_input_tokens: targets shifted right, starting with 0.
             decoder_target_tokens: tell which decoder positions are padding.
             encoder_segment_ids: which example of a packed row a token belongs to, 0 for padding.
-            decoder_segment_ids: likewise. Without `encoder_segment_ids` all segments of a row
+            decoder_segment_ids: the same. Without `encoder_segment_ids` all segments of a row
                 attend to the whole encoded text (several targets of one input).
             encoder_positions: unused: biases depend on distances only. Part of T5X's signature.
-            decoder_positions: likewise.
+            decoder_positions: unused too.
             enable_dropout: needs an rng named "dropout".
             decode: make the decoding cache (first call) or use and extend it.
             max_decode_length: tokens in the cache, the length of the first call by default.

@@ -43,7 +43,7 @@ class Layout:
       mesh: with the axes `data`, `fsdp` and `model`.
       first: rules (logical axis, axis or axes of the mesh, or None) that come before
         `LOGICAL_AXIS_RULES`; adapters' axes are "expert", "rank", "task", "skill" and "split",
-        beside those of the layer they belong to.
+        besides those of the layer they belong to.
       adapters: "replicated" keeps a whole copy of adapters and their optimiser state on every
         device; "sharded" splits them as the rules say.
     """

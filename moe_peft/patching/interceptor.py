@@ -53,7 +53,7 @@ def _expand(name: str, num_axes: int) -> tuple[str, ...]:
 
 
 class Interceptor:
-    """Runs the adapters of `rules` beside the layers they match, for one call of a model.
+    """Runs the adapters of `rules` next to the layers they match, for one call of a model.
 
     Everything it remembers lives as long as that call: the layers seen (`calls`: path -> siblings
     called before), and one frame per module on the call stack.

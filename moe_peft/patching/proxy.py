@@ -27,7 +27,7 @@ class Patched:
     """A linen module whose every `init` and `apply` runs with adapters.
 
     A plain object around an unchanged module: no copy, no subclass. Base parameters keep names,
-    shapes and axes; an adapter's parameters lie beside the frozen `kernel` under "adapter". All
+    shapes and axes; an adapter's parameters lie next to the frozen `kernel` under "adapter". All
     other attributes are the module's own, so that `method=patched.encode` works.
 
     Attributes:

@@ -150,7 +150,7 @@ class Routed:
     Attributes:
       patched: the module.
       context: of the batch. Where a call has several rows for each example, as in beam search,
-        they lie beside each other, and so are repeated here.
+        they lie next to each other, and so are repeated here.
       losses: where router losses of a call go, None for nowhere.
     """
 
