@@ -22,9 +22,8 @@ START_ID = 0
 LENGTH_PENALTIES = ("t5x", "transformers")
 _WHOLE = "a whole number of at least 1"
 
-Ids = Int[Array, "n 1"]
 Logits = Float[Array, "n v"]
-TokensToLogits = Callable[[Ids, Any], tuple[Logits, Any]]
+TokensToLogits = Callable[[Int[Array, "n 1"], Any], tuple[Logits, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +230,9 @@ class BeamSearch(Strategy):
         )
         step = functools.partial(self._step, tokens_to_logits, axis)
         end = jax.lax.while_loop(self._goes_on, step, start)
-        any_finished = end.finished_scores[:, :1] > -jnp.inf
+        any_finished, live = end.finished_scores[:, :1] > -jnp.inf, end.live_log_probs
         tokens = jnp.where(any_finished[:, :, None], end.finished_tokens, end.live_tokens)
-        live = end.live_log_probs / self._penalty(length)
-        return tokens, jnp.where(any_finished, end.finished_scores, live)
+        return tokens, jnp.where(any_finished, end.finished_scores, live / self._penalty(length))
 
     def _penalty(self, length):
         base = (5.0 + length) / 6.0 if self.length_penalty == "t5x" else length
