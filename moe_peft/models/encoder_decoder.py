@@ -172,7 +172,7 @@ class EncoderDecoder:
         length, times = strategy.max_decode_length, strategy.rows_per_example
         # Makes the empty cache and the keys and values of the encoded text. The compiler drops the
         # rest of this call, whose logits nobody reads.
-        first = jnp.zeros((inputs.shape[0], length), jnp.int32)
+        first = jnp.zeros((inputs.shape[0], 1), jnp.int32)
         start = functools.partial(self._decode, {"params": params}, encoded, seen, length)
         _, caches = start(first, ["cache", "cross_cache"])
         # Keys and values have four axes, and one more in front where a scan stacks layers.
