@@ -177,7 +177,7 @@ class EncoderDecoder:
         _, caches = start(first, ["cache", "cross_cache"])
         # Keys and values have four axes, and one more in front where a scan stacks layers.
         axis = max(leaf.ndim for leaf in jax.tree.leaves(caches["cache"])) - 4
-        caches = batches.repeat_rows(caches, times, axis)
+        caches = dict(batches.repeat_rows(caches, times, axis))
         cache = caches.pop("cache")
         # The beams of an example share its text: only "cache" follows them around.
         step = functools.partial(
