@@ -14,19 +14,19 @@ from jaxtyping import Array, Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def thin_product(
+def narrow_matmul(
     x: Float[Array, "... i"], kernel: Float[Array, "i o"], precision: lax.Precision | None = None
 ) -> Float[Array, "... o"]:
     """Returns `x @ kernel` in the dtype of x; one of i and o is small.
 
-    The kernel may be wider than x (float32 beside bfloat16): it is rounded for the product, and its
-    gradient is accumulated in its own dtype. Reverse-mode differentiation only.
+    The kernel may be wider than x (float32, where x is bfloat16): it is rounded for the product,
+    and its gradient is accumulated in its own dtype. Reverse-mode differentiation only.
     """
     return jnp.dot(x, kernel.astype(x.dtype), precision=precision)
 
 
 def _forward(x, kernel, precision):
-    return thin_product(x, kernel, precision), (x, kernel)
+    return narrow_matmul(x, kernel, precision), (x, kernel)
 
 
 def _backward(precision, residuals, g):
@@ -50,4 +50,4 @@ def _backward(precision, residuals, g):
     return x_bar, kernel_bar
 
 
-thin_product.defvjp(_forward, _backward)
+narrow_matmul.defvjp(_forward, _backward)

@@ -22,7 +22,7 @@ def test_equals_plain_product(tokens, width, features):
         normal(width, features),
         normal(*tokens, features),
     )
-    outputs, pullback = jax.vjp(narrow_matmul.thin_product, x, kernel)
+    outputs, pullback = jax.vjp(narrow_matmul.narrow_matmul, x, kernel)
     expected, expected_pullback = jax.vjp(jnp.dot, x, kernel)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
     for grad, wanted in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
@@ -32,7 +32,7 @@ def test_equals_plain_product(tokens, width, features):
 
 def test_wide_parameters_beside_narrow_activations():
     x, kernel = normal(64, 16).astype(jnp.bfloat16), normal(16, 3)
-    outputs, pullback = jax.vjp(narrow_matmul.thin_product, x, kernel)
+    outputs, pullback = jax.vjp(narrow_matmul.narrow_matmul, x, kernel)
     assert outputs.dtype == jnp.bfloat16
     cotangent = normal(64, 3).astype(jnp.bfloat16)
     x_bar, kernel_bar = pullback(cotangent)
@@ -44,7 +44,7 @@ def test_wide_parameters_beside_narrow_activations():
 
 def test_vmap_and_scan():
     x, kernels = normal(5, 4, 16), normal(5, 16, 3)
-    grad = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(narrow_matmul.thin_product(x, kernel))))
+    grad = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(narrow_matmul.narrow_matmul(x, kernel))))
     expected = jnp.stack([grad(kernel, row) for kernel, row in zip(kernels, x, strict=True)])
     np.testing.assert_allclose(jax.vmap(grad)(kernels, x), expected, rtol=1e-5, atol=1e-6)
     _, scanned = jax.lax.scan(lambda c, row: (c, grad(*row)), 0, (kernels, x))
@@ -65,4 +65,4 @@ def test_the_wide_factor_is_not_transposed():
         )
 
     assert wide_transposes(jnp.dot) == 1
-    assert wide_transposes(narrow_matmul.thin_product) == 0
+    assert wide_transposes(narrow_matmul.narrow_matmul) == 0

@@ -20,7 +20,8 @@ from moe_peft.adaptation import progress as progress_lib
 from moe_peft.config import gin_files
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import metrics, questions
-from moe_peft.models import encoder_decoder, few_shot, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
 from moe_peft.training import optimizers
@@ -56,7 +57,7 @@ def adapt(
     patience: int | None = None,
     test_split: str = "validation",
     metric: str = "exact_match",
-    decoding: strategies.Strategy | None = None,
+    decoding: decoding_lib.Strategy | None = None,
     rank_choices: bool = False,
     length_normalized_choices: bool = True,
     task_weights: initial.TaskWeights | None = None,
@@ -283,8 +284,8 @@ def _check_validation(data: Sequence[data_lib.JobData]) -> None:
 
 
 def _with_length(
-    decoding: strategies.Strategy | None, lengths: Mapping[str, int]
-) -> strategies.Strategy | None:
+    decoding: decoding_lib.Strategy | None, lengths: Mapping[str, int]
+) -> decoding_lib.Strategy | None:
     if decoding is None or decoding.max_decode_length is not None:
         return decoding
     return dataclasses.replace(decoding, max_decode_length=lengths["targets"])

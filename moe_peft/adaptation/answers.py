@@ -13,7 +13,8 @@ from jaxtyping import PyTree
 from moe_peft import patching
 from moe_peft.adaptation import data, group, programs, scores
 from moe_peft.evaluation import inference, metrics
-from moe_peft.models import encoder_decoder, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files, progress
 
@@ -25,7 +26,7 @@ class Evaluation:
     """How answers are found and scored; see `adapt.adapt`. `metrics` are by task."""
 
     metrics: Mapping[str, metrics.Metric]
-    decoding: strategies.Strategy | None
+    decoding: decoding_lib.Strategy | None
     is_length_normalized: bool
     batch_size: int
     feature_lengths: Mapping[str, int]

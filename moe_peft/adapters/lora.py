@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_peft import errors, narrow_matmul, routing
-from moe_peft.adapters import low_rank, mov
+from moe_peft.adapters import adapter, low_rank
 
 
 def mttl_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -27,7 +27,7 @@ def mttl_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 A_INITS = {"normal": nn.initializers.normal(0.02), "uniform": mttl_uniform}
 
 
-class LoRA(nn.Module):
+class LoRA(adapter.Adapter):
     """`y = outputs + alpha / rank * (inputs A) B`; B is zero at first, so y = outputs.
 
     Hu et al. 2021, "LoRA", section 4.1. With a router it is `MoLoRA`.
@@ -53,17 +53,12 @@ class LoRA(nn.Module):
     router_factory: routing.RouterFactory | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         routing.check_positive("rank", self.rank)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise errors.UserError(
                 f"dropout_rate is {self.dropout_rate}; expected 0 <= dropout_rate < 1."
             )
-        if self.a_init not in A_INITS:
-            raise errors.UserError(
-                f"a_init is {self.a_init!r}; expected one of {', '.join(A_INITS)}."
-            )
-        mov.check_router(self)
+        errors.check_one_of("a_init", self.a_init, A_INITS)
         super().__post_init__()
 
     @nn.compact
@@ -87,18 +82,19 @@ class LoRA(nn.Module):
 
         def project(kernel):
             """Router logits and rank-space activations in one product: half the thin products."""
-            both = narrow_matmul.thin_product(
+            both = narrow_matmul.narrow_matmul(
                 x, jnp.concatenate([down, kernel], axis=1), routing.PRECISION
             )
             hidden.append(both[..., : down.shape[1]])
             return both[..., down.shape[1] :]
 
         weights = None
-        if self.router_factory is not None:
+        router = self.make_router(name="router")
+        if router is not None:
             if site.routes_on_inputs and x.dtype == jnp.float32 and not has_dropout:
                 site = dataclasses.replace(site, project=project)
-            weights = self.router_factory(num_experts=self.num_experts, name="router")(site)
-        hidden = hidden[0] if hidden else narrow_matmul.thin_product(x, down)
+            weights = router(site)
+        hidden = hidden[0] if hidden else narrow_matmul.narrow_matmul(x, down)
         delta = low_rank.expand(hidden, lora_b, self.alpha / self.rank, weights)
         return outputs + delta.reshape(outputs.shape)
 
@@ -118,6 +114,15 @@ class LoRA(nn.Module):
         lora_a = param("lora_a", init_a, axes=(*site.in_axes, *axes))
         lora_b = param("lora_b", zeros, dims + out_shape, jnp.float32, axes=axes + site.out_axes)
         return lora_a.reshape(-1, experts, rank), lora_b.reshape(experts, rank, -1)
+
+    @staticmethod
+    def published(shapes: adapter.Shapes) -> dict[str, tuple[int, ...]]:
+        """A [*in, r] and B [r, *out] are matrices there; it has no MoLoRA."""
+        a, b = (shapes.get(name) or () for name in ("lora_a", "lora_b"))
+        # One LoRA has at most two axes of heads and so five in all; several have six at least.
+        if (len(a) or 3) + (len(b) or 3) > 5:
+            return {}
+        return {"lora_a": (-1, *a[-1:]), "lora_b": (*b[:1], -1)}
 
 
 class MoLoRA(LoRA):

@@ -21,11 +21,11 @@ def low_rank_delta(
     Args:
         x: inputs of the frozen layer.
         lora_a: down-projections, in the dtype of x or in float32.
-        lora_b: up-projections, likewise.
+        lora_b: up-projections, in the same.
         scale: alpha / rank.
         weights: of the experts; leading axes broadcast against those of x. None weighs each by 1.
     """
-    return expand(narrow_matmul.thin_product(x, joined(lora_a)), lora_b, scale, weights)
+    return expand(narrow_matmul.narrow_matmul(x, joined(lora_a)), lora_b, scale, weights)
 
 
 def joined(lora_a: Float[Array, "i e r"]) -> Float[Array, "i er"]:
@@ -47,7 +47,7 @@ def expand(
         hidden = hidden.reshape(*hidden.shape[:-2], experts * rank)
     else:
         hidden = hidden * jnp.asarray(scale, hidden.dtype)
-    return narrow_matmul.thin_product(hidden, lora_b.reshape(experts * rank, -1))
+    return narrow_matmul.narrow_matmul(hidden, lora_b.reshape(experts * rank, -1))
 
 
 def molora_listing(

@@ -1,15 +1,39 @@
 """(IA)3 and MoV: learned vectors that scale activations."""
 
+from typing import ClassVar
+
 from flax import linen as nn
 from flax.linen import partitioning
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_peft import errors, routing
-from moe_peft.adapters import scaling
+from moe_peft import narrow_matmul, routing
+from moe_peft.adapters import adapter
 
 
-class IA3(nn.Module):
+def mix_vectors(
+    weights: Float[Array, "... e"], vectors: Float[Array, "e *features"], num_token_axes: int
+) -> Float[Array, "..."]:
+    """Returns `sum_e weights_e l_e`: [tokens..., *features].
+
+    Args:
+        weights: [tokens..., e], or [tokens..., h, e] with a decision per head (first feature).
+        vectors: l, one set per expert.
+        num_token_axes: tells the two apart.
+    """
+    if weights.ndim == num_token_axes + 1:
+        mixed = narrow_matmul.narrow_matmul(weights, vectors.reshape(vectors.shape[0], -1))
+        return mixed.reshape(*weights.shape[:-1], *vectors.shape[1:])
+    return jnp.einsum("...he,ehk->...hk", weights, vectors)
+
+
+def scale_features(x: Float[Array, "..."], vectors: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x * vectors in the dtype of x, multiplied in float32."""
+    # Scales start at one, where bfloat16 resolves 0.4 %: rounding them first would hide training.
+    return (x.astype(jnp.float32) * vectors).astype(x.dtype)
+
+
+class IA3(adapter.Adapter):
     """`y = l * outputs`, one learned vector, ones at first: the identity.
 
     Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
@@ -23,13 +47,10 @@ class IA3(nn.Module):
         y = IA3().apply(variables, inputs, outputs, routing.Site())
     """
 
+    only_scales: ClassVar[bool] = True
+
     num_experts: int = 1
     router_factory: routing.RouterFactory | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        check_router(self)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -43,10 +64,8 @@ class IA3(nn.Module):
             site: where we are.
         """
         del inputs
-        features = outputs.shape[site.num_token_axes :]
-        experts, expert_axis = (
-            ((self.num_experts,), ("expert",)) if self.router_factory else ((), ())
-        )
+        features, router = outputs.shape[site.num_token_axes :], self.make_router(name="router")
+        experts, expert_axis = ((), ()) if router is None else ((self.num_experts,), ("expert",))
         vectors = partitioning.param_with_axes(
             "vectors",
             nn.initializers.ones,
@@ -55,12 +74,18 @@ class IA3(nn.Module):
             axes=expert_axis + site.out_axes,
         )
         vectors = vectors.astype(jnp.float32)
-        if self.router_factory is None:
+        if router is None:
             vectors = vectors.reshape((1,) * site.num_token_axes + features)
         else:
-            weights = self.router_factory(num_experts=self.num_experts, name="router")(site)
-            vectors = scaling.mix_vectors(weights, vectors, site.num_token_axes)
-        return scaling.scale_features(outputs, vectors)
+            vectors = mix_vectors(router(site), vectors, site.num_token_axes)
+        return scale_features(outputs, vectors)
+
+    @staticmethod
+    def published(shapes: adapter.Shapes) -> dict[str, tuple[int, ...]]:
+        """(IA)3 vectors [heads, head width] are [heads * head width] there; it has no MoV."""
+        vectors = shapes.get("vectors") or ()
+        is_routed = any(name.startswith("router/") for name in shapes)
+        return {} if is_routed or len(vectors) != 2 else {"vectors": (-1,)}
 
 
 class MoV(IA3):
@@ -72,15 +97,3 @@ class MoV(IA3):
 
     num_experts: int = 10
     router_factory: routing.RouterFactory | None = routing.TokenRouter
-
-
-def check_router(adapter: nn.Module) -> None:
-    """Raises UserError unless `num_experts` and `router_factory` of an adapter fit each other."""
-    routing.check_positive("num_experts", adapter.num_experts)
-    if adapter.router_factory is not None:
-        adapter.router_factory(num_experts=adapter.num_experts, parent=None)
-    elif adapter.num_experts > 1:
-        raise errors.UserError(
-            f"{type(adapter).__name__} has {adapter.num_experts} experts and no router; give it a "
-            "router_factory such as routing.TokenRouter."
-        )

@@ -4,6 +4,9 @@ Poly (Ponti et al. 2022), Poly-S and MHR (Caccia et al. 2023, "Multi-Head Adapte
 3). The modules' *parameters* are averaged, not their outputs, with one set of weights for A and B.
 """
 
+import math
+from typing import ClassVar
+
 from flax import linen as nn
 from flax.linen import partitioning
 import jax
@@ -12,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_peft import errors, narrow_matmul, routing
-from moe_peft.adapters import scaling
+from moe_peft.adapters import adapter, mov
 
 
 def mix_lora(
@@ -38,15 +41,12 @@ def mix_vectors(
 
 
 def apply_lora(
-    x: Float[Array, "b ... i"],
-    a: Float[Array, "#b i r"],
-    b: Float[Array, "#b r o"],
-    scale: float,
+    x: Float[Array, "b ... i"], a: Float[Array, "#b i r"], b: Float[Array, "#b r o"], scale: float
 ) -> Float[Array, "b ... o"]:
     """Returns `scale * (x a) b`, example by example; one a and b (b = 1) serve all examples."""
     if a.shape[0] == 1:
-        hidden = narrow_matmul.thin_product(x, a[0])
-        return narrow_matmul.thin_product(hidden * jnp.asarray(scale, hidden.dtype), b[0])
+        hidden = narrow_matmul.narrow_matmul(x, a[0])
+        return narrow_matmul.narrow_matmul(hidden * jnp.asarray(scale, hidden.dtype), b[0])
     # Left to itself, XLA (jax 0.10.2) splits factors that were joined from several splits wrongly
     # on meshes of three axes (data 2 x fsdp 2 x model 2): other numbers, no error.
     a, b = (partitioning.with_sharding_constraint(f, ("batch", None, None)) for f in (a, b))
@@ -54,7 +54,33 @@ def apply_lora(
     return jnp.einsum("b...r,bro->b...o", hidden * jnp.asarray(scale, x.dtype), b.astype(x.dtype))
 
 
-class SkilledLoRA(nn.Module):
+class Skilled(adapter.Adapter):
+    """What the adapters below share: modules combined by a task router, features in splits."""
+
+    router_sizes: ClassVar[tuple[str, ...]] = ("num_skills", "num_splits")
+
+    def _weights(self, inputs: Array, site: routing.Site) -> Float[Array, "b p s"]:
+        """The router's weights; one row per example of `inputs`, or one for all."""
+        weights = self.make_router(name="router")(site)
+        if weights.shape[0] not in (1, inputs.shape[0]):
+            raise errors.UserError(
+                f"{'/'.join(self.path)} sees {inputs.shape[0]} examples, but the batch has "
+                f"{weights.shape[0]} task ids."
+            )
+        return weights
+
+    def _split_width(self, what: str, width: int) -> int:
+        """Returns width / splits, or raises UserError."""
+        if width % self.num_splits:
+            fitting = [p for p in range(1, 129) if width % p == 0]
+            raise errors.UserError(
+                f"{'/'.join(self.path)}: {self.num_splits} splits do not divide the {what}, "
+                f"{width} wide. Choose num_splits among {', '.join(map(str, fitting))}."
+            )
+        return width // self.num_splits
+
+
+class SkilledLoRA(Skilled):
     """`y = outputs + alpha / rank * (inputs A_task) B_task`; B is zero at first, so y = outputs.
 
     Caccia et al. 2023, equations 4 to 6; one split is Poly, one skill is LoRA.
@@ -77,9 +103,7 @@ class SkilledLoRA(nn.Module):
     router_factory: routing.SkillRouterFactory = routing.TaskRouter
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         routing.check_positive("rank", self.rank)
-        _check(self)
         super().__post_init__()
 
     @nn.compact
@@ -97,15 +121,13 @@ class SkilledLoRA(nn.Module):
         """
         tokens = inputs.shape[: site.num_token_axes]
         x = inputs.astype(outputs.dtype).reshape(*tokens, -1)
-        in_width = x.shape[-1]
-        out_width = outputs.reshape(*tokens, -1).shape[-1]
         splits, skills, rank = self.num_splits, self.num_skills, self.rank
-        in_part = split_width(self, "inputs", in_width)
-        out_part = split_width(self, "outputs", out_width)
+        in_part = self._split_width("inputs", x.shape[-1])
+        out_part = self._split_width("outputs", math.prod(outputs.shape[len(tokens) :]))
         param = partitioning.param_with_axes
         lora_a = param(
             "lora_a",
-            _uniform_within(in_width),
+            _uniform_within(x.shape[-1]),
             (splits, skills, in_part, rank),
             jnp.float32,
             axes=("split", "skill", _joined(site.in_axes), "rank"),
@@ -117,13 +139,21 @@ class SkilledLoRA(nn.Module):
             jnp.float32,
             axes=("split", "skill", "rank", _joined(site.out_axes)),
         )
-        weights = _route(self, inputs, site)
+        weights = self._weights(inputs, site)
         a, b = mix_lora(weights, lora_a, lora_b)
         delta = apply_lora(x, a, b, self.alpha / rank)
         return outputs + delta.reshape(outputs.shape)
 
+    @staticmethod
+    def average(
+        name: str, modules: Float[Array, "p s ..."], weights: Float[Array, "s"]
+    ) -> Float[Array, "..."]:
+        """Returns lora_a [p, j, r] from [p, s, j, r], or lora_b [r, p, k] from [p, s, r, k]."""
+        mean = jnp.tensordot(weights, modules, axes=(0, 1))
+        return mean if name == "lora_a" else jnp.swapaxes(mean, 0, 1)
 
-class SkilledIA3(nn.Module):
+
+class SkilledIA3(Skilled):
     """`y = l_task * outputs`, an inventory of (IA)3 vectors; all ones at first: the identity.
 
     Caccia et al. 2023 (P1's runs on T0); splits part the outputs.
@@ -134,26 +164,19 @@ class SkilledIA3(nn.Module):
         router_factory: as in `SkilledLoRA`.
     """
 
+    only_scales: ClassVar[bool] = True
+
     num_skills: int = 8
     num_splits: int = 1
     router_factory: routing.SkillRouterFactory = routing.TaskRouter
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        _check(self)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "..."], outputs: Float[Array, "..."], site: routing.Site
     ) -> Float[Array, "..."]:
         """Returns the scaled outputs [b, t..., *features], in their own dtype."""
-        tokens, features = (
-            outputs.shape[: site.num_token_axes],
-            outputs.shape[site.num_token_axes :],
-        )
-        width = outputs.reshape(*tokens, -1).shape[-1]
-        part = split_width(self, "outputs", width)
+        features = outputs.shape[site.num_token_axes :]
+        part = self._split_width("outputs", math.prod(features))
         vectors = partitioning.param_with_axes(
             "vectors",
             nn.initializers.ones,
@@ -161,43 +184,17 @@ class SkilledIA3(nn.Module):
             jnp.float32,
             axes=("skill", "split", _joined(site.out_axes)),
         )
-        mixed = mix_vectors(_route(self, inputs, site), vectors)
+        mixed = mix_vectors(self._weights(inputs, site), vectors)
         ones = (1,) * (site.num_token_axes - 1)
-        return scaling.scale_features(outputs, mixed.reshape(mixed.shape[0], *ones, *features))
+        return mov.scale_features(outputs, mixed.reshape(mixed.shape[0], *ones, *features))
 
-
-def split_width(adapter: nn.Module, what: str, width: int) -> int:
-    """Returns width / splits, or raises UserError."""
-    if width % adapter.num_splits:
-        fitting = [p for p in range(1, 129) if width % p == 0]
-        raise errors.UserError(
-            f"{'/'.join(adapter.path)}: {adapter.num_splits} splits do not divide the {what}, "
-            f"{width} wide. Choose num_splits among {', '.join(map(str, fitting))}."
-        )
-    return width // adapter.num_splits
-
-
-def _check(adapter: nn.Module) -> None:
-    routing.check_positive("num_skills", adapter.num_skills)
-    routing.check_positive("num_splits", adapter.num_splits)
-    _make_router(adapter, parent=None)
-
-
-def _make_router(adapter: nn.Module, **kwargs) -> routing.SkillRouter:
-    return adapter.router_factory(
-        num_skills=adapter.num_skills, num_splits=adapter.num_splits, **kwargs
-    )
-
-
-def _route(adapter: nn.Module, inputs: Array, site: routing.Site) -> Float[Array, "b p s"]:
-    """The router's weights; one row per example of `inputs`, or one for all."""
-    weights = _make_router(adapter, name="router")(site)
-    if weights.shape[0] not in (1, inputs.shape[0]):
-        raise errors.UserError(
-            f"{'/'.join(adapter.path)} sees {inputs.shape[0]} examples, but the batch has "
-            f"{weights.shape[0]} task ids."
-        )
-    return weights
+    @staticmethod
+    def average(
+        name: str, modules: Float[Array, "s p k"], weights: Float[Array, "s"]
+    ) -> Float[Array, "p k"]:
+        """Returns the mean vector, in its splits."""
+        del name  # There is one leaf, "vectors".
+        return jnp.tensordot(weights, modules, axes=(0, 0))
 
 
 def _uniform_within(width: int):

@@ -17,7 +17,8 @@ from moe_peft import errors, methods
 from moe_peft.evaluation import aggregation, inference, metrics
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import questions as questions_lib
-from moe_peft.models import encoder_decoder, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
 
@@ -47,7 +48,7 @@ class Evaluator:
     metric: str = "exact_match"
     # How answers are decoded. None decodes nothing, which only exact match allows; the results are
     # those of greedy decoding (up to texts that several ids spell).
-    decoding: strategies.Strategy | None = None
+    decoding: decoding_lib.Strategy | None = None
     # Where an example has answer choices, take the most likely of them and score it by accuracy
     # (T0, MoV, T-Few, MHR); otherwise choices are not looked at.
     rank_choices: bool = False

@@ -13,7 +13,7 @@ import numpy as np
 from moe_peft import errors, methods
 from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import inference
-from moe_peft.models import strategies
+from moe_peft.models import decoding as decoding_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
@@ -35,7 +35,7 @@ class Settings:
     feature_lengths: Mapping[str, int]
     inputs: str  # the file to read
     outputs: str  # the file to write; appears when it is complete
-    decoding: strategies.Strategy  # how answers in free text are found, such as `Greedy()`
+    decoding: decoding_lib.Strategy  # how answers in free text are found, such as `Greedy()`
     batch_size: int = 64  # rows of a batch, over all devices
     length_normalized_choices: bool = False  # rank by log-likelihood per token, not by its sum
     step: int | None = None  # which checkpoint; None for the newest

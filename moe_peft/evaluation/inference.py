@@ -13,7 +13,8 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.models import encoder_decoder, scoring, strategies
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, scoring
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
@@ -62,7 +63,7 @@ class Programs:
 
 def programs(model: encoder_decoder.EncoderDecoder, mesh: jax.sharding.Mesh) -> Programs:
     """Returns the jitted functions of an `AnsweringModel`; nothing is compiled yet."""
-    split = layout_lib.Layout(mesh).applied
+    split = layout_lib.Layout(mesh).with_axis_rules
 
     def rank_choices(params, batch, num_choices, is_length_normalized):
         scores = model.score_choices(params, batch, num_choices)
@@ -107,7 +108,7 @@ class AnsweringModel:
         self,
         params: PyTree,
         questions: Sequence[Question],
-        strategy: strategies.Strategy | None,
+        strategy: decoding_lib.Strategy | None,
         progress: progress_lib.Progress,
         *,
         seed: int,
@@ -150,7 +151,7 @@ class AnsweringModel:
         self,
         params: PyTree,
         questions: Sequence[Question],
-        strategy: strategies.Strategy,
+        strategy: decoding_lib.Strategy,
         progress: progress_lib.Progress,
         seed: int = 0,
     ) -> list[np.ndarray]:
@@ -259,7 +260,7 @@ def batch_shapes(
     }
 
 
-def limited(strategy: strategies.Strategy, length: int) -> strategies.Strategy:
+def limited(strategy: decoding_lib.Strategy, length: int) -> decoding_lib.Strategy:
     """The strategy, for answers of `length` tokens at most where it does not say how many."""
     if strategy.max_decode_length is not None:
         return strategy

@@ -6,22 +6,45 @@ parameter counts. `docs/methods.md` explains every option and where the papers d
 
 from collections.abc import Callable
 
-import gin
-
 from moe_peft.methods import targets
 from moe_peft.methods.method import (
     ADAPTER_LEAVES,
+    ADAPTERS,
     ALL_LEAVES,
+    METHODS,
     NO_LEAVES,
     ROUTER_LEAVES,
     Method,
     Transfer,
+    register,
 )
-from moe_peft.methods.mixtures import ROUTERS, ia3, lora, lora_big, molora, mov
+from moe_peft.methods.mixtures import ROUTERS
 from moe_peft.methods.targets import PLACEMENTS, ROUTER_INPUTS
-from moe_peft.methods.task_routed import SKILL_ROUTERS, mhr, poly, private, random_mu
+from moe_peft.methods.task_routed import SKILL_ROUTERS
+
+
+@register()
+def full() -> Method:
+    """Full fine-tuning: no adapter, every weight trains."""
+    return Method("full", trainable=ALL_LEAVES)
+
+
+@register()
+def frozen() -> Method:
+    """The backbone as it is: no adapter, nothing trains."""
+    return Method("frozen", trainable=NO_LEAVES)
+
+
+def get(name: str) -> Callable[..., Method]:
+    """Returns the constructor of a method by its name, or raises UserError with near names."""
+    return targets.choose("method", name, METHODS)
+
+
+# Every registered constructor by its own name: `methods.ia3`, `methods.lora`, ...
+globals().update(METHODS)
 
 __all__ = [
+    "ADAPTERS",
     "ADAPTER_LEAVES",
     "ALL_LEAVES",
     "METHODS",
@@ -33,43 +56,7 @@ __all__ = [
     "ROUTER_LEAVES",
     "SKILL_ROUTERS",
     "Transfer",
-    "frozen",
-    "full",
     "get",
-    "ia3",
-    "lora",
-    "lora_big",
-    "mhr",
-    "molora",
-    "mov",
-    "poly",
-    "private",
-    "random_mu",
+    "register",
+    *METHODS,
 ]
-
-
-@gin.register(module="methods")
-def full() -> Method:
-    """Full fine-tuning: no adapter, every weight trains."""
-    return Method("full", trainable=ALL_LEAVES)
-
-
-@gin.register(module="methods")
-def frozen() -> Method:
-    """The backbone as it is: no adapter, nothing trains."""
-    return Method("frozen", trainable=NO_LEAVES)
-
-
-METHODS: dict[str, Callable[..., Method]] = {
-    constructor.__name__: constructor
-    for constructor in (
-        *(ia3, lora, lora_big, mov, molora),
-        *(poly, mhr, random_mu, private),
-        *(full, frozen),
-    )
-}
-
-
-def get(name: str) -> Callable[..., Method]:
-    """Returns the constructor of a method by its name, or raises UserError with near names."""
-    return targets.choose("method", name, METHODS)

@@ -3,17 +3,70 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
 from flax import linen as nn
+import gin
 
-from moe_peft import errors, patching, routing
+from moe_peft import adapters, errors, patching, routing
 
 ADAPTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/.*"
 ROUTER_LEAVES = rf"(.*/)?{patching.ADAPTER}/router/.*"
 ALL_LEAVES = ".*"
 NO_LEAVES = "(?!)"
+
+METHODS: dict[str, Callable[..., "Method"]] = {}
+ADAPTERS: dict[str, type[adapters.Adapter]] = {}
+
+
+def register(*adapter_classes: type[adapters.Adapter]) -> Callable[..., Callable[..., "Method"]]:
+    """Returns a decorator that makes a constructor of methods known.
+
+    To gin as `methods.NAME`, to `METHODS`, and its adapters to `ADAPTERS`, by which a method is
+    made again from a checkpoint's record.
+    """
+
+    def decorate(constructor):
+        METHODS[constructor.__name__] = constructor
+        ADAPTERS.update((each.__name__, each) for each in adapter_classes)
+        return gin.register(module="methods")(constructor)
+
+    return decorate
+
+
+def arguments_of(
+    *constructors: Callable[..., Any], without: tuple[str, ...] = (), **defaults: Any
+) -> Callable[..., Callable[..., Any]]:
+    """Returns a decorator: a function of `**options` gets the arguments of other ones.
+
+    Args:
+        *constructors: whose arguments follow the function's own, in order.
+        without: names that are left out.
+        **defaults: that are other ones here.
+    """
+
+    def decorate(function):
+        own = dict(inspect.signature(function).parameters)
+        del own["options"]
+        for constructor in constructors:
+            for name, each in inspect.signature(constructor).parameters.items():
+                if name not in (*own, *without):
+                    own[name] = each.replace(default=defaults.get(name, each.default))
+        signature = inspect.Signature(list(own.values()), return_annotation=Method)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(**bound.arguments)
+
+        del call.__wrapped__  # gin would look there and take any name for an argument.
+        call.__signature__ = signature
+        return call
+
+    return decorate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +79,6 @@ class Method:
         trainable: regular expression on full parameter paths; what matches it trains.
         load_balancing_weight: times the mean load-balancing loss of all routers, in the objective.
         z_weight: times the mean router z-loss.
-        num_tasks: task ids it tells apart, 0 to num_tasks - 1; None if it needs none.
         average: the method with one adapter that its modules become when averaged (mu); None where
             there is nothing to average.
         transfer: how its parameters come from a run of another method; see `transfer`.
@@ -37,15 +89,25 @@ class Method:
     trainable: str = ADAPTER_LEAVES
     load_balancing_weight: float = 0.0
     z_weight: float = 0.0
-    num_tasks: int | None = None
     average: "Method | None" = None
     transfer: "Transfer | None" = None
 
     def __post_init__(self) -> None:
-        """Refuses negative loss weights."""
         for name in ("load_balancing_weight", "z_weight"):
-            if getattr(self, name) < 0:
-                raise errors.UserError(f"{name} is {getattr(self, name)}; expected at least 0.")
+            errors.check_at_least(name, getattr(self, name), 0)
+
+    @functools.cached_property
+    def routers(self) -> tuple[routing.AnyRouter, ...]:
+        """A router of each rule whose adapter has one."""
+        made = (rule.adapter_factory(parent=None) for rule in self.rules)
+        found = (each.make_router(parent=None) for each in made if hasattr(each, "make_router"))
+        return tuple(router for router in found if router is not None)
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Task ids it tells apart, 0 to num_tasks - 1; None if it needs none."""
+        number = max((router.num_ids for router in self.routers), default=1)
+        return number if number > 1 else None
 
     def patch(self, module: nn.Module) -> patching.Patched:
         """Returns the model with this method's adapters; the model itself is not touched."""
@@ -129,8 +191,6 @@ def _describe_factory(factory: Callable[..., nn.Module]) -> dict[str, Any]:
         if field.name in ("parent", "name"):
             continue
         if field.name == "router_factory" and value is not None:
-            sizes = ("num_experts", "num_skills", "num_splits")
-            sizes = {name: getattr(module, name) for name in sizes if hasattr(module, name)}
-            value = _describe_factory(functools.partial(value, **sizes))
+            value = _describe_factory(module.make_router)
         described[field.name] = value
     return described

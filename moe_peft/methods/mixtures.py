@@ -3,62 +3,21 @@
 import dataclasses
 import functools
 
-import gin
-
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 from moe_peft.methods import method as method_lib
 from moe_peft.methods import targets
 
-ROUTERS = {
-    "token": routing_lib.TokenRouter,
-    "sentence": routing_lib.SentenceRouter,
-    "uniform": routing_lib.UniformRouter,
-}
+ROUTERS = {router.option: router for router in routing_lib.ROUTERS}
 
 
-@gin.register(module="methods")
+@method_lib.register(adapters.IA3)
 def ia3() -> method_lib.Method:
     """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022)."""
     return method_lib.Method("ia3", targets.scaling_rules(adapters.IA3, "as_in_paper"))
 
 
-@gin.register(module="methods")
-def mov(
-    num_experts: int = 10,
-    router_input: str = "as_released",
-    top_k: int | None = None,
-    renormalize: bool = True,
-    jitter: float = 0.0,
-    routing: str = "token",
-    load_balancing_weight: float = 0.0,
-    z_weight: float = 0.0,
-) -> method_lib.Method:
-    """MoV: mixtures of (IA)3 vectors.
-
-    Args:
-        num_experts: vectors per place; the paper reports 2 to 60.
-        router_input: what a token router sees. "as_released": what is scaled, each head's key or
-            value by itself, and the activated wi_0 in the feed-forward block. "as_in_paper": what
-            the frozen layer reads.
-        top_k: keep the k most probable experts; None merges all.
-        renormalize: divide kept weights by their sum. The released code does not.
-        jitter: noise on the router's input in training, a fraction in [0, 1).
-        routing: "token", "sentence" (needs `sentence_embeddings` in the batch) or "uniform".
-        load_balancing_weight: of the load-balancing loss; the papers train without.
-        z_weight: of the router z-loss; likewise.
-    """
-    router_factory = _router_factory(routing, top_k, renormalize, jitter)
-    factory = functools.partial(
-        adapters.MoV, num_experts=num_experts, router_factory=router_factory
-    )
-    rules = targets.scaling_rules(factory, router_input)
-    return method_lib.Method(
-        "mov", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
-    )
-
-
-@gin.register(module="methods")
+@method_lib.register(adapters.LoRA)
 def lora(
     rank: int = 4,
     alpha: float = 16.0,
@@ -85,27 +44,17 @@ def lora(
     return method_lib.Method("lora", (patching.Rule(pattern, factory),))
 
 
-@gin.register(module="methods")
-def lora_big(
-    rank: int = 16,
-    alpha: float = 1.0,
-    dropout_rate: float = 0.0,
-    placement: str = "all7",
-    a_init: str = "uniform",
-) -> method_lib.Method:
-    """LoRA-big: the large single LoRA beside MHR (Caccia et al. 2023), 35M parameters at T5-XL."""
-    method = lora(rank, alpha, dropout_rate, placement, a_init)
-    return dataclasses.replace(method, name="lora_big")
+@method_lib.register()
+@method_lib.arguments_of(lora, rank=16, alpha=1.0, a_init="uniform")
+def lora_big(**options) -> method_lib.Method:
+    """LoRA-big: the large single LoRA next to MHR (Caccia et al. 2023), 35M parameters at T5-XL."""
+    return dataclasses.replace(lora(**options), name="lora_big")
 
 
-@gin.register(module="methods")
-def molora(
+@method_lib.register(adapters.MoV)
+def mov(
     num_experts: int = 10,
-    rank: int = 4,
-    alpha: float = 16.0,
-    dropout_rate: float = 0.0,
-    placement: str = "molora_released",
-    a_init: str = "normal",
+    router_input: str = "as_released",
     top_k: int | None = None,
     renormalize: bool = True,
     jitter: float = 0.0,
@@ -113,36 +62,47 @@ def molora(
     load_balancing_weight: float = 0.0,
     z_weight: float = 0.0,
 ) -> method_lib.Method:
-    """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads.
+    """MoV: mixtures of (IA)3 vectors.
+
+    Args:
+        num_experts: vectors per place; the paper reports 2 to 60.
+        router_input: what a token router sees. "as_released": what is scaled, each head's key or
+            value by itself, and the activated wi_0 in the feed-forward block. "as_in_paper": what
+            the frozen layer reads.
+        top_k: keep the k most probable experts; None merges all.
+        renormalize: divide kept weights by their sum. The released code does not.
+        jitter: noise on the router's input in training, a fraction in [0, 1).
+        routing: "token", "sentence" (needs `sentence_embeddings` in the batch) or "uniform".
+        load_balancing_weight: of the load-balancing loss; the papers train without.
+        z_weight: of the router z-loss; the papers train without.
+    """
+    options = {"top_k": top_k, "renormalize": renormalize, "jitter": jitter}
+    factory = functools.partial(
+        adapters.MoV, num_experts=num_experts, router_factory=_router_factory(routing, **options)
+    )
+    rules = targets.scaling_rules(factory, router_input)
+    return method_lib.Method(
+        "mov", rules, load_balancing_weight=load_balancing_weight, z_weight=z_weight
+    )
+
+
+@method_lib.register(adapters.MoLoRA)
+@method_lib.arguments_of(lora, mov, without=("router_input",), placement="molora_released")
+def molora(num_experts: int = 10, **options) -> method_lib.Method:
+    """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads, undropped.
 
     Args:
         num_experts: LoRAs per layer; the paper reports 2 to 15.
-        rank: of each.
-        alpha: updates are scaled by alpha / rank.
-        dropout_rate: of the adapter's inputs in training; the router sees them undropped.
-        placement: one of `PLACEMENTS`.
-        a_init: as in `lora`.
-        top_k: as in `mov`, and so on.
-        renormalize: as in `mov`.
-        jitter: as in `mov`.
-        routing: as in `mov`.
-        load_balancing_weight: as in `mov`.
-        z_weight: as in `mov`.
+        **options: arguments of `lora`, of each LoRA, then those of `mov`.
     """
-    pattern = targets.placement(placement)
+    take = lambda *names: {name: options.pop(name) for name in names}
+    weights = take("load_balancing_weight", "z_weight")
+    router_factory = _router_factory(**take("routing", "top_k", "renormalize", "jitter"))
+    pattern = targets.placement(options.pop("placement"))
     factory = functools.partial(
-        adapters.MoLoRA,
-        num_experts=num_experts,
-        rank=rank,
-        alpha=alpha,
-        dropout_rate=dropout_rate,
-        a_init=a_init,
-        router_factory=_router_factory(routing, top_k, renormalize, jitter),
+        adapters.MoLoRA, num_experts=num_experts, router_factory=router_factory, **options
     )
-    rules = (patching.Rule(pattern, factory),)
-    return method_lib.Method(
-        "molora", rules, method_lib.ADAPTER_LEAVES, load_balancing_weight, z_weight
-    )
+    return method_lib.Method("molora", (patching.Rule(pattern, factory),), **weights)
 
 
 def _router_factory(

@@ -1,24 +1,18 @@
 """Poly, MHR and their variants: inventories of modules, combined by task."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
-
-import gin
+from typing import Any
 
 from moe_peft import adapters, errors, patching
 from moe_peft import routing as routing_lib
 from moe_peft.methods import method as method_lib
 from moe_peft.methods import mixtures, targets
 
-# Of skills, by task. What they need besides the number of skills and splits is in `_skill_router`.
-SKILL_ROUTERS = {
-    "learned": routing_lib.TaskRouter,
-    "uniform": routing_lib.UniformSkillRouter,
-    "random_task": routing_lib.RandomTaskRouter,
-    "random_example": routing_lib.RandomExampleRouter,
-    "private": routing_lib.PrivateRouter,
-}
+SKILL_ROUTERS = {router.option: router for router in routing_lib.SKILL_ROUTERS}
 
+# By routing; `poly` or `mhr` where it is learned.
 _POLY_NAMES = {
     "uniform": "poly_uniform",
     "random_task": "random_per_task",
@@ -27,7 +21,7 @@ _POLY_NAMES = {
 }
 
 
-@gin.register(module="methods")
+@method_lib.register(adapters.SkilledLoRA, adapters.SkilledIA3)
 def poly(
     num_tasks: int,
     num_skills: int = 8,
@@ -66,7 +60,9 @@ def poly(
     level = patching.Granularity(granularity, num_blocks)
     if routing == "private":
         num_skills = num_tasks
-    router = _skill_router(routing, num_tasks, relaxed, straight_through, level, seed)
+    options = {"num_tasks": num_tasks, "seed": seed, "is_shared": level.is_shared}
+    options |= {"relaxed": relaxed, "straight_through": straight_through}
+    router = _skill_router(routing, level, options)
     sizes = {"num_skills": num_skills, "num_splits": num_splits}
     shared = router(**sizes, parent=None) if level.is_shared else None
     modules = {"lora": adapters.SkilledLoRA, "ia3": adapters.SkilledIA3}
@@ -82,130 +78,78 @@ def poly(
     rules = tuple(
         dataclasses.replace(rule, granularity=level, shared_router=shared) for rule in rules
     )
-    needs_tasks = routing in ("learned", "random_task", "private") and num_tasks > 1
     name = _POLY_NAMES.get(routing) or ("poly" if num_splits == 1 else "mhr")
-    return method_lib.Method(
-        name, rules, num_tasks=num_tasks if needs_tasks else None, average=average
-    )
+    return method_lib.Method(name, rules, average=average)
 
 
-@gin.register(module="methods")
-def mhr(
-    num_tasks: int,
-    num_skills: int = 8,
-    num_splits: int = 8,
-    rank: int = 1,
-    alpha: float = 1.0,
-    placement: str = "all7",
-    adapter: str = "lora",
-    relaxed: bool = False,
-    granularity: str = "linear",
-    num_blocks: int | None = None,
-) -> method_lib.Method:
+@method_lib.register()
+@method_lib.arguments_of(
+    poly, without=("routing", "straight_through", "seed"), num_splits=8, relaxed=False
+)
+def mhr(**options) -> method_lib.Method:
     """MHR, first called Poly-S: Poly with several splits (Caccia et al. 2023, section 3).
 
+    Splits are 8 in P1 and with T0-3B in P2, 64 with T5-XL-LM, and divide all adapted widths. The
+    runs of P2 on T0 switch `relaxed` off.
+
     Args:
-        num_tasks: as in `poly`, and so on.
-        num_skills: as in `poly`.
-        num_splits: 8 in P1 and with T0-3B in P2, 64 with T5-XL-LM; divides all adapted widths.
-        rank: as in `poly`.
-        alpha: as in `poly`.
-        placement: as in `poly`.
-        adapter: as in `poly`.
-        relaxed: as in `poly`; the runs of P2 on T0 switch it off.
-        granularity: as in `poly`.
-        num_blocks: as in `poly`.
+        **options: arguments of `poly`, with these defaults.
     """
-    return poly(
-        num_tasks,
-        num_skills,
-        num_splits,
-        rank,
-        alpha,
-        placement,
-        adapter,
-        relaxed=relaxed,
-        granularity=granularity,
-        num_blocks=num_blocks,
-    )
+    return poly(**options)
 
 
-@gin.register(module="methods")
-def random_mu(
-    num_tasks: int,
-    version: str = "per_task",
-    num_skills: int = 8,
-    rank: int = 1,
-    alpha: float = 1.0,
-    placement: str = "all7",
-    seed: int = 0,
-) -> method_lib.Method:
+@method_lib.register()
+@method_lib.arguments_of(
+    poly,
+    without=(
+        *("num_splits", "adapter", "routing", "relaxed"),
+        *("straight_through", "granularity", "num_blocks"),
+    ),
+)
+def random_mu(num_tasks: int, version: str = "per_task", **options) -> method_lib.Method:
     """Random-mu: random allocations while training on many tasks, the average afterwards.
 
     Args:
-        num_tasks: as in `poly`, and so on.
+        num_tasks: as in `poly`.
         version: "per_task": each task keeps a random half of the skills (P1), "per_example": a
             random subset for each example of each batch, whatever its task (P2).
-        num_skills: as in `poly`.
-        rank: as in `poly`.
-        alpha: as in `poly`.
-        placement: as in `poly`.
-        seed: of "per_task".
+        **options: arguments of `poly`; `seed` is that of "per_task".
     """
     routing = targets.choose(
         "version", version, {"per_task": "random_task", "per_example": "random_example"}
     )
-    return poly(num_tasks, num_skills, 1, rank, alpha, placement, routing=routing, seed=seed)
+    return poly(num_tasks, routing=routing, **options)
 
 
-@gin.register(module="methods")
-def private(
-    num_tasks: int,
-    rank: int = 1,
-    alpha: float = 1.0,
-    placement: str = "all7",
-    adapter: str = "lora",
-) -> method_lib.Method:
+@method_lib.register()
+@method_lib.arguments_of(
+    poly,
+    without=(
+        *("num_skills", "num_splits", "routing", "relaxed"),
+        *("straight_through", "granularity", "num_blocks", "seed"),
+    ),
+)
+def private(**options) -> method_lib.Method:
     """A module of its own for every task: Private-mu of P1, and what AdapterSoup averages.
 
     No task's gradient reaches another's module; they share the batch, clipping, and the steps at
     which Adam's momentum moves modules whose task is not in the batch.
 
     Args:
-        num_tasks: as in `poly`, and so on.
-        rank: as in `poly`.
-        alpha: as in `poly`.
-        placement: as in `poly`.
-        adapter: as in `poly`.
+        **options: arguments of `poly`.
     """
-    return poly(
-        num_tasks, rank=rank, alpha=alpha, placement=placement, adapter=adapter, routing="private"
-    )
+    return poly(routing="private", **options)
 
 
 def _skill_router(
-    routing: str,
-    num_tasks: int,
-    relaxed: bool,
-    straight_through: bool,
-    granularity: patching.Granularity,
-    seed: int,
+    routing: str, level: patching.Granularity, options: Mapping[str, Any]
 ) -> routing_lib.SkillRouterFactory:
-    """Returns the factory of a named task router with its options."""
+    """Returns the factory of a named task router with those options that it has."""
     router = targets.choose("routing", routing, SKILL_ROUTERS)
-    if router is routing_lib.TaskRouter:
-        return functools.partial(
-            router,
-            num_tasks=num_tasks,
-            relaxed=relaxed,
-            straight_through=straight_through,
-            is_shared=granularity.is_shared,
-        )
-    if granularity.is_shared:
+    if level.is_shared and not router.is_learned:
         raise errors.UserError(
-            f"granularity {granularity.level!r} shares learned routers; routing {routing!r} has "
-            "none. Leave granularity at 'linear'."
+            f"granularity {level.level!r} shares learned routers; routing {routing!r} has none. "
+            "Leave granularity at 'linear'."
         )
-    if router is routing_lib.RandomTaskRouter:
-        return functools.partial(router, num_tasks=num_tasks, seed=seed)
-    return router
+    fields = {field.name for field in dataclasses.fields(router)}
+    return functools.partial(router, **{k: v for k, v in options.items() if k in fields})

@@ -12,6 +12,7 @@ The variants of "Multi-Head Adapter Routing" (Caccia et al. 2023) and of its fir
 from collections.abc import Callable
 import dataclasses
 import functools
+import re
 from typing import Any
 import zlib
 
@@ -21,10 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 import numpy as np
 
-from moe_peft import errors, methods, patching
+from moe_peft import errors, methods, patching, routing
+from moe_peft.methods import targets
 from moe_peft.routing import task_routers
-
-VARIANTS = ("keep", "new_logits", "z", "mu", "soup")
 
 
 @gin.register(module="methods")
@@ -37,12 +37,7 @@ def transferred(method: methods.Method, variant: str) -> methods.Method:
 
     Raises UserError where the variant does not fit the method.
     """
-    if variant not in VARIANTS:
-        raise errors.UserError(
-            f"Unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}."
-            f"{errors.near(str(variant), VARIANTS)}"
-        )
-    made = _MAKERS[variant](method)
+    made = targets.choose("variant", variant, _MAKERS)(method)
     name = method.name if variant in ("keep", "new_logits") else f"{method.name}_{variant}"
     return dataclasses.replace(made, name=name, transfer=methods.Transfer(method, variant))
 
@@ -57,12 +52,12 @@ def _kept(method: methods.Method) -> methods.Method:
 
 
 def _with_new_logits(method: methods.Method, trainable: str) -> methods.Method:
-    if not _has_learned_routers(method):
+    if not any(router.is_learned for router in method.routers):
         raise errors.UserError(
             f"{method.name!r} has no learned task routers; choose 'mu', 'soup' or 'keep'."
         )
     rules = tuple(_for_one_task(rule) for rule in method.rules)
-    return dataclasses.replace(method, rules=rules, trainable=trainable, num_tasks=None)
+    return dataclasses.replace(method, rules=rules, trainable=trainable)
 
 
 def _averaged(method: methods.Method, variant: str) -> methods.Method:
@@ -70,7 +65,8 @@ def _averaged(method: methods.Method, variant: str) -> methods.Method:
         raise errors.UserError(
             f"Variant {variant!r} averages modules; {method.name!r} has none. Choose 'keep'."
         )
-    if variant == "soup" and _router_class(method) is not task_routers.PrivateRouter:
+    is_private = all(isinstance(router, routing.PrivateRouter) for router in method.routers)
+    if variant == "soup" and not is_private:
         raise errors.UserError(
             f"Variant 'soup' averages modules of single tasks; those of {method.name!r} serve "
             "many. Train `methods.private` first."
@@ -85,22 +81,7 @@ _MAKERS: dict[str, Callable[[methods.Method], methods.Method]] = {
     "mu": lambda method: _averaged(method, "mu"),
     "soup": lambda method: _averaged(method, "soup"),
 }
-
-
-def _router_class(method: methods.Method) -> type | None:
-    """The class of the method's task routers; None without any."""
-    for rule in method.rules:
-        module = rule.adapter_factory(parent=None)
-        if hasattr(module, "num_skills"):
-            router = module.router_factory(
-                num_skills=module.num_skills, num_splits=module.num_splits, parent=None
-            )
-            return type(router)
-    return None
-
-
-def _has_learned_routers(method: methods.Method) -> bool:
-    return _router_class(method) is task_routers.TaskRouter
+VARIANTS = tuple(_MAKERS)
 
 
 def _for_one_task(rule: patching.Rule) -> patching.Rule:
@@ -153,7 +134,7 @@ def initial(
             )
         leaf = jnp.asarray(have[path])
         if variant in ("mu", "soup"):
-            leaf = _average(path, leaf, want.shape, task_weights)
+            leaf = _averaged_leaf(method.transfer.source, path, leaf, want.shape, task_weights)
         if leaf.shape != want.shape:
             raise errors.UserError(
                 f"{path!r} has the shape {leaf.shape} in the source run, {method.name!r} expects "
@@ -163,33 +144,28 @@ def initial(
     return patching.trees.unflatten(found)
 
 
-def _average(
+def _averaged_leaf(
+    source: methods.Method,
     path: str,
     modules: Float[Array, "..."],
     shape: tuple[int, ...],
     weights: Float[Array | np.ndarray, "n"] | None,
 ) -> Float[Array, "..."]:
     """The modules of one leaf averaged, in the shape of the single adapter's leaf."""
-    kind = path.rpartition("/")[2]
-    if patching.trees.stack(path):
-        axis = patching.trees.LAYER_AXIS
-        one_shape = shape[:axis] + shape[axis + 1 :]
-        average = functools.partial(_average_one, kind, shape=one_shape, weights=weights)
-        return jax.vmap(average, in_axes=axis, out_axes=axis)(modules)
-    return _average_one(kind, modules, shape=shape, weights=weights)
-
-
-def _average_one(kind, modules, *, shape, weights):
-    """lora_a [p, s, j, r], lora_b [p, s, r, k] or vectors [s, p, k], averaged over s."""
-    skill_axis = 0 if kind == "vectors" else 1
-    num_skills = modules.shape[skill_axis]
+    layer, _, name = path.partition(f"/{patching.ADAPTER}/")
+    rule = next(rule for rule in source.rules if re.fullmatch(rule.pattern, layer))
+    adapter = rule.adapter_factory(parent=None)
     if weights is None:
-        weights = np.full(num_skills, 1.0 / num_skills, np.float32)
-    if len(weights) != num_skills:
+        weights = np.full(adapter.num_skills, 1.0 / adapter.num_skills, np.float32)
+    if len(weights) != adapter.num_skills:
         raise errors.UserError(
-            f"There are {len(weights)} task weights for {num_skills} modules of the source run."
+            f"There are {len(weights)} task weights for {adapter.num_skills} modules of the source "
+            "run."
         )
-    mean = jnp.tensordot(jnp.asarray(weights, jnp.float32), modules, axes=(0, skill_axis))
-    if kind == "lora_b":  # [p, r, k] -> [r, p, k]
-        mean = jnp.swapaxes(mean, 0, 1)
-    return mean.reshape(shape)
+    average = functools.partial(adapter.average, name, weights=jnp.asarray(weights, jnp.float32))
+    if not patching.trees.stack(path):
+        return average(modules).reshape(shape)
+    axis = patching.trees.LAYER_AXIS
+    one_shape = shape[:axis] + shape[axis + 1 :]
+    each = lambda one: average(one).reshape(one_shape)
+    return jax.vmap(each, in_axes=axis, out_axes=axis)(modules)

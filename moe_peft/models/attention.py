@@ -151,7 +151,7 @@ class Attention(nn.Module):
         if cached_key.value.shape != shape and self.max_decode_length:
             raise ValueError(
                 f"The decoding cache has shape {cached_key.value.shape}; with max_decode_length="
-                f"{length} and a batch of {batch} it should be {shape}. Make the cache anew."
+                f"{length} and a batch of {batch} it should be {shape}. Make a new cache."
             )
         index = cache_index.value
         start = (0, index, 0, 0)

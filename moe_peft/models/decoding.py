@@ -1,21 +1,17 @@
-"""Greedy search, sampling and beam search over any function that continues sequences by one token.
+"""Greedy decoding, sampling and beam search over any function that continues texts by one token.
 
-That function is `tokens_to_logits(ids, cache) -> (logits, cache)`: the last ids [n, 1] of n
+The function is `tokens_to_logits(ids, cache) -> (logits, cache)`: the last ids [n, 1] of n
 sequences and the decoding cache (any pytree) give the logits [n, vocabulary] of the next ids and
-the extended cache. Decoding starts from id 0, T5's start token, stops a sequence at `eos_id`, and
-stops altogether as soon as all are stopped. Results hold `max_decode_length` ids, the end-of-text
-id included, 0 after it.
-
-    def tokens_to_logits(ids, cache):
-        logits, new = module.apply({"params": params, **cache}, encoded, encoder_tokens, ids, ids,
-                                   enable_dropout=False, decode=True, max_decode_length=32,
-                                   method=module.decode, mutable=["cache"])
-        return logits[:, 0], new
+the extended cache. Decoding starts from id 0, T5's start token, and stops when all have `eos_id`.
 """
 
+import abc
 from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
+import gin
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -24,10 +20,54 @@ from moe_peft import errors
 
 START_ID = 0
 LENGTH_PENALTIES = ("t5x", "transformers")
+_WHOLE = "a whole number of at least 1"
 
-Ids = Int[Array, "n 1"]
 Logits = Float[Array, "n v"]
-TokensToLogits = Callable[[Ids, Any], tuple[Logits, Any]]
+TokensToLogits = Callable[[Int[Array, "n 1"], Any], tuple[Logits, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy(abc.ABC):
+    """Turns a one-token decoder into whole answers.
+
+    Attributes:
+      max_decode_length: tokens of an answer at most, the end mark included. None leaves it to the
+        caller of `predict`, who must set it: evaluation takes the length of targets.
+      eos_id: the end mark.
+      is_random: whether it needs an rng.
+      rows_per_example: rows that the decoder sees for each example.
+    """
+
+    max_decode_length: int | None = None
+    eos_id: int = 1
+
+    is_random = False
+    rows_per_example = 1
+
+    def __post_init__(self):
+        length, name = self.max_decode_length, f"{type(self).__name__}.max_decode_length"
+        _check(length is None or (isinstance(length, int) and length >= 1), name, length, _WHOLE)
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        tokens_to_logits: TokensToLogits,
+        cache: PyTree,
+        *,
+        batch_size: int,
+        cache_batch_axis: int = 0,
+        rng: Array | None = None,
+    ) -> Int[Array, "b t"]:
+        """Returns the answers' ids [b, max_decode_length], 0 after the end mark.
+
+        Args:
+          tokens_to_logits: sees batch_size * rows_per_example rows.
+          cache: of that many rows.
+          batch_size: examples.
+          cache_batch_axis: axis of the rows in cache leaves: 0, or 1 when layers are scanned.
+            Leaves without that axis (positions) belong to all rows.
+          rng: key, if `is_random`.
+        """
 
 
 class _State(NamedTuple):
@@ -39,46 +79,71 @@ class _State(NamedTuple):
     rng: Array | None
 
 
-def greedy(
-    tokens_to_logits: TokensToLogits,
-    cache: PyTree,
-    *,
-    batch_size: int,
-    max_decode_length: int,
-    eos_id: int = 1,
-) -> Int[Array, "n t"]:
-    """Takes the most probable id every time."""
-    choose = lambda logits, rng: jnp.argmax(logits, axis=-1)
-    return _generate(tokens_to_logits, cache, choose, batch_size, max_decode_length, eos_id, None)
+@gin.register(module="decoding")
+@dataclasses.dataclass(frozen=True)
+class Greedy(Strategy):
+    """The most probable token every time."""
+
+    def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
+        """See `Strategy`. The key is split once per token."""
+        length = self.max_decode_length
+
+        def step(state: _State) -> _State:
+            logits, cache = tokens_to_logits(state.last, state.cache)
+            key, rng = (None, None) if state.rng is None else jax.random.split(state.rng)
+            ids = jnp.where(state.is_done, 0, self._chosen(logits, key).astype(jnp.int32))
+            return _State(
+                index=state.index + 1,
+                tokens=jax.lax.dynamic_update_slice(state.tokens, ids[:, None], (0, state.index)),
+                last=ids[:, None],
+                is_done=state.is_done | (ids == self.eos_id),
+                cache=cache,
+                rng=rng,
+            )
+
+        start = _State(
+            index=jnp.zeros((), jnp.int32),
+            tokens=jnp.zeros((batch_size, length), jnp.int32),
+            last=jnp.full((batch_size, 1), START_ID, jnp.int32),
+            is_done=jnp.zeros((batch_size,), bool),
+            cache=cache,
+            rng=rng if self.is_random else None,
+        )
+        goes_on = lambda state: (state.index < length) & ~jnp.all(state.is_done)
+        return jax.lax.while_loop(goes_on, step, start).tokens
+
+    def _chosen(self, logits: Logits, key: Array | None) -> Int[Array, "n"]:
+        return jnp.argmax(logits, axis=-1)
 
 
-def sample(
-    tokens_to_logits: TokensToLogits,
-    cache: PyTree,
-    rng: Array,
-    *,
-    batch_size: int,
-    max_decode_length: int,
-    eos_id: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Int[Array, "n t"]:
-    """Draws every id from the distribution that `restrict` leaves.
+@gin.register(module="decoding")
+@dataclasses.dataclass(frozen=True)
+class Sample(Greedy):
+    """Draws every token from what `restrict` leaves; the same key gives the same sequences.
 
-    Args:
-        rng: split once per token; the same key gives the same sequences.
-        temperature: above 0; below 1 sharpens. `greedy` is its limit at 0.
-        top_k: draw among the k most probable ids only; None for all.
-        top_p: in (0, 1]; draw among the fewest ids whose probabilities reach this sum.
+    Attributes:
+      temperature: above 0; below 1 sharpens. `Greedy` is its limit at 0.
+      top_k: draw among the k most probable ids only; None for all.
+      top_p: in (0, 1]; draw among the fewest ids whose probabilities reach this sum.
     """
-    _check(temperature > 0, "temperature", temperature, "a number above 0 (or use greedy decoding)")
-    _check(top_k is None or top_k >= 1, "top_k", top_k, "a whole number of at least 1, or None")
-    _check(0 < top_p <= 1, "top_p", top_p, "0 < top_p <= 1")
-    choose = lambda logits, key: jax.random.categorical(
-        key, restrict(logits / temperature, top_k=top_k, top_p=top_p)
-    )
-    return _generate(tokens_to_logits, cache, choose, batch_size, max_decode_length, eos_id, rng)
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    is_random = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(
+            self.temperature > 0, "temperature", self.temperature, "a number above 0 (or Greedy)"
+        )
+        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, f"{_WHOLE}, or None")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
+
+    def _chosen(self, logits, key):
+        logits = restrict(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return jax.random.categorical(key, logits)
 
 
 def restrict(logits: Logits, *, top_k: int | None = None, top_p: float = 1.0) -> Logits:
@@ -97,34 +162,6 @@ def restrict(logits: Logits, *, top_k: int | None = None, top_p: float = 1.0) ->
     return logits
 
 
-def _generate(tokens_to_logits, cache, choose, batch_size, max_decode_length, eos_id, rng):
-    """Appends `choose(logits, rng)` until every row has `eos_id` or is full."""
-
-    def step(state: _State) -> _State:
-        logits, cache = tokens_to_logits(state.last, state.cache)
-        key, rng = (None, None) if state.rng is None else jax.random.split(state.rng)
-        ids = jnp.where(state.is_done, 0, choose(logits, key).astype(jnp.int32))
-        return _State(
-            index=state.index + 1,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, ids[:, None], (0, state.index)),
-            last=ids[:, None],
-            is_done=state.is_done | (ids == eos_id),
-            cache=cache,
-            rng=rng,
-        )
-
-    start = _State(
-        index=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((batch_size, max_decode_length), jnp.int32),
-        last=jnp.full((batch_size, 1), START_ID, jnp.int32),
-        is_done=jnp.zeros((batch_size,), bool),
-        cache=cache,
-        rng=rng,
-    )
-    goes_on = lambda state: (state.index < max_decode_length) & ~jnp.all(state.is_done)
-    return jax.lax.while_loop(goes_on, step, start).tokens
-
-
 class _BeamState(NamedTuple):
     index: Array  # tokens made so far
     live_tokens: Int[Array, "b k t"]
@@ -135,75 +172,106 @@ class _BeamState(NamedTuple):
     cache: PyTree
 
 
-def beam_search(
-    tokens_to_logits: TokensToLogits,
-    cache: PyTree,
-    *,
-    batch_size: int,
-    num_beams: int,
-    max_decode_length: int,
-    eos_id: int = 1,
-    alpha: float = 0.6,
-    length_penalty: str = "t5x",
-    cache_batch_axis: int = 0,
-) -> tuple[Int[Array, "b k t"], Float[Array, "b k"]]:
-    """Returns the best finished sequences and their scores, best first.
+@gin.register(module="decoding")
+@dataclasses.dataclass(frozen=True)
+class BeamSearch(Strategy):
+    """The best of several beams.
 
     The score of a sequence with n ids, end-of-text included, is `log p / penalty(n)`. The search
-    ends when no live beam can still beat the worst of `num_beams` finished ones. Where a row has
-    fewer finished sequences, the rest are zeros with score -inf; where it has none, its live beams
-    are returned, scored at full length.
+    ends when no live beam can still beat the worst of `num_beams` finished ones.
 
-    Args:
-        tokens_to_logits: sees `batch_size * num_beams` rows, beams of one example next to each
-            other; `repeat_rows` prepares encoded text and caches.
-        cache: of that many rows.
-        num_beams: at least 1.
-        alpha: exponent of the penalty; 0 compares log probabilities, larger favours longer ones.
-        length_penalty: "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an
-            end-of-text id count. "transformers": n ** alpha; sequences that fill all of
-            `max_decode_length` count as finished too, and end-of-text must be among the best
-            `num_beams` candidates instead of twice that (`generate` with early_stopping="never").
-        cache_batch_axis: axis of the rows in cache leaves: 0, or 1 when layers are scanned. Leaves
-            without that axis (positions) belong to all rows.
+    Attributes:
+      num_beams: at least 1.
+      alpha: exponent of the penalty; 0 compares log probabilities, larger favours longer ones.
+      length_penalty: "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an
+        end-of-text id count. "transformers": n ** alpha; sequences that fill all of
+        `max_decode_length` count as finished too, and end-of-text must be among the best
+        `num_beams` candidates instead of twice that (`generate` with early_stopping="never").
     """
-    _check(num_beams >= 1, "num_beams", num_beams, "a whole number of at least 1")
-    if length_penalty not in LENGTH_PENALTIES:
-        raise errors.UserError(
-            f"length_penalty is {length_penalty!r}; expected one of {', '.join(LENGTH_PENALTIES)}."
-            f"{errors.near(str(length_penalty), LENGTH_PENALTIES)}"
+
+    num_beams: int = 4
+    alpha: float = 0.6
+    length_penalty: str = "t5x"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self.num_beams >= 1, "num_beams", self.num_beams, _WHOLE)
+        errors.check_one_of("length_penalty", self.length_penalty, LENGTH_PENALTIES)
+
+    rows_per_example = property(lambda self: self.num_beams)
+
+    def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
+        """See `Strategy`."""
+        return self.search(tokens_to_logits, cache, batch_size, cache_batch_axis)[0][:, 0]
+
+    def search(
+        self, tokens_to_logits: TokensToLogits, cache: PyTree, batch_size: int, axis: int = 0
+    ) -> tuple[Int[Array, "b k t"], Float[Array, "b k"]]:
+        """Returns the best finished sequences and their scores, best first.
+
+        Where a row has fewer than `num_beams` finished sequences, the rest are zeros with score
+        -inf; where it has none, its live beams are returned, scored at full length. The beams of an
+        example are rows next to each other, see `batches.repeat_rows`; `axis` is that of the rows
+        in cache leaves.
+        """
+        beams, length = self.num_beams, self.max_decode_length
+        _check_rows(cache, batch_size * beams, axis)
+        no_tokens = jnp.zeros((batch_size, beams, length), jnp.int32)
+        # One live beam at first: equal beams would only find the same continuations.
+        first_beam = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
+        start = _BeamState(
+            index=jnp.zeros((), jnp.int32),
+            live_tokens=no_tokens,
+            live_log_probs=jnp.tile(first_beam[None], (batch_size, 1)),
+            finished_tokens=no_tokens,
+            finished_scores=jnp.full((batch_size, beams), -jnp.inf),
+            last=jnp.full((batch_size * beams, 1), START_ID, jnp.int32),
+            cache=cache,
         )
-    num_candidates = 2 * num_beams
+        step = functools.partial(self._step, tokens_to_logits, axis)
+        end = jax.lax.while_loop(self._goes_on, step, start)
+        any_finished, live = end.finished_scores[:, :1] > -jnp.inf, end.live_log_probs
+        tokens = jnp.where(any_finished[:, :, None], end.finished_tokens, end.live_tokens)
+        return tokens, jnp.where(any_finished, end.finished_scores, live / self._penalty(length))
 
-    def penalty(length):
-        base = (5.0 + length) / 6.0 if length_penalty == "t5x" else length
-        return jnp.asarray(base, jnp.float32) ** alpha
+    def _penalty(self, length):
+        base = (5.0 + length) / 6.0 if self.length_penalty == "t5x" else length
+        return jnp.asarray(base, jnp.float32) ** self.alpha
 
-    def step(state: _BeamState) -> _BeamState:
+    def _goes_on(self, state: _BeamState) -> Bool[Array, ""]:
+        # A live beam that goes on loses probability, but its penalty may grow faster: what it can
+        # still reach is the better of ending at the next token and ending at the largest length.
+        best_live = state.live_log_probs[:, 0]
+        ends = (state.index + 1, self.max_decode_length)
+        attainable = jnp.maximum(*(best_live / self._penalty(end) for end in ends))
+        can_improve = attainable > state.finished_scores[:, -1]
+        return (state.index < self.max_decode_length) & jnp.any(can_improve)
+
+    def _step(self, tokens_to_logits, axis, state: _BeamState) -> _BeamState:
         logits, cache = tokens_to_logits(state.last, state.cache)
+        batch_size, num_beams = state.live_log_probs.shape
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
         vocab_size = log_probs.shape[-1]
         log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
         log_probs = log_probs + state.live_log_probs[:, :, None]
         # At most one end-of-text per beam: twice the beams always leave enough live candidates.
         flat = log_probs.reshape(batch_size, -1)
-        candidate_log_probs, candidates = jax.lax.top_k(flat, num_candidates)
+        candidate_log_probs, candidates = jax.lax.top_k(flat, 2 * num_beams)
         parents, ids = candidates // vocab_size, candidates % vocab_size
         tokens = jnp.take_along_axis(state.live_tokens, parents[:, :, None], axis=1)
         tokens = jax.lax.dynamic_update_slice(tokens, ids[:, :, None], (0, 0, state.index))
-        is_eos = ids == eos_id
 
-        live = jnp.where(is_eos, -jnp.inf, candidate_log_probs)
+        live = jnp.where(ids == self.eos_id, -jnp.inf, candidate_log_probs)
         live_log_probs, kept = jax.lax.top_k(live, num_beams)
         rows = jnp.take_along_axis(parents, kept, axis=1)
         rows = (rows + num_beams * jnp.arange(batch_size)[:, None]).reshape(-1)
 
-        scores = candidate_log_probs / penalty(state.index + 1)
-        counts = is_eos
-        if length_penalty == "transformers":
-            is_full = state.index + 1 == max_decode_length
-            counts = (is_eos | is_full) & (jnp.arange(num_candidates) < num_beams)[None]
-        scores = jnp.where(counts, scores, -jnp.inf)
+        scores = candidate_log_probs / self._penalty(state.index + 1)
+        are_finished = ids == self.eos_id
+        if self.length_penalty == "transformers":
+            is_full = state.index + 1 == self.max_decode_length
+            are_finished = (are_finished | is_full) & (jnp.arange(2 * num_beams) < num_beams)[None]
+        scores = jnp.where(are_finished, scores, -jnp.inf)
         scores = jnp.concatenate([state.finished_scores, scores], axis=1)
         finished_scores, best = jax.lax.top_k(scores, num_beams)
         finished = jnp.concatenate([state.finished_tokens, tokens], axis=1)
@@ -214,50 +282,8 @@ def beam_search(
             finished_tokens=jnp.take_along_axis(finished, best[:, :, None], axis=1),
             finished_scores=finished_scores,
             last=jnp.take_along_axis(ids, kept, axis=1).reshape(-1, 1),
-            cache=_take_rows(cache, rows, cache_batch_axis),
+            cache=jax.tree.map(lambda x: jnp.take(x, rows, axis) if x.ndim > axis else x, cache),
         )
-
-    def goes_on(state: _BeamState) -> Bool[Array, ""]:
-        best_live = state.live_log_probs[:, 0]
-        attainable = jnp.maximum(
-            best_live / penalty(state.index + 1), best_live / penalty(max_decode_length)
-        )
-        can_improve = attainable > state.finished_scores[:, -1]
-        return (state.index < max_decode_length) & jnp.any(can_improve)
-
-    _check_rows(cache, batch_size * num_beams, cache_batch_axis)
-    no_tokens = jnp.zeros((batch_size, num_beams, max_decode_length), jnp.int32)
-    # One live beam at first: equal beams would only find the same continuations.
-    first_beam = jnp.where(jnp.arange(num_beams) == 0, 0.0, -jnp.inf)
-    end = jax.lax.while_loop(
-        goes_on,
-        step,
-        _BeamState(
-            index=jnp.zeros((), jnp.int32),
-            live_tokens=no_tokens,
-            live_log_probs=jnp.tile(first_beam[None], (batch_size, 1)),
-            finished_tokens=no_tokens,
-            finished_scores=jnp.full((batch_size, num_beams), -jnp.inf),
-            last=jnp.full((batch_size * num_beams, 1), START_ID, jnp.int32),
-            cache=cache,
-        ),
-    )
-    any_finished = end.finished_scores[:, :1] > -jnp.inf
-    tokens = jnp.where(any_finished[:, :, None], end.finished_tokens, end.live_tokens)
-    live_scores = end.live_log_probs / penalty(max_decode_length)
-    return tokens, jnp.where(any_finished, end.finished_scores, live_scores)
-
-
-def repeat_rows(tree: PyTree, times: int, axis: int = 0) -> PyTree:
-    """Repeats every row `times` times in place ([a, b] becomes [a, a, b, b]).
-
-    Leaves without that axis, such as positions in a cache, stay as they are.
-    """
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis) if x.ndim > axis else x, tree)
-
-
-def _take_rows(cache: PyTree, rows: Int[Array, "n"], axis: int) -> PyTree:
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis) if x.ndim > axis else x, cache)
 
 
 def _check_rows(cache: PyTree, num_rows: int, axis: int) -> None:

@@ -12,16 +12,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe_peft import errors, patching, routing
 from moe_peft import methods as methods_lib
-from moe_peft.models import decoding, losses, scoring, strategies
+from moe_peft.models import batches, decoding, losses, scoring
 
 Batch = losses.Batch
 LossConfig = losses.LossConfig
 summarize = losses.summarize
 
-_REQUIRED = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-_PACKING = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
 _SEEN_WHILE_DECODING = ("encoder_input_tokens", "task_ids", "sentence_embeddings")
-FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +48,8 @@ class EncoderDecoder:
 
         `batch_shapes`: feature name to a shape tuple, or to anything with a `.shape`.
         """
-        batch = ones(batch_shapes)
-        tokens, packing = _features(batch)
+        batch = batches.ones(batch_shapes)
+        tokens, packing = batches.features(batch)
         variables = self.module.init(
             rng, *tokens, **packing, enable_dropout=False, **self._routing(batch)
         )
@@ -144,11 +141,7 @@ class EncoderDecoder:
         )
 
     def predict(
-        self,
-        params: PyTree,
-        batch: Batch,
-        strategy: strategies.Strategy,
-        rng: Array | None = None,
+        self, params: PyTree, batch: Batch, strategy: decoding.Strategy, rng: Array | None = None
     ) -> Int[Array, "b t"]:
         """Answers: ids [b, max_decode_length] with the end mark, 0 after it.
 
@@ -157,9 +150,9 @@ class EncoderDecoder:
         Args:
           params: as everywhere.
           batch: encoder_input_tokens [b, s] and what routers look at; targets are not read.
-          strategy: how, such as `strategies.Greedy(max_decode_length=32)`. Hashable, so it may be a
+          strategy: how, such as `decoding.Greedy(max_decode_length=32)`. Hashable, so it may be a
             static argument of jit.
-          rng: key for random strategies.
+          rng: key for random decoding.
         """
         if strategy.is_random and rng is None:
             raise errors.UserError(f"{type(strategy).__name__} draws tokens and needs an rng.")
@@ -167,52 +160,55 @@ class EncoderDecoder:
             raise errors.UserError(f"{type(strategy).__name__}.max_decode_length is not set.")
         if "encoder_segment_ids" in batch:
             raise errors.UserError("Answers are decoded for unpacked inputs, not for packed rows.")
-        variables = {"params": params}
         inputs = jnp.asarray(batch["encoder_input_tokens"])
+        seen = {k: v for k, v in batch.items() if k in _SEEN_WHILE_DECODING}
         encoded = self.module.apply(
-            variables,
+            {"params": params},
             inputs,
             enable_dropout=False,
             method=self.module.encode,
             **self._routing(batch),
         )
-        times, axis = strategy.rows_per_example, int(self.module.config.scan_layers)
-
-        def decode(variables, encoded, batch, ids, mutable):
-            return self.module.apply(
-                variables,
-                encoded,
-                batch["encoder_input_tokens"],
-                ids,
-                ids,
-                enable_dropout=False,
-                decode=True,
-                max_decode_length=strategy.max_decode_length,
-                method=self.module.decode,
-                mutable=mutable,
-                **self._routing(batch),
-            )
-
-        seen = {k: v for k, v in batch.items() if k in _SEEN_WHILE_DECODING}
+        length, times = strategy.max_decode_length, strategy.rows_per_example
         # Makes the empty cache and the keys and values of the encoded text. The compiler drops the
         # rest of this call, whose logits nobody reads.
         first = jnp.zeros((inputs.shape[0], 1), jnp.int32)
-        _, caches = decode(variables, encoded, seen, first, ["cache", "cross_cache"])
-        repeat = lambda tree, axis=0: decoding.repeat_rows(tree, times, axis)
-        encoded, seen, caches = repeat(encoded), repeat(seen), repeat(caches, axis)
+        start = functools.partial(self._decode, {"params": params}, encoded, seen, length)
+        _, caches = start(first, ["cache", "cross_cache"])
+        # Keys and values have four axes, and one more in front where a scan stacks layers.
+        axis = max(leaf.ndim for leaf in jax.tree.leaves(caches["cache"])) - 4
+        caches = dict(batches.repeat_rows(caches, times, axis))
+        cache = caches.pop("cache")
         # The beams of an example share its text: only "cache" follows them around.
-        constant = {**variables, **{k: v for k, v in caches.items() if k != "cache"}}
+        step = functools.partial(
+            self._decode,
+            {"params": params, **caches},
+            *batches.repeat_rows((encoded, seen), times),
+            length,
+        )
 
         def tokens_to_logits(ids, cache):
-            logits, new = decode({**constant, "cache": cache}, encoded, seen, ids, ["cache"])
+            logits, new = step(ids, ["cache"], cache=cache)
             return logits[:, 0], new["cache"]
 
         return strategy(
-            tokens_to_logits,
-            caches["cache"],
-            batch_size=inputs.shape[0],
-            cache_batch_axis=axis,
-            rng=rng,
+            tokens_to_logits, cache, batch_size=inputs.shape[0], cache_batch_axis=axis, rng=rng
+        )
+
+    def _decode(self, variables, encoded, seen, length, ids, mutable, **caches):
+        """Calls the decoder with a cache; `seen` is what a batch has while decoding."""
+        return self.module.apply(
+            {**variables, **caches},
+            encoded,
+            seen["encoder_input_tokens"],
+            ids,
+            ids,
+            enable_dropout=False,
+            decode=True,
+            max_decode_length=length,
+            method=self.module.decode,
+            mutable=mutable,
+            **self._routing(seen),
         )
 
     def _target_log_probs(self, params: PyTree, batch: Batch) -> Float[Array, "b t"]:
@@ -226,14 +222,14 @@ class EncoderDecoder:
         self, params: PyTree, batch: Batch, dropout_rng: Array | None
     ) -> tuple[Float[Array, "b t v"], dict[str, Float[Array, ""]]]:
         """Teacher-forced logits and the mean of each kind of router loss."""
-        tokens, packing = _features(batch)
+        tokens, packing = batches.features(batch)
         call = functools.partial(
             self.module.apply,
             {"params": params},
             *tokens,
             **packing,
             enable_dropout=dropout_rng is not None,
-            rngs=None if dropout_rng is None else rngs(dropout_rng),
+            rngs=None if dropout_rng is None else batches.rngs(dropout_rng),
             **self._routing(batch),
         )
         # Router losses that count for nothing are not computed either: on a CPU they cost more than
@@ -249,54 +245,4 @@ class EncoderDecoder:
         """The keyword argument that tells a patched module what its routers may look at."""
         if not isinstance(self.module, patching.Patched):
             return {}
-        return {"routing": context(batch, self.method)}
-
-
-def ones(batch_shapes: Mapping[str, Any]) -> Batch:
-    """A batch of ones to make parameters with; `batch_shapes` as in `init_variables`."""
-    return {
-        name: jnp.ones(
-            getattr(value, "shape", value), jnp.float32 if name in FLOAT_FEATURES else jnp.int32
-        )
-        for name, value in batch_shapes.items()
-    }
-
-
-def context(batch: Batch, method: methods_lib.Method | None) -> routing.RoutingContext:
-    """What adapters may know of a batch.
-
-    Args:
-      batch: encoder_input_tokens, and what else there is of targets, task ids and embeddings.
-      method: of the adapters.
-
-    Raises:
-      UserError: the method combines modules for each example's task, and rows hold several.
-    """
-    if "encoder_segment_ids" in batch and method and method.num_tasks is not None:
-        raise errors.UserError(
-            f"{method.name!r} combines its modules for each example's task; this batch "
-            "packs several examples into a row (it has encoder_segment_ids)."
-        )
-    targets = batch.get("decoder_target_tokens")  # Not there while decoding.
-    return routing.RoutingContext(
-        task_ids=batch.get("task_ids"),
-        sentence_embeddings=batch.get("sentence_embeddings"),
-        encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
-        decoder_mask=None if targets is None else jnp.greater(targets, 0),
-    )
-
-
-def rngs(dropout_rng: Array) -> dict[str, Array]:
-    """The keys of dropout and of stochastic routing, from one."""
-    return dict(zip(("dropout", "routing"), jax.random.split(dropout_rng), strict=True))
-
-
-def _features(batch: Batch) -> tuple[list[losses.AnyArray], dict[str, losses.AnyArray]]:
-    """(the three token arrays in calling order, packing features by keyword)."""
-    missing = [name for name in _REQUIRED if name not in batch]
-    if missing:
-        raise errors.UserError(
-            f"The batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch)) or 'nothing'}."
-        )
-    packing = {name: batch[name] for name in _PACKING if name in batch}
-    return [batch[name] for name in _REQUIRED], packing
+        return {"routing": batches.context(batch, self.method)}

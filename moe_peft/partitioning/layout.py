@@ -43,7 +43,7 @@ class Layout:
       mesh: with the axes `data`, `fsdp` and `model`.
       first: rules (logical axis, axis or axes of the mesh, or None) that come before
         `LOGICAL_AXIS_RULES`; adapters' axes are "expert", "rank", "task", "skill" and "split",
-        beside those of the layer they belong to.
+        besides those of the layer they belong to.
       adapters: "replicated" keeps a whole copy of adapters and their optimiser state on every
         device; "sharded" splits them as the rules say.
     """
@@ -53,7 +53,6 @@ class Layout:
     adapters: str = "replicated"
 
     def __post_init__(self) -> None:
-        """Refuses axes that the mesh has not."""
         errors.check_one_of("Layout.adapters", self.adapters, ADAPTERS)
         for name, axes in self.first:
             for axis in (axes,) if isinstance(axes, str) else axes or ():
@@ -66,7 +65,7 @@ class Layout:
         return (*given, *LOGICAL_AXIS_RULES)
 
     @property
-    def everywhere(self) -> jax.sharding.NamedSharding:
+    def replicated(self) -> jax.sharding.NamedSharding:
         """A whole copy on every device."""
         return mesh_lib.replicated(self.mesh)
 
@@ -84,7 +83,7 @@ class Layout:
         found = {path: self._sharding(path, leaf.shape, axes) for path, leaf in flat.items()}
         return patching.trees.unflatten(found)
 
-    def like(self, tree: PyTree, shardings: PyTree, parameters: PyTree) -> PyTree:
+    def optimizer_shardings(self, tree: PyTree, shardings: PyTree, parameters: PyTree) -> PyTree:
         """Returns the shardings of a tree of parameters and of what an optimiser keeps of them.
 
         A leaf whose dictionary keys end in a parameter's path and that has its shape (or the shape
@@ -103,18 +102,18 @@ class Layout:
             ends = ("/".join(keys[first:]) for first in range(len(keys)))
             name = next((end for end in ends if end in shapes), None)
             if name is None:
-                return self.everywhere
+                return self.replicated
             shape, spec = shapes[name].shape, places[name].spec
             if shape == leaf.shape:
                 return places[name]
             if _layers_first(shape) == leaf.shape:
                 spec = _layers_first((*spec, *[None] * (len(shape) - len(spec))))
                 return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*spec))
-            return self.everywhere
+            return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
-    def applied(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_axis_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function with activations split by the rules too; to be jitted."""
 
         @functools.wraps(function)
@@ -127,7 +126,7 @@ class Layout:
     def _sharding(self, path: str, shape: tuple[int, ...], axes: Axes):
         is_adapter = patching.is_adapter(path)
         if path not in axes or (is_adapter and self.adapters == "replicated"):
-            return self.everywhere
+            return self.replicated
         spec = partitioning.logical_to_mesh_axes(axes[path], self.rules)
         for name, size, split in zip(axes[path], shape, spec, strict=True):
             split = (split,) if isinstance(split, str) else split or ()

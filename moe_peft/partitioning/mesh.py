@@ -115,7 +115,7 @@ def host_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     have the same number.
 
     Raises:
-      UserError: a process's devices hold rows that are no whole part of the batch.
+      UserError: a process's devices hold rows that are not one connected part of the batch.
     """
     shards = mesh.devices.reshape(-1, mesh.shape["model"])
     rows_of = {}
@@ -127,8 +127,8 @@ def host_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     if own != set(range(first, first + size)) or first % size or len(shards) % size:
         raise errors.UserError(
             f"On this mesh of {dict(mesh.shape)}, process {jax.process_index()} would hold the "
-            f"parts {sorted(own)} of {len(shards)} of a batch, which are no connected share. Make "
-            "model x fsdp divide the devices of a process, or the other way round."
+            f"parts {sorted(own)} of {len(shards)} of a batch, which are not one connected part. "
+            "Make model x fsdp divide the devices of a process, or the other way round."
         )
     return first // size, len(shards) // size
 

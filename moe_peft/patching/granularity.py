@@ -36,12 +36,7 @@ class Granularity:
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses unknown levels."""
-        if self.level not in LEVELS:
-            raise errors.UserError(
-                f"granularity is {self.level!r}; expected one of {', '.join(LEVELS)}."
-                f"{errors.near(str(self.level), LEVELS)}"
-            )
+        errors.check_one_of("granularity", self.level, LEVELS)
         if (self.level == "blocks") != (self.num_blocks is not None):
             raise errors.UserError(
                 f"granularity 'blocks' and num_blocks go together; got {self.level!r} and "

@@ -1,6 +1,6 @@
 """The interceptor: what happens at every module call while a patched model runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -24,10 +24,6 @@ class _Call(NamedTuple):
     out_axes: tuple[str, ...]
 
 
-# What one parent has called so far, by name.
-_Frame = dict[str, _Call]
-
-
 def is_dense(module: nn.Module) -> bool:
     """Whether a module is a linear map: it declares output features and a kernel initialiser."""
     return hasattr(module, "features") and hasattr(module, "kernel_init")
@@ -39,8 +35,9 @@ def feature_axes(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Taken from the layer's own names of its kernel's axes. Where those name one joined axis for two
     features, the two are heads and their width.
     """
-    num_out = len(_as_tuple(module.features))
-    num_in = getattr(module, "num_input_axes", None) or len(_as_tuple(getattr(module, "axis", -1)))
+    size = lambda value: len(value) if isinstance(value, Sequence) else 1
+    num_out = size(module.features)
+    num_in = getattr(module, "num_input_axes", None) or size(getattr(module, "axis", -1))
     # T5X's networks call them kernel_axes, Flaxformer kernel_axis_names.
     names = getattr(module, "kernel_axes", None) or getattr(module, "kernel_axis_names", None)
     names = tuple(names or ())
@@ -55,12 +52,8 @@ def _expand(name: str, num_axes: int) -> tuple[str, ...]:
     return known.get(num_axes, ("unmodeled",) * num_axes)
 
 
-def _as_tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
 class Interceptor:
-    """Runs the adapters of `rules` beside the layers they match, for one call of a model.
+    """Runs the adapters of `rules` next to the layers they match, for one call of a model.
 
     Everything it remembers lives as long as that call: the layers seen (`calls`: path -> siblings
     called before), and one frame per module on the call stack.
@@ -81,9 +74,15 @@ class Interceptor:
         self.wants_losses = wants_losses
         self.shared_weights = shared_weights or {}
         self.calls: dict[str, tuple[str, ...]] = {}
-        self._frames: list[_Frame] = [{}]
+        self._frames: list[dict[str, _Call]] = [{}]  # what a parent called, by name
 
-    def __call__(self, next_fun, args, kwargs, context):
+    def __call__(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
         """Called by flax in the place of every module's method."""
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)

@@ -1,7 +1,8 @@
 """The proxy through which every call of a patched model goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -14,6 +15,8 @@ from moe_peft.patching import granularity, interceptor, trees
 from moe_peft.patching import rules as rules_lib
 
 Shapes = Mapping[str, Any] | Sequence[Any]
+Rngs = jax.Array | Mapping[str, jax.Array]
+Method = Callable[..., Any] | str | None
 
 # Entry points of a linen module that would run or copy it without its adapters.
 _BYPASSES = ("bind", "copy", "lazy_init", "tabulate", "module_paths")
@@ -24,7 +27,7 @@ class Patched:
     """A linen module whose every `init` and `apply` runs with adapters.
 
     A plain object around an unchanged module: no copy, no subclass. Base parameters keep names,
-    shapes and axes; an adapter's parameters lie beside the frozen `kernel` under "adapter". All
+    shapes and axes; an adapter's parameters lie next to the frozen `kernel` under "adapter". All
     other attributes are the module's own, so that `method=patched.encode` works.
 
     Attributes:
@@ -40,15 +43,22 @@ class Patched:
     module: nn.Module
     rules: tuple[rules_lib.Rule, ...] = ()
 
-    def init(self, rngs, *args, routing=None, method=None, **kwargs):
-        """Returns the variables of model and adapters; see `nn.Module.init`.
+    def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the variables of model and adapters; see `init_with_output`."""
+        return self.init_with_output(*args, **kwargs)[1]
+
+    def init_with_output(
+        self,
+        rngs: Rngs,
+        *args: Any,
+        routing: routing_lib.RoutingContext | None = None,
+        method: Method = None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns (outputs, variables); see `nn.Module.init_with_output`.
 
         Raises UserError if a rule matches nothing, or two match one layer.
         """
-        return self.init_with_output(rngs, *args, routing=routing, method=method, **kwargs)[1]
-
-    def init_with_output(self, rngs, *args, routing=None, method=None, **kwargs):
-        """Returns (outputs, variables); see `init`."""
         shared, shared_axes = self._init_shared(rngs, args, method, kwargs)
         variables = {"params": shared}
         rows = num_rows(args, kwargs)
@@ -70,32 +80,31 @@ class Patched:
         """Fresh (params, params_axes) of routers that several layers share; empty without."""
         if all(rule.shared_router is None for rule in self.rules):
             return {}, {}
-        recorder = interceptor.Interceptor((), routing_lib.RoutingContext())
-
-        def run():
-            with nn.intercept_methods(recorder):
-                return self.module.init(rngs, *args, method=method, **kwargs)
-
-        jax.eval_shape(run)
-        found = rules_lib.match(self.rules, recorder.calls)
+        init = functools.partial(self.module.init, rngs, *args, method=method, **kwargs)
+        found = rules_lib.match(self.rules, _dense_calls(init))
         found.check()
         rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
         routers = granularity.shared_routers(self.rules, found.paths)
         return granularity.init(rng, routers, trees.ADAPTER)
 
     def apply(
-        self, variables, *args, routing=None, method=None, rngs=None, mutable=False, **kwargs
-    ):
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        routing: routing_lib.RoutingContext | None = None,
+        method: Method = None,
+        rngs: Rngs | None = None,
+        mutable: flax.core.scope.CollectionFilter = False,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the model with its adapters; see `nn.Module.apply`.
 
         Args:
             variables: {"params": ...} and what else the model wants.
-            *args: of the method.
             routing: the batch's `routing.RoutingContext`, if routers need one.
             method: another method than `__call__`, such as `patched.encode`.
             rngs: "dropout" also drops adapters' inputs, "routing" makes routers stochastic.
             mutable: name "router_losses" to collect `routing.losses`.
-            **kwargs: of the method.
         """
         rows = num_rows(args, kwargs)
         intercept = _interceptor(self.rules, routing, rngs, mutable, variables, rows)
@@ -104,7 +113,7 @@ class Patched:
                 variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
 
-    def clone(self, **fields) -> "Patched":
+    def clone(self, **fields: Any) -> "Patched":
         """Returns the patched clone of the module; see `nn.Module.clone`."""
         return dataclasses.replace(self, module=self.module.clone(**fields))
 
@@ -130,21 +139,24 @@ def _interceptor(rules, context, rngs, mutable, variables, rows):
     )
 
 
-def num_rows(args, kwargs) -> int | None:
+def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Examples of a call: the leading axis of its first array."""
     arrays = (value for value in (*args, *kwargs.values()) if getattr(value, "ndim", 0))
     return next((array.shape[0] for array in arrays), None)
 
 
 def matches(
-    module: nn.Module, rules: Sequence[rules_lib.Rule], example_shapes: Shapes, **kwargs
+    module: "nn.Module | Patched",
+    rules: Sequence[rules_lib.Rule],
+    example_shapes: Shapes,
+    **kwargs: Any,
 ) -> rules_lib.Matches:
     """Returns which layers each rule matches, by running the bare module abstractly.
 
     Neither weights nor adapters are made. Call `.check()` on the result for the errors of `init`.
 
     Args:
-        module: linen module (or a Patched, whose module is taken).
+        module: linen module, or a Patched, whose module is taken.
         rules: of a method.
         example_shapes: positional or named arguments of the module, as arrays, abstract arrays, or
             shapes of int32 tokens: {"encoder_input_tokens": (1, 8), ...}.
@@ -154,14 +166,16 @@ def matches(
     named = isinstance(example_shapes, Mapping)
     args = [] if named else [_abstract(shape) for shape in example_shapes]
     arrays = {k: _abstract(shape) for k, shape in example_shapes.items()} if named else {}
+    init = functools.partial(module.init, **kwargs)
+    return rules_lib.match(rules, _dense_calls(init, jax.random.key(0), *args, **arrays))
+
+
+def _dense_calls(init, *args, **kwargs):
+    """Runs the bare module abstractly: {path of a dense layer: siblings called before}."""
     recorder = interceptor.Interceptor((), routing_lib.RoutingContext())
-
-    def run(rng, args, arrays):
-        with nn.intercept_methods(recorder):
-            return module.init(rng, *args, **arrays, **kwargs)
-
-    jax.eval_shape(run, jax.random.key(0), args, arrays)
-    return rules_lib.match(rules, recorder.calls)
+    with nn.intercept_methods(recorder):
+        jax.eval_shape(init, *args, **kwargs)
+    return recorder.calls
 
 
 def _abstract(shape: Any) -> jax.ShapeDtypeStruct:

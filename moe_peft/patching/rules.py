@@ -66,14 +66,11 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise errors.UserError(
-                f"The rule pattern {self.pattern!r} is no regular expression: {error}."
+                f"The rule pattern {self.pattern!r} is not a regular expression: {error}."
             ) from error
-        for field in ("side", "router_input"):
-            value = getattr(self, field)
-            if value not in ("inputs", "outputs") and not isinstance(value, Sibling):
-                raise errors.UserError(
-                    f"Rule {field} is {value!r}; expected 'inputs' or 'outputs'."
-                )
+        errors.check_one_of("Rule side", self.side, ("inputs", "outputs"))
+        if not isinstance(self.router_input, Sibling):
+            errors.check_one_of("Rule router_input", self.router_input, ("inputs", "outputs"))
         if self.site is None:
             object.__setattr__(self, "site", self.pattern)
         self.adapter_factory(parent=None)
@@ -114,9 +111,8 @@ class Matches:
     def check(self) -> None:
         """Raises UserError if a rule matches nothing, or two rules match one layer."""
         for path in self.layers:
-            check_single(
-                path, [r for r, p in zip(self.rules, self.paths, strict=True) if path in p]
-            )
+            matching = zip(self.rules, self.paths, strict=True)
+            check_single(path, [rule for rule, paths in matching if path in paths])
         for rule in self.unused:
             raise errors.UserError(
                 f"The rule {rule.pattern!r} matches no layer of the model."

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from moe_peft import errors, methods, patching
 from moe_peft.evaluation import inference
-from moe_peft.models import encoder_decoder, strategies
+from moe_peft.models import batches, encoder_decoder
+from moe_peft.models import decoding as decoding_lib
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.preflight import compiled, hardware
@@ -42,7 +43,7 @@ class Experiment:
     # Choices of an example stand in a row as long as targets.
     rank_choices: bool | None = None
     num_choices: int = 4  # of an example
-    decoding: strategies.Strategy = strategies.Greedy()  # of "decode"
+    decoding: decoding_lib.Strategy = decoding_lib.Greedy()  # of "decode"
 
     def compile(
         self,
@@ -98,7 +99,7 @@ class Experiment:
         group_of = self.method.learning_rate_group
         transform = self.optimizer.build(trainable, group_of)
         state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), trainable)
-        places = layout.like(state, layout.shardings(trainable, axes), trainable)
+        places = layout.optimizer_shardings(state, layout.shardings(trainable, axes), trainable)
         step = step_lib.make_train_step(
             begin.model,
             transform,
@@ -106,7 +107,7 @@ class Experiment:
             choice.num_microbatches,
             self.optimizer.learning_rates(trainable, group_of),
             layout=layout,
-            out_shardings=(places, layout.everywhere),
+            out_shardings=(places, layout.replicated),
         )
         weights = _with_shardings(frozen, layout.shardings(frozen, axes))
         batch = _batch_on(begin.batch_shapes, mesh)
@@ -184,7 +185,7 @@ def _or_in_files(value: bool | None, name: str) -> bool:
 
 def _batch_on(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     place = mesh_lib.batch_sharding(mesh)
-    kind = lambda name: jnp.float32 if name in encoder_decoder.FLOAT_FEATURES else jnp.int32
+    kind = lambda name: jnp.float32 if name in batches.FLOAT_FEATURES else jnp.int32
     return {n: jax.ShapeDtypeStruct(s, kind(n), sharding=place) for n, s in shapes.items()}
 
 

@@ -5,6 +5,7 @@ from moe_peft.routing.context import RoutingContext, Site
 from moe_peft.routing.routers import (
     PRECISION,
     RNG,
+    AnyRouter,
     Router,
     RouterFactory,
     SentenceRouter,
@@ -23,9 +24,18 @@ from moe_peft.routing.task_routers import (
     UniformSkillRouter,
 )
 
+# Every router; what their classes say of themselves makes them known to methods and records.
+ROUTERS = (TokenRouter, SentenceRouter, UniformRouter)
+SKILL_ROUTERS = (
+    *(TaskRouter, UniformSkillRouter),
+    *(RandomTaskRouter, RandomExampleRouter, PrivateRouter),
+)
+
 __all__ = [
+    "AnyRouter",
     "PRECISION",
     "RNG",
+    "ROUTERS",
     "Router",
     "RouterFactory",
     "RoutingContext",
@@ -38,6 +48,7 @@ __all__ = [
     "PrivateRouter",
     "RandomExampleRouter",
     "RandomTaskRouter",
+    "SKILL_ROUTERS",
     "SkillRouter",
     "SkillRouterFactory",
     "TaskRouter",

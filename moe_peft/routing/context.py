@@ -1,4 +1,4 @@
-"""What routers may look at beside activations: the batch's context, and the site they sit at."""
+"""What routers may look at besides activations: the batch's context, and the site they sit at."""
 
 from collections.abc import Callable
 import dataclasses
@@ -18,8 +18,8 @@ class RoutingContext:
     Attributes:
         task_ids: Int[b], the task of each example.
         sentence_embeddings: Float[b D], one vector per example.
-        encoder_mask: Bool[b s], true where an encoder token is no padding.
-        decoder_mask: Bool[b t], true where a decoder token is no padding.
+        encoder_mask: Bool[b s], true where an encoder token is not padding.
+        decoder_mask: Bool[b t], true where a decoder token is not padding.
     """
 
     # Not annotated with shapes: jax rebuilds pytrees around placeholders of its own.

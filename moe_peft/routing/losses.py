@@ -33,12 +33,13 @@ def load_balancing(
     train without it.
 
     Args:
-        probs: softmax over all experts; P_e is its mean. Gradients flow through it only.
+        probs: softmax over all experts; P_e is its mean.
         selected: f_e is the mean of this: 1/k for each of the k experts a decision uses; under soft
             merging 1 for the most probable expert.
         mask: 1 for decisions that count, 0 for padding.
     """
-    fraction = _masked_mean(jax.lax.stop_gradient(selected), mask)
+    # Which experts are selected is piecewise constant: no gradient comes through the fractions.
+    fraction = _masked_mean(selected, mask)
     return probs.shape[-1] * jnp.sum(fraction * _masked_mean(probs, mask))
 
 

@@ -5,7 +5,8 @@ against those of the activations (token axes, and perhaps heads).
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from flax import linen as nn
 from flax.linen import partitioning
@@ -21,8 +22,49 @@ RNG = "routing"
 PRECISION = jax.lax.Precision.HIGHEST  # of logits
 
 
-class Router(nn.Module, abc.ABC):
-    """Base of all routers.
+def check_positive(name: str, value: int) -> None:
+    """Raises UserError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise errors.UserError(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
+class AnyRouter(nn.Module, abc.ABC):
+    """Base of routers over experts and over skills: what each says of itself.
+
+    Attributes:
+        option: its name where a method takes the argument `routing`.
+        why_not_merged: why no fixed kernel does the same as an adapter with this router; None for
+            one that gives every token of a task the same weights.
+        is_learned: it has a row of logits for every task, which a new task can start from.
+    """
+
+    option: ClassVar[str]
+    why_not_merged: ClassVar[str | None] = "may decide for every token"
+    is_learned: ClassVar[bool] = False
+
+    @property
+    def num_ids(self) -> int:
+        """Task ids it tells apart, 0 to num_ids - 1; 1 if tasks do not matter."""
+        return getattr(self, "num_tasks", 1)
+
+    @staticmethod
+    def published(shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[int, ...]]:
+        """As `adapters.Adapter.published`, for leaves of routers."""
+        del shapes
+        return {}
+
+    def routing_key(self, what: str) -> Array:
+        """Returns a key of the rng "routing". Raises UserError if it does not reach the router."""
+        if not self.has_rng(RNG):
+            raise errors.UserError(
+                f"{'/'.join(self.path)} {what}, but the rng 'routing' does not reach it: the "
+                "model's scan has to split it (split_rngs={'routing': True})."
+            )
+        return self.make_rng(RNG)
+
+
+class Router(AnyRouter):
+    """Base of routers over experts.
 
     Attributes:
         num_experts: at least 1.
@@ -31,7 +73,6 @@ class Router(nn.Module, abc.ABC):
     num_experts: int
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         check_positive("num_experts", self.num_experts)
         super().__post_init__()
 
@@ -40,14 +81,11 @@ class Router(nn.Module, abc.ABC):
         """Returns the weights of the experts."""
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raises UserError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise errors.UserError(f"{name} is {value!r}; expected a whole number of at least 1.")
-
-
 class UniformRouter(Router):
     """The same weight 1/E for every expert, everywhere."""
+
+    option: ClassVar[str] = "uniform"
+    why_not_merged: ClassVar[str | None] = None
 
     def __call__(self, site: context.Site) -> Float[Array, "... e"]:
         """Returns [1, ..., 1, e]."""
@@ -75,7 +113,6 @@ class SoftmaxRouter(Router):
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
         super().__post_init__()
         if self.top_k is not None:
             check_positive("top_k", self.top_k)
@@ -113,7 +150,7 @@ class SoftmaxRouter(Router):
             logits = site.project(kernel)
         else:
             x = self._jittered(x.astype(jnp.float32), site)
-            logits = narrow_matmul.thin_product(x, kernel, PRECISION)
+            logits = narrow_matmul.narrow_matmul(x, kernel, PRECISION)
         probs = jax.nn.softmax(logits)
         selected = self._selected(probs)
         if site.wants_losses and self.num_experts > 1 and not self.is_initializing():
@@ -128,13 +165,8 @@ class SoftmaxRouter(Router):
     def _jittered(self, x, site):
         if not self.jitter or not site.has_rng:
             return x
-        if not self.has_rng(RNG):
-            raise errors.UserError(
-                f"{'/'.join(self.path)} wants jitter, but the rng 'routing' does not reach it: the "
-                "model's scan has to split it (split_rngs={'routing': True})."
-            )
-        low, high = 1.0 - self.jitter, 1.0 + self.jitter
-        return x * jax.random.uniform(self.make_rng(RNG), x.shape, minval=low, maxval=high)
+        key, low, high = self.routing_key("wants jitter"), 1.0 - self.jitter, 1.0 + self.jitter
+        return x * jax.random.uniform(key, x.shape, minval=low, maxval=high)
 
     def _selected(self, probs):
         """1 for the experts a decision uses; under soft merging, for its most probable one."""
@@ -162,6 +194,9 @@ class SoftmaxRouter(Router):
 class TokenRouter(SoftmaxRouter):
     """One decision per token (and per head, where it sees projected keys or values)."""
 
+    option: ClassVar[str] = "token"
+    why_not_merged: ClassVar[str | None] = "decides for every token"
+
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "... e"]:
         """Returns weights shaped like `site.router_input`, its last axis replaced by experts."""
@@ -183,6 +218,9 @@ class SentenceRouter(SoftmaxRouter):
 
     MoV, appendix A.3 (the paper leaves encoder and embedded text open).
     """
+
+    option: ClassVar[str] = "sentence"
+    why_not_merged: ClassVar[str | None] = "decides for every input text"
 
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "... e"]:

@@ -5,7 +5,8 @@ example of a batch gets the same, whose last axis sums to one.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 import zlib
 
 from flax import linen as nn
@@ -26,7 +27,7 @@ INIT_BOUND = 1e-3
 EPSILON = 1e-12  # in the normalisation
 
 
-class SkillRouter(nn.Module, abc.ABC):
+class SkillRouter(routers.AnyRouter):
     """Base of all task routers.
 
     Attributes:
@@ -38,9 +39,8 @@ class SkillRouter(nn.Module, abc.ABC):
     num_splits: int = 1
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        routers.check_positive("num_skills", self.num_skills)
-        routers.check_positive("num_splits", self.num_splits)
+        for name in ("num_skills", "num_splits", "num_tasks"):
+            routers.check_positive(name, getattr(self, name, 1))
         super().__post_init__()
 
     @abc.abstractmethod
@@ -54,6 +54,9 @@ class SkillRouter(nn.Module, abc.ABC):
 
 class UniformSkillRouter(SkillRouter):
     """The same weight 1/S for every skill: Poly-mu and MHR-mu before their modules are merged."""
+
+    option: ClassVar[str] = "uniform"
+    why_not_merged: ClassVar[str | None] = None
 
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
         """Returns [1, p, s]."""
@@ -77,15 +80,14 @@ class TaskRouter(SkillRouter):
         is_shared: the logits lie at the root of the model, see `patching.Granularity`.
     """
 
+    option: ClassVar[str] = "learned"
+    why_not_merged: ClassVar[str | None] = None
+    is_learned: ClassVar[bool] = True
+
     num_tasks: int = 1
     relaxed: bool = True
     straight_through: bool = False
     is_shared: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        routers.check_positive("num_tasks", self.num_tasks)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
@@ -101,12 +103,7 @@ class TaskRouter(SkillRouter):
         )
         rng = None
         if self.relaxed and site.has_rng:
-            if not self.has_rng(routers.RNG):
-                raise errors.UserError(
-                    f"{'/'.join(self.path)} draws Gumbel noise, but the rng 'routing' does not "
-                    "reach it: the model's scan has to split it (split_rngs={'routing': True})."
-                )
-            rng = self.make_rng(routers.RNG)
+            rng = self.routing_key("draws Gumbel noise")
         num_rows = None if site.router_input is None else site.router_input.shape[0]
         return self.weights(logits, site.context, rng, "/".join(self.path), num_rows)
 
@@ -114,6 +111,12 @@ class TaskRouter(SkillRouter):
     def logits_shape(self) -> tuple[int, int, int]:
         """(n, p, s)."""
         return self.num_tasks, self.num_splits, self.num_skills
+
+    @staticmethod
+    def published(shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[int, ...]]:
+        """Logits [n, p, s] are [n, p s] there."""
+        logits = {name: shape for name, shape in shapes.items() if name.endswith(LOGITS) and shape}
+        return {name: (shape[0], -1) for name, shape in logits.items() if len(shape) == 3}
 
     def weights(
         self,
@@ -159,13 +162,11 @@ class RandomTaskRouter(SkillRouter):
         seed: of the draw.
     """
 
+    option: ClassVar[str] = "random_task"
+    why_not_merged: ClassVar[str | None] = None
+
     num_tasks: int = 1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        routers.check_positive("num_tasks", self.num_tasks)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
@@ -190,18 +191,18 @@ class RandomExampleRouter(SkillRouter):
     do not matter. Without an rng "routing", that is in evaluation, all skills weigh 1/S.
     """
 
+    option: ClassVar[str] = "random_example"
+    why_not_merged: ClassVar[str | None] = (
+        "draws skills for every example (average them first: variant mu)"
+    )
+
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
         """Returns equal weights for the skills that are on."""
         if not site.has_rng or site.router_input is None:
             return jnp.full((1, self.num_splits, self.num_skills), 1.0 / self.num_skills)
-        if not self.has_rng(routers.RNG):
-            raise errors.UserError(
-                f"{'/'.join(self.path)} draws skills at random, but the rng 'routing' does not "
-                "reach it: the model's scan has to split it (split_rngs={'routing': True})."
-            )
         shape = (site.router_input.shape[0], self.num_skills)
-        u = jax.random.uniform(self.make_rng(routers.RNG), shape)
+        u = jax.random.uniform(self.routing_key("draws skills at random"), shape)
         is_on = u <= jnp.maximum(0.5, jnp.min(u, axis=-1, keepdims=True))
         weights = is_on.astype(jnp.float32)
         return self._in_every_split(weights / jnp.sum(weights, axis=-1, keepdims=True))
@@ -210,11 +211,19 @@ class RandomExampleRouter(SkillRouter):
 class PrivateRouter(SkillRouter):
     """One skill per task, that of its own number: Private-mu of P1, and AdapterSoup's training."""
 
+    option: ClassVar[str] = "private"
+    why_not_merged: ClassVar[str | None] = None
+
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
         """Returns one-hot weights. Raises UserError without task ids."""
         ids = task_ids(site.context, "/".join(self.path))
         return self._in_every_split(jax.nn.one_hot(ids, self.num_skills))
+
+    @property
+    def num_ids(self) -> int:
+        """As many as skills."""
+        return self.num_skills
 
 
 def init_logits(

@@ -4,5 +4,5 @@ T5X is not changed and not copied. Its gin files build a model as ever; `adapted
 returns one of a subclass that runs with a method's adapters. What T5X has to know besides follows
 from the method: which leaves its optimiser sees (`trainable`), rules for the axes of adapters
 (`axes`), which leaves a checkpoint of the backbone must hold (`restoring`), and what is saved
-beside T5X's own checkpoints (`saving`). gin/t5x/adapters.gin binds it all. All of it imports T5X.
+next to T5X's own checkpoints (`saving`). gin/t5x/adapters.gin binds it all. All of it imports T5X.
 """

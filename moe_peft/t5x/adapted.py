@@ -15,7 +15,7 @@ from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 
 from moe_peft import errors, methods, patching, routing
-from moe_peft.models import encoder_decoder
+from moe_peft.models import batches
 from moe_peft.t5x import features, saving, trainable
 from moe_peft.weights import identity
 
@@ -85,7 +85,7 @@ class Adapted:
     ) -> flax.core.FrozenDict:
         """As T5X's, with the leaves of the adapters and their axes."""
         shapes = {name: tuple(shape) for name, shape in input_shapes.items()}
-        found = self._routed(encoder_decoder.ones(shapes))
+        found = self._routed(batches.ones(shapes))
         variables = super(Adapted, found).get_initial_variables(rng, input_shapes, input_types)
         known = {k: v for k, v in variables.items() if k in ("params", "params_axes")}
         if self.adapters is not None:
@@ -139,7 +139,7 @@ class Adapted:
 
     def _routed(self, batch: Batch, losses: dict[str, Array] | None = None) -> "Adapted":
         found = copy.copy(self)
-        found.module = Routed(self.module, encoder_decoder.context(batch, self.method), losses)
+        found.module = Routed(self.module, batches.context(batch, self.method), losses)
         return found
 
 
@@ -150,7 +150,7 @@ class Routed:
     Attributes:
       patched: the module.
       context: of the batch. Where a call has several rows for each example, as in beam search,
-        they lie beside each other, and so are repeated here.
+        they lie next to each other, and so are repeated here.
       losses: where router losses of a call go, None for nowhere.
     """
 
@@ -172,7 +172,7 @@ class Routed:
     ) -> Any:
         """See `Patched.apply`. Dropout also makes routers stochastic that are so in training."""
         if rngs is not None:
-            rngs = {**rngs, **encoder_decoder.rngs(rngs["dropout"])}
+            rngs = {**rngs, **batches.rngs(rngs["dropout"])}
         rows = patching.num_rows(args, kwargs)
         call = functools.partial(
             self.patched.apply,

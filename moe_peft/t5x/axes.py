@@ -28,7 +28,7 @@ def rules(
       method: of `moe_peft.methods`.
       first: rules that come before all others, such as (("expert", "model"),).
       activation_partitioning_dims: of T5X's standard rules.
-      parameter_partitioning_dims: likewise.
+      parameter_partitioning_dims: of the same rules.
     """
     standard = partitioning.standard_logical_axis_rules(
         activation_partitioning_dims, parameter_partitioning_dims

@@ -17,7 +17,7 @@ def evaluator(mixture_or_task_name: str, **kwargs: Any) -> seqio.Evaluator:
 
     Args:
       mixture_or_task_name: registered name.
-      **kwargs: as T5X passes them, beside what gin binds for `seqio.Evaluator`.
+      **kwargs: as T5X passes them, besides what gin binds for `seqio.Evaluator`.
     """
     name = f"{mixture_or_task_name}_texts"
     if name not in seqio.MixtureRegistry.names():

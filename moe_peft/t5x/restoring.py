@@ -64,7 +64,7 @@ def backbone(
         size(base),
         len(adapters),
         size(adapters),
-        "too" if with_adapters else "start anew",
+        "too" if with_adapters else "start fresh",
     )
     if with_adapters or not adapters:
         return saved

@@ -1,4 +1,4 @@
-"""Adapters in files of their own, beside the checkpoints that T5X writes."""
+"""Adapters in files of their own, next to the checkpoints that T5X writes."""
 
 from collections.abc import Mapping
 import dataclasses

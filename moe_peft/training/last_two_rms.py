@@ -1,13 +1,13 @@
 """Adafactor's second moment as Hugging Face keeps it: factored over the last two dimensions."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 import optax
 
-from moe_peft import patching
+from moe_peft import methods, patching, routing
 
 
 class LastTwoState(NamedTuple):
@@ -99,22 +99,22 @@ def as_published(params: PyTree) -> PyTree:
     Leaves of mixtures over experts, which that code does not have, stay as they are.
     """
     flat = patching.flatten(params)
-    ranks = {path: leaf.ndim for path, leaf in flat.items() if hasattr(leaf, "ndim")}
-    routed = {path.rpartition("/router/")[0] for path in flat}
-
-    def reshape(path: str, leaf: Any) -> Any:
-        folder, _, name = path.rpartition("/")
-        factors = ranks.get(f"{folder}/lora_a", 3) + ranks.get(f"{folder}/lora_b", 3)
-        if name == "logits" and ranks[path] == 3:
-            return leaf.reshape(leaf.shape[0], -1)
-        if name == "lora_a" and factors <= 5:
-            return leaf.reshape(-1, leaf.shape[-1])
-        if name == "lora_b" and factors <= 5:
-            return leaf.reshape(leaf.shape[0], -1)
-        if name == "vectors" and ranks[path] == 2 and folder not in routed:
-            return leaf.reshape(-1)
-        return leaf
-
-    # What optax masks out is no array and stays.
-    new = {path: reshape(path, leaf) if path in ranks else leaf for path, leaf in flat.items()}
+    below: dict[str, dict[str, tuple[int, ...] | None]] = {}
+    for path, leaf in flat.items():
+        parts = path.split("/")
+        start = parts.index(patching.ADAPTER) + 1 if patching.is_adapter(path) else -1
+        names = below.setdefault("/".join(parts[:start]), {})
+        names["/".join(parts[start:])] = getattr(leaf, "shape", None)
+    kinds = (*methods.ADAPTERS.values(), *routing.ROUTERS, *routing.SKILL_ROUTERS)
+    shapes = {
+        f"{folder}/{name}": shape
+        for folder, names in below.items()
+        for kind in kinds
+        for name, shape in kind.published(names).items()
+    }
+    # What optax masks out is not an array and stays.
+    new = {
+        path: leaf.reshape(shapes[path]) if path in shapes and hasattr(leaf, "reshape") else leaf
+        for path, leaf in flat.items()
+    }
     return patching.trees.unflatten(new)

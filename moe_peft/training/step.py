@@ -48,7 +48,7 @@ def make_train_step(
     """
     update = make_update(*args, **kwargs)
     if layout is not None:
-        update = layout.applied(update)
+        update = layout.with_axis_rules(update)
     return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
 
 

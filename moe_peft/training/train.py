@@ -219,7 +219,7 @@ def fit(
             lambda tree: state_lib.create(tree, transform, settings.seed), trainable
         )
         layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
-        places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
+        places = layout.optimizer_shardings(abstract, layout.shardings(trainable, axes), trainable)
         num_old = len(saved_run.steps(folder))
         run_folder.check_space(
             folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
@@ -258,7 +258,7 @@ def fit(
                 optimizer.learning_rates(trainable, group_of),
                 settings.use_dropout,
                 layout=layout,
-                out_shardings=(places, layout.everywhere),
+                out_shardings=(places, layout.replicated),
             ),
             eval_hook=eval_hook,
             frozen=frozen,

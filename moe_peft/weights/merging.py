@@ -17,26 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
-from moe_peft import adapters, errors, methods, patching, routing
+from moe_peft import errors, methods, patching, routing
 from moe_peft.models import encoder_decoder
 from moe_peft.patching import granularity
 
 Leaves = dict[str, np.ndarray]
-
-# Routers that give every token of a task the same weights.
-_CONSTANT = (
-    routing.UniformRouter,
-    routing.UniformSkillRouter,
-    routing.TaskRouter,
-    routing.RandomTaskRouter,
-    routing.PrivateRouter,
-)
-_WHY_NOT = {
-    routing.TokenRouter: "decides for every token",
-    routing.SentenceRouter: "decides for every input text",
-    routing.RandomExampleRouter: "draws skills for every example (average them first: variant mu)",
-}
-_SCALINGS = (adapters.IA3, adapters.SkilledIA3)
 
 _ROWS = 2048  # unit vectors asked about at a time
 TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
@@ -76,13 +61,11 @@ def merge_into_base(
 
 def check(method: methods.Method, task: int | None) -> None:
     """Raises UserError unless `merge_into_base` can merge the method for that task."""
-    for rule in method.rules:
-        router = _router(rule.adapter_factory(parent=None))
-        if router is not None and not isinstance(router, _CONSTANT):
-            why = _WHY_NOT.get(type(router), "may decide for every token")
+    for router in method.routers:
+        if router.why_not_merged is not None:
             raise errors.UserError(
-                f"The method {method.name!r} cannot be merged: its {type(router).__name__} {why}, "
-                "so no fixed kernel does the same."
+                f"The method {method.name!r} cannot be merged: its {type(router).__name__} "
+                f"{router.why_not_merged}, so no fixed kernel does the same."
             )
     if method.num_tasks is None:
         return
@@ -268,7 +251,7 @@ def _merge_layer(layer: _Layer, site: routing.Site, leaves: Leaves) -> Leaves:
     width = math.prod(layer.in_shape)
     kernel = np.asarray(leaves[path], np.float32).reshape(width, -1)
     if layer.rule.side == "inputs":
-        if not isinstance(layer.rule.adapter_factory(parent=None), _SCALINGS):
+        if not layer.rule.adapter_factory(parent=None).only_scales:
             raise errors.UserError(f"The adapter at {layer.path} reads inputs but scales nothing.")
         ones = np.ones((1, width), np.float32)
         merged = ask(ones, ones).T * kernel
@@ -278,12 +261,3 @@ def _merge_layer(layer: _Layer, site: routing.Site, leaves: Leaves) -> Leaves:
         rows = [ask(units(start), kernel[start : start + _ROWS]) for start in starts]
         merged = np.concatenate(rows)
     return {path: merged.reshape(leaves[path].shape)}
-
-
-def _router(adapter: nn.Module) -> nn.Module | None:
-    """Returns the router that an adapter would make."""
-    if adapter.router_factory is None:
-        return None
-    sizes = ("num_experts", "num_skills", "num_splits")
-    sizes = {name: getattr(adapter, name) for name in sizes if hasattr(adapter, name)}
-    return adapter.router_factory(**sizes, parent=None)

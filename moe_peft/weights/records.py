@@ -4,21 +4,11 @@ from collections.abc import Mapping
 import functools
 from typing import Any
 
-from moe_peft import adapters, errors, methods, patching, routing
+from moe_peft import errors, methods, patching, routing
 from moe_peft.models import t5
 from moe_peft.weights import identity
 
-_ADAPTERS = {
-    cls.__name__: cls
-    for cls in (
-        *(adapters.IA3, adapters.MoV, adapters.LoRA, adapters.MoLoRA),
-        *(adapters.SkilledIA3, adapters.SkilledLoRA),
-    )
-}
-_ROUTERS = {
-    cls.__name__: cls for cls in (*methods.ROUTERS.values(), *methods.SKILL_ROUTERS.values())
-}
-_SIZES = ("num_experts", "num_skills", "num_splits")
+_ROUTERS = {cls.__name__: cls for cls in (*routing.ROUTERS, *routing.SKILL_ROUTERS)}
 
 
 def method(described: Mapping[str, Any], where: str) -> methods.Method:
@@ -73,26 +63,17 @@ def _method(described: Mapping[str, Any], where: str) -> methods.Method:
         described["trainable"],
         described["load_balancing_weight"],
         described["z_weight"],
-        num_tasks=max((_num_tasks(rule) for rule in described["rules"]), default=0) or None,
         transfer=transfer,
     )
-
-
-def _num_tasks(rule: Mapping[str, Any]) -> int:
-    """Tasks that a rule's router tells apart, 0 for none."""
-    router = rule["adapter"].get("router_factory") or {}
-    is_private = router.get("class") == "PrivateRouter"
-    number = router.get("num_skills" if is_private else "num_tasks", 0)
-    return number if number > 1 else 0
 
 
 def _rule(described: Mapping[str, Any]) -> patching.Rule:
     fields = dict(described)
     level = patching.Granularity(**fields.pop("granularity", {"level": "linear"}))
     adapter = dict(fields.pop("adapter"))
-    cls = _ADAPTERS[adapter.pop("class")]
-    router = _router(adapter.pop("router_factory", None))
-    sizes = {name: adapter[name] for name in _SIZES if name in adapter}
+    cls = methods.ADAPTERS[adapter.pop("class")]
+    sizes = {name: adapter[name] for name in cls.router_sizes}
+    router = _router(adapter.pop("router_factory", None), sizes)
     if isinstance(fields["router_input"], Mapping):
         fields["router_input"] = patching.Sibling(**fields["router_input"])
     return patching.Rule(
@@ -103,8 +84,10 @@ def _rule(described: Mapping[str, Any]) -> patching.Rule:
     )
 
 
-def _router(described: Mapping[str, Any] | None) -> routing.RouterFactory | None:
+def _router(
+    described: Mapping[str, Any] | None, sizes: Mapping[str, int]
+) -> routing.RouterFactory | None:
     if described is None:
         return None
-    fields = {name: value for name, value in described.items() if name not in _SIZES}
+    fields = {name: value for name, value in described.items() if name not in sizes}
     return functools.partial(_ROUTERS[fields.pop("class")], **fields)

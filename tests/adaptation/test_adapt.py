@@ -17,7 +17,8 @@ from moe_peft.cli import main
 from moe_peft.data.cldr import suite
 from moe_peft.evaluation import inference, metrics
 from moe_peft.methods import transfer
-from moe_peft.models import few_shot, strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 import moe_peft.tasks.cldr  # noqa: F401  # registers the tasks
@@ -235,7 +236,7 @@ def test_the_command_line_knows_it(capsys):
 def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypatch):
     """Interrupted between the reported answers of two runs, only the second run is asked again."""
     settings = {
-        "decoding": strategies.Greedy(),
+        "decoding": decoding_lib.Greedy(),
         "metric": "rouge_l",
         "validation_shots": 1,
         "num_steps": 2,

@@ -145,6 +145,27 @@ def test_parameters_are_float32_with_axes_and_results_keep_their_dtype(name):
     np.testing.assert_array_equal(result, outputs)
 
 
+# Leaves of each adapter, router included.
+NUM_LEAVES = {"ia3": 1, "mov": 2, "lora": 2, "molora": 3}
+
+
+@pytest.mark.parametrize("shapes", [("one", "one"), ("one", "two")])
+@pytest.mark.parametrize("name", ["ia3", "mov", "poly_ia3"])
+def test_small_scales_count_in_bfloat16(name, shapes):
+    """A scale of 1.003 is 1.0 in bfloat16: the product is taken in float32 and rounded once."""
+    inputs, outputs, site = arrays(shapes, jnp.bfloat16)
+    table = TABLE | {"poly_ia3": functools.partial(adapters.SkilledIA3, num_skills=3)}
+    adapter = table[name]()
+    params = adapter.init(jax.random.key(0), inputs, outputs, site)["params"]
+    params = {**params, "vectors": jnp.full_like(params["vectors"], 1.003)}
+    result = adapter.apply({"params": params}, inputs, outputs, site)
+    expected = (np.asarray(outputs, np.float32) * np.float32(1.003)).astype(jnp.bfloat16)
+    moved = np.asarray(expected != outputs)
+    assert 0.1 < moved.mean() < 1
+    # A mean of the scales may lie a float32 rounding off, and so the tie of a few numbers.
+    assert np.mean(np.asarray(result != expected)) < 0.05
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_gradients_reach_every_leaf_of_a_trained_adapter(name):
     inputs, outputs, site = arrays(("one", "two"))
@@ -154,8 +175,9 @@ def test_gradients_reach_every_leaf_of_a_trained_adapter(name):
     def objective(params):
         return jnp.sum(jnp.sin(adapter.apply({"params": params}, inputs, outputs, site)))
 
-    grads = jax.grad(objective)(variables["params"])
-    for path, grad in jax.tree.leaves_with_path(grads):
+    grads = jax.tree.leaves_with_path(jax.grad(objective)(variables["params"]))
+    assert len(grads) == NUM_LEAVES[name.partition("_")[0]]
+    for path, grad in grads:
         assert jnp.abs(grad).max() > 1e-3, path
 
 

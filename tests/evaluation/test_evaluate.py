@@ -16,7 +16,8 @@ from moe_peft import errors, methods
 from moe_peft.data import registration
 from moe_peft.data import rows as rows_lib
 from moe_peft.evaluation import evaluate, evaluator, infer, inference
-from moe_peft.models import encoder_decoder, losses, scoring, strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, losses, scoring, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
@@ -114,7 +115,7 @@ def asked(model_and_params):
         row[: len(text) + 1] = [*Letters().encode(text), 1]
     ids = np.asarray(
         jax.jit(model.predict, static_argnums=2)(
-            params, {"encoder_input_tokens": tokens}, strategies.Greedy(LENGTHS["targets"])
+            params, {"encoder_input_tokens": tokens}, decoding_lib.Greedy(LENGTHS["targets"])
         )
     )
     found = {}
@@ -179,7 +180,7 @@ def test_one_forward_pass_and_greedy_decoding_find_the_known_scores(suite, model
     want = [float(i % 4 != 3) for i in range(12)] + [0.0] * 12
     passing = make_evaluator(suite)
     by_pass = passing.predict(*model_and_params, suite)
-    decoded = make_evaluator(suite, decoding=strategies.Greedy())
+    decoded = make_evaluator(suite, decoding=decoding_lib.Greedy())
     by_decoding = decoded.predict(*model_and_params, suite)
     assert [row["score"] for row in by_pass] == want
     assert [row["score"] for row in by_decoding] == want
@@ -345,7 +346,7 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
     add_task("toy_s_1", inputs, answers, references=references, metric="macro_f1")
     seqio.MixtureRegistry.remove("toys")
     seqio.MixtureRegistry.add("toys", ["toy_r_1", "toy_s_1"], default_rate=1.0)
-    own = make_evaluator("toys", metric="task", decoding=strategies.Greedy())
+    own = make_evaluator("toys", metric="task", decoding=decoding_lib.Greedy())
     rows = own.predict(*model_and_params, "toys")
     assert [row["metric"] for row in rows] == ["exact_match_squad"] * 4 + ["macro_f1"] * 4
     assert [row["references"] for row in rows] == 2 * [list(texts) for texts in references]
@@ -363,7 +364,7 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
 
     add_task("toy_q_1", inputs, answers)
     with pytest.raises(errors.UserError, match="'toy_q_1' has no metric of its own"):
-        make_evaluator("toy_q_1", metric="task", decoding=strategies.Greedy()).questions_of(
+        make_evaluator("toy_q_1", metric="task", decoding=decoding_lib.Greedy()).questions_of(
             "toy_q_1"
         )
     reported = evaluator.Evaluator("toy_r_1", LENGTHS, None).questions_of("toy_r_1")
@@ -380,7 +381,7 @@ def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
         mixture=suite,
         feature_lengths=LENGTHS,
         outputs=str(tmp_path / "out.jsonl"),
-        decoding=strategies.Greedy(),
+        decoding=decoding_lib.Greedy(),
         batch_size=8,
     )
     text = tmp_path / "in.txt"

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors, methods, patching
+from moe_peft import adapters, errors, methods, patching
 from moe_peft.models import t5
+from moe_peft.weights import identity, records
 
 # emb_dim, mlp_dim, heads, layers; T5 1.1, heads of 64, vocabulary 32128.
 SIZES = {
@@ -294,6 +295,47 @@ def test_gin_names():
             assert method.describe() == methods.mov(num_experts=3).describe()
         finally:
             gin.clear_config()
+
+
+class Doubled(adapters.IA3):
+    """An adapter from elsewhere."""
+
+    factor: float = 2.0
+
+
+@pytest.fixture
+def doubled():
+    """A method from elsewhere, registered for one test."""
+
+    @methods.register(Doubled)
+    @methods.method.arguments_of(methods.mov, without=("jitter",), num_experts=1)
+    def doubled(factor: float, **options):
+        """Doubles."""
+        assert options.keys() >= {"num_experts", "top_k", "routing"}
+        factory = functools.partial(Doubled, factor=factor)
+        return methods.Method("doubled", (patching.Rule(".*/wo", factory),))
+
+    yield doubled
+    del methods.METHODS["doubled"], methods.ADAPTERS["Doubled"]
+    gin.config._REGISTRY.pop("methods.doubled")
+
+
+def test_one_entry_makes_a_method_known(doubled):
+    method = methods.get("doubled")(3.0)
+    described = identity.as_json(method.describe())
+    assert records.method(described, "file").describe() == method.describe()
+    names = list(inspect.signature(doubled).parameters)
+    assert names[:2] == ["factor", "num_experts"]
+    assert "jitter" not in names
+    with gin.unlock_config():
+        try:
+            gin.parse_config("methods.doubled.factor = 4.0\nmethods.doubled.top_k = 1")
+            with pytest.raises(ValueError, match="doubled.*jitter|jitter.*doubled"):
+                gin.parse_config("methods.doubled.jitter = 0.1")
+            made = gin.get_configurable("methods.doubled")()
+        finally:
+            gin.clear_config()
+    assert made.describe()["rules"][0]["adapter"]["factor"] == 4.0
 
 
 # Facts: logits of one task (the parameters of Poly-z and MHR-z) at small, large and xl.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft.models import decoding
+from moe_peft.models import batches, decoding
 
 EOS = 1
 VOCAB = 3
@@ -61,14 +61,8 @@ def padded(ids):
 def beam(table, num_beams, **options):
     tokens_to_logits, cache = from_table(table, num_beams)
     return jax.jit(
-        lambda cache: decoding.beam_search(
-            tokens_to_logits,
-            cache,
-            batch_size=BATCH,
-            num_beams=num_beams,
-            max_decode_length=LENGTH,
-            eos_id=EOS,
-            **options,
+        lambda cache: decoding.BeamSearch(LENGTH, EOS, num_beams, **options).search(
+            tokens_to_logits, cache, BATCH
         )
     )(cache)
 
@@ -125,12 +119,23 @@ def test_beam_search_stops_when_nothing_can_improve():
     table = np.zeros((BATCH, 40, VOCAB))
     table[:, :, EOS] = 9.0
     steps = count_steps(
-        lambda f, cache: decoding.beam_search(
-            f, cache, batch_size=BATCH, num_beams=1, max_decode_length=LENGTH, eos_id=EOS
-        ),
+        lambda f, cache: decoding.BeamSearch(LENGTH, EOS, num_beams=1).search(f, cache, BATCH),
         table,
     )
     assert steps == 1
+
+
+def test_a_live_beam_may_win_late():
+    """Ending at the next token it loses, at the last one it wins: longer texts count more."""
+    table = np.full((BATCH, 40, VOCAB), -20.0)
+    table[:, 0] = np.log([0.1, 0.6, 0.3])  # [EOS] scores log 0.6; [2] is alive.
+    table[:, [3, 12], 2] = table[:, 39, EOS] = 20.0  # [2, 2, 2, EOS] is sure from there on.
+    alpha, late = 3.0, np.log(0.3)
+    penalty = lambda n: ((5 + n) / 6) ** alpha
+    assert late / penalty(2) < np.log(0.6) < late / penalty(LENGTH)
+    tokens, scores = beam(table, 1, alpha=alpha)
+    np.testing.assert_array_equal(tokens[:, 0], [[2, 2, 2, EOS]] * BATCH)
+    np.testing.assert_allclose(scores[:, 0], late / penalty(LENGTH), rtol=1e-5)
 
 
 def count_steps(decode, table):
@@ -147,9 +152,7 @@ def count_steps(decode, table):
 
 
 def greedy(tokens_to_logits, cache):
-    return decoding.greedy(
-        tokens_to_logits, cache, batch_size=BATCH, max_decode_length=LENGTH, eos_id=EOS
-    )
+    return decoding.Greedy(LENGTH, EOS)(tokens_to_logits, cache, batch_size=BATCH)
 
 
 def greedy_by_hand(table, row):
@@ -174,15 +177,8 @@ def test_greedy_follows_the_argmax_and_stops():
 
 def sample(table, seed, **options):
     tokens_to_logits, cache = from_table(table)
-    return decoding.sample(
-        tokens_to_logits,
-        cache,
-        jax.random.key(seed),
-        batch_size=BATCH,
-        max_decode_length=LENGTH,
-        eos_id=EOS,
-        **options,
-    )
+    strategy = decoding.Sample(LENGTH, EOS, **options)
+    return strategy(tokens_to_logits, cache, batch_size=BATCH, rng=jax.random.key(seed))
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
@@ -231,10 +227,10 @@ def test_top_k_keeps_k_and_comes_before_top_p():
 
 def test_repeat_rows():
     tree = {"keys": jnp.arange(6).reshape(2, 3), "index": jnp.array(4)}
-    repeated = decoding.repeat_rows(tree, 2)
+    repeated = batches.repeat_rows(tree, 2)
     np.testing.assert_array_equal(repeated["keys"], [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2)
     assert repeated["index"] == 4
-    assert decoding.repeat_rows(tree, 2, axis=1)["keys"].tolist()[0] == [0, 0, 1, 1, 2, 2]
+    assert batches.repeat_rows(tree, 2, axis=1)["keys"].tolist()[0] == [0, 0, 1, 1, 2, 2]
 
 
 def test_wrong_settings_are_explained():
@@ -252,6 +248,4 @@ def test_wrong_settings_are_explained():
         beam(table, 1, length_penalty="t5")
     tokens_to_logits, cache = from_table(table)
     with pytest.raises(ValueError, match=r"= 6 rows at axis 0; leaf \['prefix'\] has shape \(2,\)"):
-        decoding.beam_search(
-            tokens_to_logits, cache, batch_size=BATCH, num_beams=3, max_decode_length=LENGTH
-        )
+        decoding.BeamSearch(LENGTH, num_beams=3).search(tokens_to_logits, cache, BATCH)

@@ -2,12 +2,14 @@
 
 import functools
 
+from flax import linen as nn
 import jax
 import numpy as np
 import pytest
 
 from moe_peft import errors, methods
-from moe_peft.models import encoder_decoder, losses, strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, losses, t5
 
 VOCAB, LENGTH = 11, 6
 
@@ -88,16 +90,16 @@ def test_greedy_equals_repeating_the_whole_forward_pass(scan_layers):
     want = greedy_without_cache(tokens, scan_layers)
     assert len(np.unique(want, axis=0)) > 2
     batch = {"encoder_input_tokens": tokens}
-    got = predict(batch, strategies.Greedy(LENGTH), scan_layers=scan_layers)
+    got = predict(batch, decoding_lib.Greedy(LENGTH), scan_layers=scan_layers)
     np.testing.assert_array_equal(got, want)
 
 
 def test_sampling_in_the_cold_is_greedy_and_in_the_warm_follows_its_key():
     batch = {"encoder_input_tokens": inputs()}
-    greedy = predict(batch, strategies.Greedy(LENGTH))
-    cold = strategies.Sample(LENGTH, temperature=1e-4)
+    greedy = predict(batch, decoding_lib.Greedy(LENGTH))
+    cold = decoding_lib.Sample(LENGTH, temperature=1e-4)
     np.testing.assert_array_equal(predict(batch, cold, jax.random.key(0)), greedy)
-    warm = strategies.Sample(LENGTH)
+    warm = decoding_lib.Sample(LENGTH)
     first, again, other = (predict(batch, warm, jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -106,7 +108,7 @@ def test_sampling_in_the_cold_is_greedy_and_in_the_warm_follows_its_key():
 def test_beams_that_hold_everything_find_the_most_likely_answer():
     """Beams move cache rows around; the caches of scanned layers have them at another axis."""
     length, tokens = 3, inputs(2)
-    wide = strategies.BeamSearch(length, num_beams=VOCAB**2, alpha=0.0)
+    wide = decoding_lib.BeamSearch(length, num_beams=VOCAB**2, alpha=0.0)
     got = predict({"encoder_input_tokens": tokens}, wide, scan_layers=True)
 
     others = [i for i in range(VOCAB) if i != 1]
@@ -125,10 +127,42 @@ def test_beams_that_hold_everything_find_the_most_likely_answer():
         np.testing.assert_array_equal(found, targets[np.argmax(score(batch))])
 
 
+class Other(nn.Module):
+    """A network with T5X's calls that does not say how it is built."""
+
+    sizes: t5.T5Config
+
+    def setup(self):
+        self.network = t5.Transformer(self.sizes)
+
+    def __call__(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+    def encode(self, *args, **kwargs):
+        return self.network.encode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return self.network.decode(*args, **kwargs)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+def test_a_network_need_not_say_whether_it_is_scanned(scan_layers):
+    model, params = model_and_params(scan_layers)
+    module, base = model.module.module, model.method.split(params)[0]
+    batch, beams = {"encoder_input_tokens": inputs(4)}, decoding_lib.BeamSearch(LENGTH, num_beams=3)
+    predict = lambda network: jax.jit(
+        encoder_decoder.EncoderDecoder(network).predict, static_argnums=2
+    )
+    want = predict(module)(base, batch, beams)
+    assert len(np.unique(want, axis=0)) > 1
+    got = predict(Other(module.config))({"network": base}, batch, beams)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_exact_match_needs_no_decoding():
     """Every argmax right under teacher forcing is the same as greedy decoding of the target."""
     tokens = inputs()
-    greedy = predict({"encoder_input_tokens": tokens}, strategies.Greedy(LENGTH))
+    greedy = predict({"encoder_input_tokens": tokens}, decoding_lib.Greedy(LENGTH))
     targets = greedy.copy()
     last = np.maximum((targets > 0).sum(-1) - 1, 0)
     place = np.random.default_rng(0).integers(0, last + 1)
@@ -148,9 +182,9 @@ def test_what_cannot_be_decoded_is_refused():
     model, params = model_and_params()
     batch = {"encoder_input_tokens": inputs()}
     with pytest.raises(errors.UserError, match="Sample draws tokens and needs an rng"):
-        model.predict(params, batch, strategies.Sample(LENGTH))
+        model.predict(params, batch, decoding_lib.Sample(LENGTH))
     packed = {**batch, "encoder_segment_ids": np.ones_like(inputs())}
     with pytest.raises(errors.UserError, match="not for packed rows"):
-        model.predict(params, packed, strategies.Greedy(LENGTH))
+        model.predict(params, packed, decoding_lib.Greedy(LENGTH))
     with pytest.raises(errors.UserError, match="Greedy.max_decode_length is 0"):
-        strategies.Greedy(0)
+        decoding_lib.Greedy(0)

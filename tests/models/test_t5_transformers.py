@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft.models import decoding, t5
+from moe_peft.models import batches, decoding, t5
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 VARIANTS = ("t5_1_1", "t5_1_0")
@@ -110,9 +110,8 @@ def check_greedy(name, arrays, from_transformers):
     tokens_to_logits, cache = continuation(
         network(name), params, jnp.asarray(arrays["inputs"]), expected.shape[1]
     )
-    ids = decoding.greedy(
-        tokens_to_logits, cache, batch_size=len(expected), max_decode_length=expected.shape[1]
-    )
+    greedy = decoding.Greedy(expected.shape[1])
+    ids = greedy(tokens_to_logits, cache, batch_size=len(expected))
     np.testing.assert_array_equal(ids, expected)
 
 
@@ -135,17 +134,12 @@ def test_beam_search_equals_generate(name, from_transformers):
     arrays = golden(name)
     expected, num_beams = arrays["beam"], 4
     params = from_transformers(subtree(arrays, "weight/"))
-    inputs = decoding.repeat_rows(jnp.asarray(arrays["inputs"]), num_beams)
+    inputs = batches.repeat_rows(jnp.asarray(arrays["inputs"]), num_beams)
     tokens_to_logits, cache = continuation(network(name), params, inputs, expected.shape[1])
-    ids, scores = decoding.beam_search(
-        tokens_to_logits,
-        cache,
-        batch_size=len(expected),
-        num_beams=num_beams,
-        max_decode_length=expected.shape[1],
-        alpha=1.0,
-        length_penalty="transformers",
+    strategy = decoding.BeamSearch(
+        expected.shape[1], num_beams=num_beams, alpha=1.0, length_penalty="transformers"
     )
+    ids, scores = strategy.search(tokens_to_logits, cache, len(expected))
     np.testing.assert_array_equal(ids[:, 0], expected)
     np.testing.assert_allclose(scores[:, 0], arrays["beam_scores"], **TOLERANCE)
 

@@ -10,7 +10,8 @@ import pytest
 
 from moe_peft import errors, methods, patching
 from moe_peft.evaluation import inference
-from moe_peft.models import encoder_decoder, strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import encoder_decoder, t5
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress
@@ -188,6 +189,22 @@ def test_weights_are_split_and_adapters_are_not():
     assert {spec for path, spec in found.items() if "/adapter/" in path} == {()}
 
 
+def test_unscanned_weights_are_split_and_named_too():
+    """Their kernels are matrices with one joined axis of heads; adapters tell the two apart."""
+    params, axes = shapes_and_axes(methods.molora(num_experts=2, rank=2), scan_layers=False)
+    mesh = mesh_of(2, 2, 2)
+    found = specs(layout_lib.Layout(mesh), params, axes)
+    attention = "encoder/layers_0/attention"
+    assert found[f"{attention}/query/kernel"] == ("fsdp", "model")
+    assert found[f"{attention}/out/kernel"] == ("model", "fsdp")
+    assert axes[f"{attention}/query/adapter/lora_b"] == ("expert", "rank", "heads", "kv")
+    assert axes[f"{attention}/query/adapter/router/kernel"] == ("embed", "expert")
+    assert axes[f"{attention}/out/adapter/lora_a"] == ("heads", "kv", "expert", "rank")
+    assert axes[f"{attention}/out/adapter/router/kernel"] == ("joined_kv", "expert")
+    whole = layout_lib.Layout(mesh, first=[("mlp", None)])  # comes before the rule of "mlp"
+    assert specs(whole, params, axes)["encoder/layers_0/mlp/wo/kernel"] == (None, "fsdp")
+
+
 def test_adapters_are_split_like_their_layers_on_request():
     params, axes = shapes_and_axes(methods.molora(num_experts=2, rank=2))
     mesh = mesh_of(2, 2, 2)
@@ -205,7 +222,7 @@ def test_moments_lie_beside_their_parameters():
     shardings = layout.shardings(params, axes)
     transform = optimizers.adamw(1e-2).build(params, method.learning_rate_group)
     state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
-    places = layout.like(state, shardings, params)
+    places = layout.optimizer_shardings(state, shardings, params)
     kernels = [
         sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(places)
@@ -222,7 +239,7 @@ def test_moments_taken_layer_by_layer_lie_beside_their_parameters():
     layout = layout_lib.Layout(mesh_of(1, 2, 4))
     transform = optimizers.adafactor(1e-2).build(params, method.learning_rate_group)
     state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
-    places = layout.like(state, layout.shardings(params, axes), params)
+    places = layout.optimizer_shardings(state, layout.shardings(params, axes), params)
     moments = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(sharding.spec)
         for path, sharding in jax.tree_util.tree_leaves_with_path(places.opt_state)
@@ -267,7 +284,9 @@ def test_answers_do_not_depend_on_the_mesh(method):
         mesh = mesh_of(*shape)
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
         answerer = inference.AnsweringModel(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
-        texts = answerer.generate(placed, questions, strategies.Greedy(TARGETS), progress.Silent())
+        texts = answerer.generate(
+            placed, questions, decoding_lib.Greedy(TARGETS), progress.Silent()
+        )
         scores = answerer.score_choices(placed, questions, progress.Silent())
         found.append((texts, scores))
     (texts, scores), (other_texts, other_scores) = found

@@ -148,6 +148,30 @@ def test_a_shared_router_draws_once():
     assert np.abs(one - other).max() > 1e-3
 
 
+def test_shared_routers_start_and_draw_each_for_itself():
+    method = methods.poly(num_tasks=1, num_skills=2, granularity="coder")
+    router = method.rules[0].shared_router
+    params, axes = patching.granularity.init(
+        jax.random.key(0), {"encoder": router, "decoder": router}, patching.ADAPTER
+    )
+    logits = patching.flatten(params)
+    assert logits.keys() == {f"adapter/router/{coder}/logits" for coder in ("encoder", "decoder")}
+    assert {path.removesuffix("_axes") for path in patching.flatten(axes)} == logits.keys()
+    assert len({leaf.tobytes() for leaf in map(np.asarray, logits.values())}) == 2
+
+    weights = functools.partial(
+        patching.granularity.weights, params, method.rules, patching.ADAPTER
+    )
+    noisy = weights(routing.RoutingContext(), jax.random.key(1), 3)
+    plain = weights(routing.RoutingContext(), None, 3)
+    assert noisy.keys() == plain.keys() == {"encoder", "decoder"}
+    assert {leaf.shape for leaf in plain.values()} == {(1, 1, 2)}
+    for leaf in noisy.values():  # one task, and still noise for every example
+        assert leaf.shape == (3, 1, 2)
+        assert np.abs(np.diff(leaf, axis=0)).min() > 1e-3
+    assert np.abs(noisy["encoder"] - noisy["decoder"]).min() > 1e-3
+
+
 def test_refusals():
     with pytest.raises(errors.UserError, match="Granularity 'block' cannot tell .* scan_layers"):
         logits_of(methods.poly(num_tasks=3, granularity="block"), network(scan_layers=True))

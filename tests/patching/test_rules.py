@@ -155,7 +155,7 @@ def test_bad_rules_fail_at_init_and_in_check(patterns, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: patching.Rule("*wi", adapters.IA3), "no regular expression"),
+        (lambda: patching.Rule("*wi", adapters.IA3), "not a regular expression"),
         (lambda: patching.Rule("wi", adapters.IA3, side="input"), "side is 'input'"),
         (lambda: patching.Rule("wi", adapters.IA3, router_input="tokens"), "is 'tokens'"),
         (lambda: patching.Rule("wi", functools.partial(adapters.LoRA, rank=0)), "rank is 0"),

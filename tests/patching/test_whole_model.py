@@ -122,6 +122,12 @@ def entry_points(model, params):
     }
 
 
+def test_every_adapter_has_a_row():
+    rules = [rule for make in METHODS.values() for rule in make().rules]
+    made = {type(rule.adapter_factory(parent=None)).__name__ for rule in rules}
+    assert made == set(methods.ADAPTERS)
+
+
 CASES = [(name, "unscanned") for name in METHODS] + [
     (name, layout) for name in ("mov", "molora", "poly") for layout in ("remat", "scanned")
 ]

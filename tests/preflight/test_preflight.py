@@ -12,7 +12,8 @@ import pytest
 
 from moe_peft import errors, methods
 from moe_peft.cli import main
-from moe_peft.models import strategies, t5
+from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import t5
 from moe_peft.partitioning import hlo_cost
 from moe_peft.preflight import command as command_lib
 from moe_peft.preflight import compiled as compiled_lib
@@ -67,7 +68,7 @@ def test_a_step_for_a_mesh_of_this_machine(capsys):
 
 def test_evaluation_is_compiled_as_it_runs():
     choice = compiled_lib.Choice(2, 2, 2, 1, "none")
-    beams = strategies.BeamSearch(num_beams=3)
+    beams = decoding_lib.BeamSearch(num_beams=3)
     given = dataclasses.replace(
         experiment(methods.lora()), eval_batch_size=16, rank_choices=True, decoding=beams
     )

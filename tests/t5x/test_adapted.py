@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, methods, patching
-from moe_peft.models import strategies
+from moe_peft.models import decoding as decoding_lib
 
 METHODS = {
     "ia3": methods.ia3,
@@ -74,7 +74,7 @@ def test_each_answer_is_decoded_with_its_own_task(guest, adapted, network, num_d
     assert (found != predict({**guest.BATCH, "task_ids": guest.BATCH["task_ids"][::-1]})).any()
     if num_decodes == 1:
         ours = guest.built_in(method, scan_layers=network == "scalable_t5")
-        greedy = strategies.Greedy(max_decode_length=3)
+        greedy = decoding_lib.Greedy(max_decode_length=3)
         want = jax.jit(lambda batch: ours.predict(params, batch, greedy))(guest.BATCH)
         np.testing.assert_array_equal(found, want)
 

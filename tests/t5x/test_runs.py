@@ -78,7 +78,7 @@ def test_a_task_routed_method_trains_resumes_evaluates_and_infers(backbone, tmp_
     assert "rows cannot be packed: set train/utils.DatasetConfig.pack" in packed
     first = train(mhr, run, 2, backbone)
     assert "Restoring 60 of 60 leaves of the backbone (1233152 parameters)" in first
-    assert "parameters) start anew." in first
+    assert "parameters) start fresh." in first
     second = train(mhr, run, 4, backbone)
     assert "parameters) too." in second
     saved = {p.name for p in (run / "adapters").iterdir()}

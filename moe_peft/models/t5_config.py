@@ -1,0 +1,72 @@
+"""Sizes and options of T5 1.0 and 1.1."""
+
+import dataclasses
+
+import gin
+
+from moe_peft import errors, routing
+from moe_peft.models import layers
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "minimal", "full")
+
+
+@gin.register(module="models")
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes and options of a T5.
+
+    Attributes:
+        vocab_size: rows of the embedding, id 0 is padding.
+        emb_dim: model width d.
+        num_heads: attention heads; heads * head_dim need not be emb_dim.
+        head_dim: width of one head.
+        mlp_dim: feed-forward width f.
+        num_encoder_layers: at least 1.
+        num_decoder_layers: at least 1.
+        mlp_activations: ("relu",) is T5 1.0, ("gelu", "linear") is T5 1.1.
+        dropout_rate: in [0, 1); one mask for all tokens of an example.
+        logits_via_embedding: reuse the embedding as output layer (T5 1.0), scaled by d ** -0.5.
+        float32_attention_logits: keep attention logits in float32 when activations are bfloat16.
+        dtype: of activations, "float32" or "bfloat16"; norms, softmax and logits are float32 always
+            (float16 overflows in T5's feed-forward blocks).
+        scan_layers: compile one layer and loop over it, with T5X's scanned parameter tree.
+        remat_policy: what the backward pass recomputes: "none"; "minimal" keeps the products with
+            weights; "full" keeps only the inputs of a layer.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    float32_attention_logits: bool = False
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat_policy: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, before anything is compiled."""
+        for field in dataclasses.fields(self)[:7]:
+            routing.check_positive(f"T5Config.{field.name}", getattr(self, field.name))
+        if isinstance(self.mlp_activations, str) or not self.mlp_activations:
+            raise errors.UserError(
+                f"T5Config.mlp_activations is {self.mlp_activations!r}; expected a tuple of names "
+                "such as ('gelu', 'linear')."
+            )
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for activation in self.mlp_activations:
+            errors.check_one_of(
+                "T5Config: an entry of mlp_activations", activation, layers.ACTIVATIONS
+            )
+        errors.check_one_of("T5Config.dtype", self.dtype, DTYPES)
+        errors.check_one_of("T5Config.remat_policy", self.remat_policy, REMAT_POLICIES)
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise errors.UserError(
+                f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1."
+            )
