@@ -16,13 +16,13 @@ from moe_peft import errors, methods
 from moe_peft.adaptation import answers, group, initial, report
 from moe_peft.adaptation import data as data_lib
 from moe_peft.adaptation import groups as groups_lib
-from moe_peft.adaptation import progress as progress_lib
 from moe_peft.config import gin_files
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import metrics, questions
 from moe_peft.models import encoder_decoder, few_shot, strategies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import optimizers
 from moe_peft.training import start as start_lib
 from moe_peft.weights import identity
@@ -204,7 +204,7 @@ def adapt(
     )
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.opened(model_dir))
-        progress = progress_lib.make(num_steps, len(data))
+        progress = progress_lib.Runs(num_steps, len(data))
         stack.callback(progress.close)
         groups = groups_lib.Groups(
             network=network,

@@ -13,8 +13,8 @@ import optax
 
 from moe_peft import errors
 from moe_peft.adaptation import data, programs
-from moe_peft.adaptation import progress as progress_lib
 from moe_peft.adaptation import scores as scores_lib
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import metrics_writer
 from moe_peft.weights import backbone
 
@@ -122,7 +122,7 @@ class GroupRun:
         scorer: Scorer,
         settings: Settings,
         folder: pathlib.Path,
-        progress: progress_lib.Progress,
+        progress: progress_lib.Runs,
     ):
         """Nothing runs yet.
 

@@ -16,9 +16,9 @@ from moe_peft import errors, patching
 from moe_peft.adaptation import answers, initial, programs, scores
 from moe_peft.adaptation import data as data_lib
 from moe_peft.adaptation import group as group_lib
-from moe_peft.adaptation import progress as progress_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.runtime import json_files
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import state
 from moe_peft.training import step as step_lib
 from moe_peft.weights import identity
@@ -74,7 +74,7 @@ class Groups:
     evaluation: answers.Evaluation
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
-    progress: progress_lib.Progress
+    progress: progress_lib.Runs
 
     def run(
         self,

@@ -13,9 +13,10 @@ import time
 import gin
 
 from moe_peft import errors
-from moe_peft.cli import data_pool, data_progress
+from moe_peft.cli import data_pool
 from moe_peft.config import gin_files
 from moe_peft.data import bad_rows, lookup, row_store
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
 REGISTERED = (cldr, crossfit, p3, superni)
@@ -71,7 +72,7 @@ def data_prepare(
     _check_splits(tasks, splits)
     run = _run_here if processes == 1 else functools.partial(_run_apart, processes, wanted)
     done = []
-    with data_progress.shown("prepare", len(tasks), _work(tasks)) as progress:
+    with progress_lib.Rows("prepare", len(tasks), _work(tasks)) as progress:
         for result in run(list(tasks), tuple(splits), progress.rows):
             done.append(result)
             progress.task(sum(result.rows.values()), not result.written)

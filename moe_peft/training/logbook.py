@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from moe_peft import errors
 from moe_peft.models import losses
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import metrics_writer
-from moe_peft.training import progress as progress_lib
 from moe_peft.training import step as step_lib
 
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -30,7 +30,7 @@ class Logbook:
     def __init__(
         self,
         writer: metrics_writer.MetricsWriter,
-        progress: progress_lib.Progress,
+        progress: progress_lib.Steps,
         leaf_names: Sequence[str],
         unwritten: Sequence[Mapping[str, float]] = (),
     ):

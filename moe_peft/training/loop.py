@@ -15,9 +15,9 @@ import moe_peft
 from moe_peft import errors, patching
 from moe_peft.config import gin_files
 from moe_peft.runtime import host_memory, processes
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
-from moe_peft.training import progress as progress_lib
 from moe_peft.training import state as state_lib
 from moe_peft.training.monitors import base
 from moe_peft.weights import backbone, saved_run
@@ -88,8 +88,9 @@ class Run:
         first_step = saved.step if saved else 0
         with contextlib.ExitStack() as stack:
             is_first = processes.is_first()
-            self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
+            self._progress = progress_lib.Steps(settings.num_steps, is_silent=not is_first)
             stack.callback(self._progress.close)
+            self._progress.update(first_step)
             kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
             self._writer = stack.enter_context(kind(folder, first_step))
             base.drop_after(folder, first_step)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, patching
-from moe_peft.adaptation import data, programs, progress
+from moe_peft.adaptation import data, programs
 from moe_peft.adaptation import group as group_lib
 from moe_peft.adaptation import scores as scores_lib
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import progress
 from moe_peft.training import optimizers, schedules
 from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
@@ -406,7 +407,7 @@ def standing(**kwargs):
 
 
 def test_lines_name_every_run_once(capsys):
-    shown = progress.Lines(10, 2)
+    shown = progress.Runs(10, 2)
     standings = [standing(steps=5), standing(steps=5)]
     shown.update(JOBS[:2], standings)
     assert capsys.readouterr().err == ""
@@ -428,7 +429,7 @@ def test_the_table_shows_every_run():
     import rich.console
 
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
-    shown = progress.Table(10, 2, console)
+    shown = progress.Runs(10, 2, console=console)
     ended = standing(steps=4, state="stopped early", best_score=0.25)
     shown.update(JOBS[:2], [standing(steps=7), ended], [0.5, None])
     shown.say("a word")
