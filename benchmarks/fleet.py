@@ -49,7 +49,6 @@ from moe_peft.adaptation import scores as scores_lib
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import optimizers, schedules
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.weights import backbone
 
@@ -101,7 +100,7 @@ class StepByStep:
 
     def __init__(self, step, score, frozen, trainable, optimizer, examples, run):
         self._step, self._score, self._frozen = step, score, frozen
-        self._state = state_lib.create(trainable, optimizer, run)
+        self._state = step_lib.create_state(trainable, optimizer, run)
         self._shots = {k: v[run] for k, v in _part(examples, "shots").items()}
         self._rows = examples["rows"][run]
         self._chunk = {k: v[run] for k, v in _part(examples, "evaluated").items()}

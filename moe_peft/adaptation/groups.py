@@ -19,7 +19,6 @@ from moe_peft.adaptation import group as group_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
-from moe_peft.training import state
 from moe_peft.training import step as step_lib
 from moe_peft.weights import identity
 
@@ -143,7 +142,7 @@ class Groups:
     def _largest_fleet(self, members) -> tuple[programs.Fleet, int]:
         """The fleet of as many runs as fit, compiled, and their number."""
         size = len(members)
-        shared = state.num_bytes(self.start.frozen)
+        shared = step_lib.num_bytes(self.start.frozen)
         available = programs.device_memory()
         while True:
             fleet = self._fleet(members[0], size)
@@ -167,7 +166,9 @@ class Groups:
         """Shapes of the arguments of `advance` for the largest group."""
         (trainable,) = self.start.trainables([members[0].job])
         optimizer = self.make_optimizer(trainable)
-        one_state = jax.eval_shape(lambda tree: state.create(tree, optimizer, 0), trainable)
+        one_state = jax.eval_shape(
+            lambda tree: step_lib.create_state(tree, optimizer, 0), trainable
+        )
         table = data_lib.tables(members[:1], _num_rows(members))
         rows = np.zeros((1, self.settings.eval_period, self.settings.batch_size), np.int32)
         stacked = lambda leaf: fleet.abstract(leaf.shape, leaf.dtype)

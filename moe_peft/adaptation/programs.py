@@ -21,7 +21,6 @@ import optax
 
 from moe_peft.partitioning import hlo_cost
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 Batch = Mapping[str, Any]
@@ -167,10 +166,10 @@ class Fleet:
         trainables: Sequence[PyTree],
         optimizer: optax.GradientTransformation,
         seeds: Sequence[int],
-    ) -> state_lib.TrainState:
+    ) -> step_lib.TrainState:
         """Stacked states before the first step."""
         states = [
-            state_lib.create(trainable, optimizer, seed)
+            step_lib.create_state(trainable, optimizer, seed)
             for trainable, seed in zip(trainables, seeds, strict=True)
         ]
         return self.put(stack(states))

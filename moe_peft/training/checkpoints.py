@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from moe_peft import errors, patching
 from moe_peft.runtime import digest, processes
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.weights import saved_run
 
 DAMAGED_FOLDER = "checkpoints_damaged"
@@ -57,7 +57,7 @@ class Checkpoints:
         finally:
             logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
-    def save(self, state: state_lib.TrainState, record: Mapping[str, Any]) -> None:
+    def save(self, state: step_lib.TrainState, record: Mapping[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
 
         Raises:
@@ -145,7 +145,7 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
     return None
 
 
-def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
+def restore(saved: saved_run.Saved, fresh: step_lib.TrainState) -> step_lib.TrainState:
     """Returns `fresh` with the saved values, on the same devices.
 
     Raises:
@@ -173,7 +173,7 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
 
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
-    return state_lib.TrainState(
+    return step_lib.TrainState(
         step=place(fresh.step, np.asarray(saved.step, np.int32)),
         trainable=jax.tree.map(place, fresh.trainable, saved.trainable),
         opt_state=opt_structure.unflatten(map(place, opt_leaves, saved_leaves)),
@@ -181,7 +181,7 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
     )
 
 
-def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
+def _to_host(state: step_lib.TrainState) -> dict[str, Any]:
     """Copies that later steps, to which the state is donated, cannot overwrite."""
     trees = {
         "trainable": state.trainable,

@@ -18,7 +18,7 @@ from moe_peft.runtime import host_memory, processes
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base
 from moe_peft.weights import backbone, saved_run
 
@@ -65,7 +65,7 @@ class Result:
       metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
     """
 
-    state: state_lib.TrainState
+    state: step_lib.TrainState
     frozen: PyTree
     metrics: Mapping[str, float]
 
@@ -99,7 +99,7 @@ class Run:
             self._logbook = logbook_lib.Logbook(
                 self._writer,
                 self._progress,
-                state_lib.leaf_names(state.trainable),
+                step_lib.leaf_names(state.trainable),
                 saved.record["unwritten_metrics"] if saved else (),
             )
             if is_first:

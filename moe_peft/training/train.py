@@ -20,7 +20,6 @@ from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
 from moe_peft.training import checkpoints, loop, optimizers
 from moe_peft.training import start as start_lib
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
 from moe_peft.weights import identity, saved_run
@@ -216,13 +215,13 @@ def fit(
         trainable = begin.trainable_shapes()
         transform = optimizer.build(trainable, group_of)
         abstract = jax.eval_shape(
-            lambda tree: state_lib.create(tree, transform, settings.seed), trainable
+            lambda tree: step_lib.create_state(tree, transform, settings.seed), trainable
         )
         layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = layout.like(abstract, layout.shardings(trainable, axes), trainable)
         num_old = len(saved_run.steps(folder))
         run_folder.check_space(
-            folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
+            folder, step_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
         )
 
         watched = monitors_lib.Watched(
@@ -239,7 +238,7 @@ def fit(
             begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
         )
         frozen = processes.put(trees.frozen, layout.shardings(trees.frozen, axes))
-        state = state_lib.create(trees.trainable, transform, settings.seed)
+        state = step_lib.create_state(trees.trainable, transform, settings.seed)
         state = processes.put(state, places)
         changed = ""
         if saved:

@@ -20,7 +20,6 @@ from moe_peft.adaptation import scores as scores_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress
 from moe_peft.training import optimizers, schedules
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 NUM_RUNS, NUM_ROWS, BATCH, PERIOD, STEPS = 5, 12, 4, 3, 12
@@ -87,7 +86,7 @@ def one_by_one(toy, run, num_steps):
     frozen, trainable = trees(toy, run)
     optimizer = optimizer_of(toy, trainable)
     step = step_lib.make_train_step(toy.MODEL, optimizer, patching.merge)
-    state = state_lib.create(trainable, optimizer, JOBS[run].key_seed)
+    state = step_lib.create_state(trainable, optimizer, JOBS[run].key_seed)
     rows, losses = table(toy, run), []
     for chosen in schedule(run, range(num_steps)):
         batch = {name: values[chosen] for name, values in rows.items()}
