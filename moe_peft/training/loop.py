@@ -28,25 +28,23 @@ Batches = Iterator[Mapping[str, np.ndarray]]
 EvalHook = Callable[[int, PyTree], Mapping[str, float]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Numbers of a run; see `loop.train`. No dropout means no stochastic routing either."""
+    """Numbers of a run."""
 
-    num_steps: int
-    batch_size: int
-    seed: int = 0
-    num_microbatches: int = 1
-    frozen_dtype: str = "float32"
-    checkpoint_period: int = 1_000
-    keep: int = 3
-    log_period: int = 100
-    eval_period: int = 1_000
-    use_dropout: bool = True
+    num_steps: int  # updates in all, earlier ones of the same run included
+    batch_size: int  # rows of a batch, over all devices and micro-batches
+    seed: int = 0  # of fresh adapters, dropout and the order of the data
+    num_microbatches: int = 1  # parts a batch is computed in, to save memory; same result
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    checkpoint_period: int = 1_000  # steps between checkpoints; there is always one at the end
+    keep: int = 3  # newest checkpoints that are kept
+    log_period: int = 100  # steps between lines of metrics.jsonl
+    eval_period: int = 1_000  # steps between evaluations; there is always one at the end
 
     def __post_init__(self):
         for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            errors.check_at_least(name, getattr(self, name), 1)
         backbone.check_dtype(self.frozen_dtype)
 
     def num_new_checkpoints(self, num_old: int) -> int:
@@ -82,7 +80,7 @@ class Run:
         self._stop = stop
         self._monitors = monitors
 
-    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
+    def make_steps(self, folder, state, saved, batches, changed_optimizer) -> Result:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0

@@ -166,11 +166,11 @@ def source(tmp_path_factory):
     """A multi-task run of LoRA."""
     found = tmp_path_factory.mktemp("source")
     train.train(
-        t5.Transformer(CONFIG),
-        methods.lora(rank=2),
-        "random:0",
-        "cldr_weekday_fr",
-        LENGTHS,
+        model=t5.Transformer(CONFIG),
+        method=methods.lora(rank=2),
+        backbone="random:0",
+        mixture="cldr_weekday_fr",
+        feature_lengths=LENGTHS,
         batch_size=4,
         num_steps=2,
         optimizer=optimizers.adamw(schedules.constant(1e-2)),

@@ -209,7 +209,7 @@ def test_error_of_the_data_arrives(toy, tmp_path):
 
 @pytest.mark.parametrize("name", ["num_steps", "keep", "log_period", "checkpoint_period"])
 def test_zero_is_refused(name):
-    with pytest.raises(errors.UserError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(errors.UserError, match=f"{name} is 0; expected 1 or more"):
         loop.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
 
 
