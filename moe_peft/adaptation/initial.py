@@ -1,4 +1,4 @@
-"""What every run of a fleet starts from: one frozen tree, and the trainable leaves of each job."""
+"""What every run starts from: one frozen tree, and the trainable leaves of each job."""
 
 from collections.abc import Callable, Sequence
 import pathlib
@@ -36,28 +36,18 @@ class Start:
         frozen_dtype: str,
         task_weights: TaskWeights | None = None,
     ):
-        """Loads backbone and source.
-
-        Args:
-          start: models, method and shapes of a batch.
-          backbone: see `backbone.load`.
-          source: folder of a multi-task run, or its exported file; None starts from fresh adapters.
-          frozen_dtype: of the backbone's frozen leaves; frozen adapters stay float32.
-          task_weights: for the variant "soup".
+        """Loads backbone and source; see `adapt.Settings`. Frozen adapters stay float32.
 
         Raises:
           UserError: the source is of another method, backbone or model, or does not fit.
         """
-        self._start, self._task_weights = start, task_weights
+        self._task_weights = task_weights
         self._method = method = start.method
         _check(method, source)
         saved = exported.load(_existing(source)) if source else None
         if saved:
             identity.check_source(method, saved.description, str(source))
-        shapes = start.base_shapes()
-        loaded = backbone_lib.load(
-            backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)
-        )
+        loaded = backbone_lib.load(backbone, start.base_shapes(), start.init_base)
         self.fingerprint = loaded.fingerprint
         self.source = saved.description if saved else None
         self.source_step = saved.step if saved else None
@@ -65,8 +55,8 @@ class Start:
         if saved:
             self._check_backbone(str(source))
         self._base = patching.flatten(backbone_lib.cast(loaded.params, "float32"))
-        self._shapes = jax.eval_shape(self._init, jax.random.key(0))
-        self._fresh = jax.jit(self._fresh_adapters)
+        self._shapes = start.shapes()
+        self._fresh_adapters = start.fresh_adapters(self._base)
         frozen = patching.flatten(self._split(_NO_JOB)[0])
         cast = backbone_lib.cast(
             {path: leaf for path, leaf in frozen.items() if path in self._base}, frozen_dtype
@@ -85,7 +75,7 @@ class Start:
     def _split(self, job: data.Job) -> tuple[dict, dict]:
         rng = jax.random.key(job.key_seed)
         if self._source is None:
-            adapters = self._fresh(rng)
+            adapters = self._fresh_adapters(rng)
         else:
             weights = self._weights(job)
             found = transfer.initial(self._method, self._source, self._shapes, rng, weights)
@@ -100,14 +90,6 @@ class Start:
             num_tasks = self._method.transfer.source.num_tasks
             return np.full(num_tasks, 1 / num_tasks, np.float32)
         return self._task_weights(job)
-
-    def _fresh_adapters(self, rng):
-        # Only these are returned, so the compiler leaves out the base's random weights.
-        flat = patching.flatten(self._init(rng))
-        return {path: leaf for path, leaf in flat.items() if path not in self._base}
-
-    def _init(self, rng):
-        return self._start.model.init(rng, self._start.batch_shapes)
 
     def _check_backbone(self, source: str) -> None:
         saved = self.source["backbone"]["fingerprint"]

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, patching
+from moe_peft import errors
 from moe_peft.config import gin_files
 from moe_peft.runtime import host_memory, processes
 from moe_peft.runtime import progress as progress_lib
@@ -71,14 +71,10 @@ class Result:
 class Run:
     """One process's part of a run, from the restored state to the last step or a signal."""
 
-    def __init__(self, settings, description, train_step, eval_hook, frozen, stop, monitors=()):
-        self._settings = settings
-        self._description = description
-        self._train_step = train_step
-        self._eval_hook = eval_hook
-        self._frozen = frozen
-        self._stop = stop
-        self._monitors = monitors
+    def __init__(self, settings, description, train_step, frozen, stop, monitors=()):
+        self._settings, self._description = settings, description
+        self._train_step, self._frozen = train_step, frozen
+        self._stop, self._monitors = stop, monitors
 
     def make_steps(self, folder, state, saved, batches, changed_optimizer) -> Result:
         """Makes the steps that are left."""
@@ -132,8 +128,6 @@ class Run:
             if is_last or step % settings.log_period == 0:
                 line = self._logbook.write(step)
                 self._checkpoints.check()
-            if self._eval_hook and (is_last or step % settings.eval_period == 0):
-                self._evaluate(step, state)
             for monitor in self._monitors:
                 if is_last or step % monitor.period == 0:
                     self._watch(monitor, step, state)
@@ -165,11 +159,6 @@ class Run:
                     "moe_peft_version": moe_peft.__version__,
                 },
             )
-
-    def _evaluate(self, step, state):
-        with self._logbook.pause():
-            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
-        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
 
     def _watch(self, monitor, step, state):
         self._logbook.collect()  # A NaN is reported as the step's, not met by the monitor.

@@ -14,23 +14,17 @@ from moe_peft import errors
 FILE_NAME = "metrics.jsonl"
 
 
-class Silent:
+class Silent(contextlib.nullcontext):
     """Writes nothing: another process does."""
 
     def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
         del model_dir, resumed_step
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+        super().__init__(self)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Leaves it to the first process, as `write_to_board` does."""
 
-    def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+    write_to_board = write
 
 
 class MetricsWriter:
@@ -75,7 +69,7 @@ class MetricsWriter:
         except OSError as error:
             raise errors.UserError(
                 f"Cannot write metrics to {self._model_dir}: {error.strerror}. Checkpoints are "
-                "intact. Make room or mend the folder, then run the same command to go on."
+                "intact. Make room or repair the folder, then run the same command to go on."
             ) from error
 
 

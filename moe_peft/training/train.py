@@ -189,6 +189,9 @@ def fit(
             begin.model, begin.method, program.trainable, described["data"], folder, mesh
         )
         active = monitors_lib.start(monitors, watched)
+        if eval_hook is not None:
+            watch = lambda step, *trees: eval_hook(step, patching.merge(*trees))
+            active = [monitors_lib.Active("eval", settings.eval_period, watch), *active]
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
         changed = ""
@@ -196,7 +199,7 @@ def fit(
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
             changed = start_lib.optimizer_changes(saved.description, description)
-        run = loop.Run(settings, description, program.step, eval_hook, frozen, stop, active)
+        run = loop.Run(settings, description, program.step, frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
         return run.make_steps(folder, state, saved, batches, changed)
 

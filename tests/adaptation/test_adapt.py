@@ -11,7 +11,7 @@ import seqio
 
 from moe_peft import errors, methods, patching
 from moe_peft.adaptation import adapt as adapt_lib
-from moe_peft.adaptation import data, group, report
+from moe_peft.adaptation import data, group, programs, report
 from moe_peft.adaptation import groups as groups_lib
 from moe_peft.cli import main
 from moe_peft.data.cldr import suite
@@ -87,7 +87,7 @@ def test_results_can_be_computed_from_predictions(folder):
     assert len(rows) == 2 * 2 * 2 * 4  # tasks, seeds, items, wordings
     groups = {TASK: "weekday", "cldr_month_gl": "month"}
     assert {row["task"]: row["group"] for row in rows} == groups
-    again = report.of_rows(rows)
+    again = report.summarize_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
     assert results["trainable_parameters"] == 2 * 8 * (4 * 3 * 2 + 2 * 3 * 3)
@@ -112,6 +112,14 @@ def test_adapters_of_every_run_are_kept(folder):
     assert not list(folder.glob("groups/*/progress*"))
     lines = (path.parent / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_unknown_memory_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(programs, "device_memory", lambda: None)
+    adapt(tmp_path, seeds=(0,), num_steps=2)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "unknown" in x]
+    assert line.startswith("the memory of a device is unknown, so 4.3 GB are assumed")
+    assert (tmp_path / "results.json").exists()
 
 
 def test_what_is_finished_is_not_computed_again(folder, two_tasks, tmp_path, monkeypatch):
@@ -144,7 +152,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
         ({"metric": "rouge"}, "Did you mean 'rouge_l'"),
         ({"task_group": "p3_(.*)"}, "does not match task_group"),
         ({"mixture": "cldr_weekday_gk"}, "Did you mean"),
-        ({"group_size": 0}, "group_size must be at least 1"),
+        ({"group_size": 0}, "group_size is 0; expected 1 or more"),
         ({"source": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"method": methods.poly(num_tasks=3)}, "routes by the ids of its 3 training tasks"),
         (
@@ -187,7 +195,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
         seen.extend(trainables)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(group.GroupRun, "go", stop)
+    monkeypatch.setattr(group.GroupRun, "train", stop)
     kept = transfer.transferred(methods.lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)

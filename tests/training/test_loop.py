@@ -151,6 +151,15 @@ def test_another_optimizer_is_refused_and_another_rate_is_said(toy, stopped, cap
     assert "WARNING: the optimiser was changed: learning_rates" in capfd.readouterr().err
 
 
+def test_other_groups_without_decay_are_said(toy, stopped, capfd):
+    toy.fit(stopped, 9, optimizer=toy.adamw(no_decay_groups=()))
+    said = capfd.readouterr().err
+    assert (
+        "WARNING: the optimiser was changed: no_decay_groups is None in the checkpoint and [] here"
+        in said
+    )
+
+
 def test_trained_parameters_load_for_evaluation(toy, whole):
     shapes = {"x": (1, toy.WIDTH)}
     start = start_lib.Start(toy.MODEL, toy.BASE_MODEL, toy.ADAPTED, shapes)

@@ -82,11 +82,7 @@ def start(monitors: Sequence[Monitor], run: Watched) -> list[Active]:
     for monitor in monitors:
         if names.count(monitor.name) > 1:
             raise errors.UserError(f"train.monitors holds {monitor.name!r} more than once.")
-        if monitor.period < 1:
-            raise errors.UserError(
-                f"The period of the monitor {monitor.name!r} is {monitor.period}; expected at "
-                "least 1 step."
-            )
+        errors.check_at_least(f"The period of the monitor {monitor.name!r}", monitor.period, 1)
     return [Active(each.name, each.period, each.start(run)) for each in monitors]
 
 
@@ -113,8 +109,8 @@ def append(folder: pathlib.Path, name: str, step: int, record: Mapping[str, Any]
             file.write(line)
     except OSError as error:
         raise errors.UserError(
-            f"Cannot write to {path}: {error.strerror}. Checkpoints are intact. Make room or mend "
-            "the folder, then run the same command to go on."
+            f"Cannot write to {path}: {error.strerror}. Checkpoints are intact. Make room or "
+            "repair the folder, then run the same command to go on."
         ) from error
 
 
