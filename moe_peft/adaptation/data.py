@@ -33,7 +33,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes that stacked runs must have in common; those of a job alone, whoever is beside it.
+    """Sizes that stacked runs must have in common; those of a job alone, whoever is next to it.
 
     Attributes:
       inputs: tokens of an encoder row.

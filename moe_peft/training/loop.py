@@ -55,16 +55,11 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-      state: after the last step.
-      frozen: the tree beside it.
-      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
-    """
-
-    state: step_lib.TrainState
+    state: step_lib.TrainState  # after the last step
     frozen: PyTree
+    # The last line of training metrics in metrics.jsonl; empty if no step was made.
     metrics: Mapping[str, float]
 
 
@@ -147,18 +142,16 @@ class Run:
 
     def _save(self, step, state):
         self._logbook.collect()
+        record = {
+            "step": step,
+            "batches_consumed": step,
+            "description": self._description,
+            "unwritten_metrics": self._logbook.unwritten,
+            "gin_config": gin.config_str(),
+            "moe_peft_version": moe_peft.__version__,
+        }
         with self._logbook.pause():
-            self._checkpoints.save(
-                state,
-                {
-                    "step": step,
-                    "batches_consumed": step,
-                    "description": self._description,
-                    "unwritten_metrics": self._logbook.unwritten,
-                    "gin_config": gin.config_str(),
-                    "moe_peft_version": moe_peft.__version__,
-                },
-            )
+            self._checkpoints.save(state, record)
 
     def _watch(self, monitor, step, state):
         self._logbook.collect()  # A NaN is reported as the step's, not met by the monitor.

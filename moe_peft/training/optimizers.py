@@ -124,10 +124,9 @@ def adafactor(
       clipping_threshold: RMS above which a leaf's update is scaled down; None for never.
       epsilon: added to squared gradients.
       multiply_by_parameter_scale: scale steps by the RMS of the parameter, at least 1e-3.
-      factoring: which dimensions of a leaf v is kept for as a row and a column instead of one by
-        one. "two_largest", as T5X does. "last_two", as Hugging Face does: dimensions before them
-        are a batch of matrices, and features are joined into the matrices of the papers' code, see
-        `factoring.as_published`.
+      factoring: the dimensions of a leaf for which v is kept as a row and a column. "two_largest",
+        as T5X does. "last_two", as Hugging Face does: dimensions before them are a batch of
+        matrices, and features are joined into the papers' matrices, see `last_two_rms`.
       min_dim_size_to_factor: factor only where both dimensions reach this size. By default 128
         with "two_largest", which leaves every adapter leaf unfactored, and 1 with "last_two".
       resumed_step_offset: steps the optimiser is told it has already made while v is still zero.
@@ -140,19 +139,18 @@ def adafactor(
 
     errors.check_one_of("adafactor.factoring", factoring, _FACTORINGS)
     scale_by_factored_rms, default_size = _FACTORINGS[factoring]
+    min_size = default_size if min_dim_size_to_factor is None else min_dim_size_to_factor
     settings = {
         "decay_rate": decay_rate,
         "clipping_threshold": clipping_threshold,
         "epsilon": epsilon,
         "multiply_by_parameter_scale": multiply_by_parameter_scale,
         "factoring": factoring,
-        "min_dim_size_to_factor": default_size
-        if min_dim_size_to_factor is None
-        else min_dim_size_to_factor,
+        "min_dim_size_to_factor": min_size,
         "resumed_step_offset": resumed_step_offset,
     }
-    precondition = functools.partial(_adafactor_steps, scale_by_factored_rms, settings)
-    return Optimizer("adafactor", settings, precondition, learning_rate, groups or {}, clip_norm)
+    steps = functools.partial(_adafactor_steps, scale_by_factored_rms, settings)
+    return Optimizer("adafactor", settings, steps, learning_rate, groups or {}, clip_norm)
 
 
 def _adafactor_steps(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree
@@ -154,19 +154,12 @@ class Source:
         return {"step": self.step, "digest": digest.of_tree(self.trainable)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Trees:
-    """The two trees of a fresh run and what identifies the frozen weights.
+class Trees(NamedTuple):
+    """The two trees of a fresh run and what identifies the frozen weights."""
 
-    Attributes:
-      frozen: never differentiated, never saved.
-      trainable: what learns.
-      fingerprint: of the backbone.
-    """
-
-    frozen: PyTree
+    frozen: PyTree  # never differentiated, never saved
     trainable: PyTree
-    fingerprint: str
+    fingerprint: str  # of the backbone
 
 
 def describe(
@@ -191,6 +184,6 @@ def describe(
 def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Returns what changed in the optimiser's settings, "" for nothing.
 
-    It is no reason to refuse: to train longer, or on at a lower rate, is legitimate.
+    A change is not refused: to train longer, or on at a lower rate, is legitimate.
     """
     return identity.first_difference(saved["optimizer"], current["optimizer"])

@@ -199,7 +199,7 @@ def fit(
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
             changed = start_lib.optimizer_changes(saved.description, description)
-        run = loop.Run(settings, description, program.step, frozen, stop, active)
+        run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
         return run.make_steps(folder, state, saved, batches, changed)
 
@@ -210,27 +210,17 @@ class _Program:
     Attributes:
       trainable: shapes of what trains.
       state: shapes of the whole state.
-      step: jitted, compiled at its first call.
     """
 
     def __init__(self, begin, optimizer, settings, mesh):
         self._begin, self._optimizer, self._settings = begin, optimizer, settings
-        group_of = begin.method.learning_rate_group
+        self._group_of = begin.method.learning_rate_group
         self.trainable = begin.trainable_shapes()
-        self._transform = optimizer.build(self.trainable, group_of)
+        self._transform = optimizer.build(self.trainable, self._group_of)
         self.state = jax.eval_shape(self._create_state, self.trainable)
         self._layout, self._axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = self._layout.shardings(self.trainable, self._axes)
         self._places = self._layout.like(self.state, places, self.trainable)
-        self.step = step_lib.make_train_step(
-            begin.model,
-            self._transform,
-            patching.merge,
-            settings.num_microbatches,
-            optimizer.learning_rates(self.trainable, group_of),
-            layout=self._layout,
-            out_shardings=(self._places, self._layout.everywhere),
-        )
 
     def load(self, backbone, start_from, described) -> tuple[PyTree, step_lib.TrainState, dict]:
         """Returns (frozen tree, state before the first step, what the run is)."""
@@ -246,6 +236,18 @@ class _Program:
         frozen = processes.put(trees.frozen, self._layout.shardings(trees.frozen, self._axes))
         state = processes.put(self._create_state(trees.trainable), self._places)
         return frozen, state, description
+
+    def make_step(self) -> step_lib.TrainStep:
+        """Returns the step, jitted; it compiles at its first call."""
+        return step_lib.make_train_step(
+            self._begin.model,
+            self._transform,
+            patching.merge,
+            self._settings.num_microbatches,
+            self._optimizer.learning_rates(self.trainable, self._group_of),
+            layout=self._layout,
+            out_shardings=(self._places, self._layout.everywhere),
+        )
 
     def _create_state(self, trainable: PyTree) -> step_lib.TrainState:
         return step_lib.create_state(trainable, self._transform, self._settings.seed)

@@ -227,6 +227,7 @@ def test_choices_train_and_rank(tmp_path):
     )
     rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
     choices = suite.answer_choices(suite.Task("weekday", "gl"))
+    assert len(rows) == 2 * 4  # items, wordings
     assert {row["prediction"] for row in rows} <= set(choices)
     for row in rows:
         assert row["score"] == float(row["prediction"] == row["targets"])
@@ -267,6 +268,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
     results = adapt(tmp_path, **settings)
     assert asked == [0, "interrupted", 1]
     rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
+    assert len(rows) == 2 * 2 * 4  # seeds, items, wordings
     for row in rows:
         assert row["metric"] == "rouge_l"
         assert row["score"] == metrics.rouge_l(row["prediction"], [row["targets"]])

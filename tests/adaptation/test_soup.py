@@ -75,7 +75,9 @@ def test_new_cldr_tasks_find_their_function(tmp_path):
     assert len(saved) == 3
     assert saved[0]["cosine"] >= saved[2]["cosine"]
     # Names stand at the ids under which the multi-task run knows them.
-    for task in lookup.tasks_of("cldr_train")[::50]:
+    named = lookup.tasks_of("cldr_train")[::50]
+    assert len(named) == 5
+    for task in named:
         assert found.sources[task.source.rows("train").scalars["task_ids"][0]] == task.name
 
 

@@ -60,8 +60,11 @@ def test_micro_batches_are_one_batch(toy, num_microbatches):
     parts, metrics = _run(
         toy, _step(toy, use_dropout=False, num_microbatches=num_microbatches), batch
     )
-    for a, b in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(parts.trainable)):
+    leaves = [jax.tree.leaves(state.trainable) for state in (whole, parts)]
+    assert len(leaves[0]) == 2
+    for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    assert set(whole_metrics) == set(metrics) >= {"loss_sum", "normalizer", "grad_norm"}
     for name in whole_metrics:
         np.testing.assert_allclose(whole_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
 
@@ -145,8 +148,11 @@ def test_eight_devices_compute_what_one_computes(toy):
             results.append(step(state, frozen, placed))
     (one, one_metrics), (eight, eight_metrics) = results
     assert len(jax.tree.leaves(eight.trainable)[0].sharding.device_set) == 8
-    for a, b in zip(jax.tree.leaves(one.trainable), jax.tree.leaves(eight.trainable)):
+    leaves = [jax.tree.leaves(state.trainable) for state in (one, eight)]
+    assert len(leaves[0]) == 2
+    for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    assert set(one_metrics) == set(eight_metrics) >= {"loss_sum", "normalizer", "grad_norm"}
     for name in one_metrics:
         np.testing.assert_allclose(one_metrics[name], eight_metrics[name], rtol=1e-5, err_msg=name)
 
