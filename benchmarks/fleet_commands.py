@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file for the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        together, results = adapt(pathlib.Path(root) / "fleet", options)
+        together, results = adapt(pathlib.Path(root) / "together", options)
         runs = {run["task"]: run for run in results["runs"]}
         seconds, differences = [], []
         for task in random.Random(0).sample(sorted(runs), options.commands):
