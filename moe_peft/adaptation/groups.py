@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -131,15 +132,19 @@ class Groups:
                 jobs = jobs[size:]
         return plan
 
+    @functools.cached_property  # What is unknown is said once, not for every shape.
+    def _device_memory(self) -> int:
+        found = programs.device_memory()
+        if found is None:
+            self.progress.say(
+                f"the memory of a device is unknown, so {_ASSUMED_MEMORY / 1e9:.1f} GB are "
+                "assumed; adapt.group_size sets how many runs train at once"
+            )
+        return _ASSUMED_MEMORY if found is None else found
+
     def _compile_largest(self, members: Members) -> tuple[programs.MappedRuns, int]:
         """As many runs as fit, compiled, and their number."""
-        size, available = len(members), programs.device_memory()
-        if available is None:
-            available = _ASSUMED_MEMORY
-            self.progress.say(
-                f"the memory of a device is unknown, so {available / 1e9:.1f} GB are assumed; "
-                "adapt.group_size sets how many runs train at once"
-            )
+        size, available = len(members), self._device_memory
         while True:
             mapped, started = self._map_runs(members[0], size), time.monotonic()
             needed = mapped.compile(*self._abstract_arguments(mapped, members)).peak
