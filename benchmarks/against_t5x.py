@@ -25,7 +25,7 @@ import step as step_benchmark
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.training import optimizers
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.weights import leaves
 
 RATE = 3e-4
@@ -92,7 +92,7 @@ def t5x_call(method: methods.Method, params, batch, dtype: str) -> candidates.Ca
     )
     run_by.compile_train(batch)
     step, holder = run_by._compiled_train_step, {"state": state}
-    num_bytes = state_lib.num_bytes(state)
+    num_bytes = step_lib.num_bytes(state)
     trains = [leaf for path, leaf in flat.items() if method.is_trainable(path)]
 
     def run():

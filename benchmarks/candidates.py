@@ -11,7 +11,6 @@ import numpy as np
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder
 from moe_peft.training import optimizers
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 FROZEN = "frozen, forward and backward"
@@ -63,7 +62,7 @@ def frozen_call(module: nn.Module, params, batch) -> Call:
 
     offset = jnp.zeros((1, 1, module.config.emb_dim))
     step = jax.jit(jax.value_and_grad(loss)).lower(offset, params, batch).compile()
-    return Call(lambda: step(offset, params, batch), 0, step, state_lib.num_bytes(params))
+    return Call(lambda: step(offset, params, batch), 0, step, step_lib.num_bytes(params))
 
 
 def method_call(
@@ -84,7 +83,7 @@ def method_call(
     frozen, trainable = ({}, backbone) if method.name == "full" else (backbone, fresh())
     built = optimizer.build(trainable, method.learning_rate_group)
     step = step_lib.make_train_step(network, built, patching.merge, use_dropout=False)
-    holder = {"state": state_lib.create(trainable, built, seed=0)}
+    holder = {"state": step_lib.create_state(trainable, built, seed=0)}
     compiled = step.lower(holder["state"], frozen, batch).compile()
 
     def run():
@@ -92,4 +91,4 @@ def method_call(
         return holder["state"], metrics
 
     num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    return Call(run, num_trainable, compiled, state_lib.num_bytes((holder["state"], frozen)))
+    return Call(run, num_trainable, compiled, step_lib.num_bytes((holder["state"], frozen)))

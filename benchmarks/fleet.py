@@ -1,12 +1,12 @@
-"""33 few-shot runs as one fleet against the same runs one after another.
+"""33 few-shot runs mapped in one program against the same runs one after another.
 
 Eleven tasks of the CLDR suite with three seeds each adapt the backbone that ships with it, in
-groups as `moe-peft adapt` makes them, and one after another in two ways: as fleets of one, and step
-by step as `moe-peft train` goes. Everything is compiled once, before the first round; a round makes
-the same steps and one evaluation of every run, all three ways.
+groups as `moe-peft adapt` makes them, and one after another in two ways: as groups of one run, and
+step by step as `moe-peft train` goes. Everything is compiled once, before the first round; a round
+makes the same steps and one evaluation of every run, all three ways.
 
-On a CPU every core is a device for the fleet (`--devices 1` for one device with all cores); a run
-on its own has one device with all cores. `--examples F` writes the drawn examples to a file, or
+On a CPU every core is a device for the mapped runs (`--devices 1` for one device with all cores); a
+run on its own has one device with all cores. `--examples F` writes the drawn examples to a file, or
 reads them from it: where it exists, neither SeqIO nor TensorFlow is needed.
 
     python benchmarks/fleet.py [--method lora|mhr] [--rounds 5] [--steps 20] [--width 8]
@@ -26,7 +26,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--width", type=int, help="runs of a group; default: all")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--devices", type=int, default=cores, help="CPU devices of the fleet")
+    parser.add_argument("--devices", type=int, default=cores, help="CPU devices of the mapped runs")
     parser.add_argument("--examples", help="file that keeps the examples")
     parser.add_argument("--output", help="JSON file for the figures")
     return parser.parse_args()
@@ -49,7 +49,6 @@ from moe_peft.adaptation import scores as scores_lib
 from moe_peft.models import encoder_decoder, few_shot, t5
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.training import optimizers, schedules
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.weights import backbone
 
@@ -79,20 +78,26 @@ METHODS = {
 class Runs:
     """Some of the runs, stacked, with their states."""
 
-    def __init__(self, fleet, trainables, optimizer, examples, members):
-        self._fleet, self._num_runs, self._num_steps = fleet, len(members), len(examples["rows"][0])
-        self._states = fleet.create([trainables[i] for i in members], optimizer, members)
-        self._tables = fleet.put({k: v[members] for k, v in _part(examples, "shots").items()})
-        self._rows = fleet.put(examples["rows"][members])
+    def __init__(self, mapped, trainables, optimizer, examples, members):
+        self._mapped, self._num_runs, self._num_steps = (
+            mapped,
+            len(members),
+            len(examples["rows"][0]),
+        )
+        self._states = mapped.create_states([trainables[i] for i in members], optimizer, members)
+        self._tables = mapped.to_devices(
+            {k: v[members] for k, v in _part(examples, "shots").items()}
+        )
+        self._rows = mapped.to_devices(examples["rows"][members])
         self._chunk = {k: v[members] for k, v in _part(examples, "evaluated").items()}
 
     def both(self):
         """A few steps, then an evaluation."""
         active = np.ones(self._num_runs, bool)
-        self._states, _, found = self._fleet.advance(
+        self._states, _, found = self._mapped.advance(
             self._states, active, self._tables, self._rows, 0, self._num_steps
         )
-        scores = self._fleet.score(self._states.trainable, [self._chunk], self._num_runs)
+        scores = self._mapped.score(self._states.trainable, [self._chunk], self._num_runs)
         return found.losses, scores
 
 
@@ -101,7 +106,7 @@ class StepByStep:
 
     def __init__(self, step, score, frozen, trainable, optimizer, examples, run):
         self._step, self._score, self._frozen = step, score, frozen
-        self._state = state_lib.create(trainable, optimizer, run)
+        self._state = step_lib.create_state(trainable, optimizer, run)
         self._shots = {k: v[run] for k, v in _part(examples, "shots").items()}
         self._rows = examples["rows"][run]
         self._chunk = {k: v[run] for k, v in _part(examples, "evaluated").items()}
@@ -183,16 +188,16 @@ def main() -> None:
         patching.merge,
     )
     score = scores_lib.score_rows(model, 0, True)
-    fleet_of = lambda width, devices: programs.Fleet(
+    mapped_runs = lambda width, devices: programs.MappedRuns(
         *(update, score, frozen, width), mesh_lib.make_mesh(devices=devices)
     )
     setting = (trainables, optimizer, examples)
     devices, width = jax.devices(), options.width or num_runs
-    fleet, together, left = fleet_of(width, devices), [], np.arange(num_runs)
+    mapped, together, left = mapped_runs(width, devices), [], np.arange(num_runs)
     for size in programs.group_sizes(num_runs, width):
-        together.append(Runs(fleet, *setting, left[:size]))
+        together.append(Runs(mapped, *setting, left[:size]))
         left = left[size:]
-    alone = fleet_of(1, devices[:1])
+    alone = mapped_runs(1, devices[:1])
     apart = [Runs(alone, *setting, np.array([run])) for run in range(num_runs)]
     step, score_one = jax.jit(update, donate_argnums=0), jax.jit(score)
     plain = [
@@ -200,11 +205,11 @@ def main() -> None:
         for run, trainable in enumerate(trainables)
     ]
     calls = {
-        "33 runs as a fleet": lambda: [runs.both() for runs in together],
-        "fleets of one, one after another": lambda: [runs.both() for runs in apart],
+        "33 mapped runs": lambda: [runs.both() for runs in together],
+        "groups of one run, one after another": lambda: [runs.both() for runs in apart],
         "step by step, one after another": lambda: [run.both() for run in plain],
     }
-    timings = measure.paired(calls, reference="33 runs as a fleet", rounds=options.rounds)
+    timings = measure.paired(calls, reference="33 mapped runs", rounds=options.rounds)
     rows = [
         [name, *(f"{1000 * x:.0f}" for x in timing.seconds), *(f"{x:.2f}" for x in timing.ratio)]
         for name, timing in timings.items()
@@ -227,7 +232,7 @@ def main() -> None:
             "width": width,
             "devices": len(devices),
             "seconds": {name: timing.seconds for name, timing in timings.items()},
-            "over_fleet": {name: timing.ratio for name, timing in timings.items()},
+            "over_mapped_runs": {name: timing.ratio for name, timing in timings.items()},
         },
     )
 

@@ -1,8 +1,8 @@
 """`moe-peft adapt` for 35 few-shot runs in one command against a command for each run.
 
-What a user does with and without a fleet, start, compilation and evaluation included: one command
-for the 35 tasks of `cldr_new` with one seed, and commands for single tasks of it (some of them,
-drawn by a fixed seed; their median stands for all). Results of both ways are compared.
+What a user does with and without mapped runs, start, compilation and evaluation included: one
+command for the 35 tasks of `cldr_new` with one seed, and commands for single tasks of it (some of
+them, drawn by a fixed seed; their median stands for all). Results of both ways are compared.
 
     python benchmarks/fleet_commands.py [--variant lora] [--source RUN] [--commands 3]
         [--output fleet_commands.json]
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file for the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        together, results = adapt(pathlib.Path(root) / "fleet", options)
+        together, results = adapt(pathlib.Path(root) / "together", options)
         runs = {run["task"]: run for run in results["runs"]}
         seconds, differences = [], []
         for task in random.Random(0).sample(sorted(runs), options.commands):

@@ -45,7 +45,9 @@ def main():
         ),
         model_dir=sys.argv[1],
         described={"model": {}, "data": {}},
-        settings=loop_lib.Settings(num_steps, BATCH_SIZE, checkpoint_period=40, log_period=15),
+        settings=loop_lib.Settings(
+            num_steps=num_steps, batch_size=BATCH_SIZE, checkpoint_period=40, log_period=15
+        ),
     )
 
 

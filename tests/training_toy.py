@@ -103,7 +103,7 @@ def adamw(**kwargs):
 
 
 def fit(model_dir, num_steps, method=ADAPTED, **overrides):
-    """Trains the toy; `overrides` go to `loop.fit` or into its settings."""
+    """Trains the toy; `overrides` go to `train.fit` or into its settings."""
     names = {field.name for field in dataclasses.fields(loop_lib.Settings)}
     settings = {"batch_size": ROWS, "checkpoint_period": 4, "log_period": 3, "eval_period": 5}
     settings |= {k: overrides.pop(k) for k in list(overrides) if k in names}

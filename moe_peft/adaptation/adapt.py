@@ -4,26 +4,27 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import sys
 from typing import Any
 
 from flax import linen as nn
-import gin
 import jax
 
 import moe_peft
 from moe_peft import errors, methods
-from moe_peft.adaptation import answers, group, initial, report
 from moe_peft.adaptation import data as data_lib
+from moe_peft.adaptation import group, initial, report, scores
 from moe_peft.adaptation import groups as groups_lib
-from moe_peft.adaptation import progress as progress_lib
 from moe_peft.config import gin_files
+from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import metrics, questions
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import optimizers
 from moe_peft.training import start as start_lib
 from moe_peft.weights import identity
@@ -31,216 +32,250 @@ from moe_peft.weights import identity
 Count = int | Mapping[str, int]
 
 
-@gin.register(module="training")
-def adapt(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    mixture: str = gin.REQUIRED,
-    feature_lengths: Mapping[str, int] = gin.REQUIRED,
-    task_group: str = gin.REQUIRED,
-    shots: Count | None = gin.REQUIRED,
-    seeds: Sequence[int] = gin.REQUIRED,
-    num_steps: int = gin.REQUIRED,
-    batch_size: int = gin.REQUIRED,
-    optimizer: optimizers.Optimizer = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    source: str | None = None,
-    validation_shots: Count = 0,
-    wordings: Count = 1,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    loss: encoder_decoder.LossConfig | None = None,
-    few_shot_loss: few_shot.FewShotLoss | None = None,
-    selection: str = "validation",
-    eval_period: int = 50,
-    patience: int | None = None,
-    test_split: str = "validation",
-    metric: str = "exact_match",
-    decoding: decoding_lib.Strategy | None = None,
-    rank_choices: bool = False,
-    length_normalized_choices: bool = True,
-    task_weights: initial.TaskWeights | None = None,
-    eval_batch_size: int = 16,
-    group_size: int | None = None,
-    frozen_dtype: str = "float32",
-    save_seconds: float = 60.0,
-    bootstrap: bootstrap_lib.Bootstrap | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(group.Settings):
+    """Of `adapt`."""
+
+    # An encoder-decoder with T5X's calls, without adapters.
+    model: nn.Module
+    # What is adapted and what trains: `@methods.transferred()` of the multi-task run's method, or
+    # any method that needs no task ids, from fresh adapters.
+    method: methods.Method
+    # The model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
+    backbone: str
+    mixture: str  # name of the SeqIO mixture of new tasks, or of one task
+    feature_lengths: Mapping[str, int]  # tokens of "inputs" and "targets" at most
+    task_group: str  # regular expression; what in a task's name it is reported under
+    shots: Count | None  # training examples of each task; see `fewshot.Sizes`
+    # Of shots, order, new parameters and dropout; each is a run of each task.
+    seeds: Sequence[int]
+    optimizer: optimizers.Optimizer  # clipping and statistics are each run's own
+    model_dir: str  # folder of this adaptation
+    # Folder of the multi-task run, or its exported file; None starts from fresh adapters.
+    source: str | None = None
+    # Further examples of the train split, which select and stop.
+    validation_shots: Count = 0
+    # Consecutive rows of a task that are one example in other words (templates).
+    wordings: Count = 1
+    # Where shots come from; "{seed}" in it stands for the run's seed, where a data set comes as
+    # several samples (CrossFit's "train_{seed}").
+    train_split: str = "train"
+    # Where validation examples come from, all of them; "{seed}" as in `train_split`. None for
+    # `validation_shots` of the train split.
+    validation_split: str | None = None
+    loss: encoder_decoder.LossConfig | None = None  # of language modelling
+    # T-Few's three losses, for tasks with answer choices; None: language modelling only.
+    few_shot_loss: few_shot.FewShotLoss | None = None
+    test_split: str = "validation"  # the reported one
+    # Of answers in text; see `metrics`. "task" takes the one that each task's benchmark reports
+    # (CrossFit), for selection too.
+    metric: str = "exact_match"
+    # How answers are decoded, run by run. None decodes nothing, which only exact match allows: one
+    # forward pass of all runs tells.
+    decoding: decoding_lib.Strategy | None = None
+    rank_choices: bool = False  # classify tasks with answer choices by rank
+    # Rank by the mean over tokens (T-Few, MHR), not by the sum.
+    length_normalized_choices: bool = True
+    # Job -> weights of the source's tasks, for the variant "soup".
+    task_weights: initial.TaskWeights | None = None
+    eval_batch_size: int = 16  # examples of each run that are evaluated at once
+    # Runs that train at once; None takes as many as fit the memory.
+    group_size: int | None = None
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    # How intervals are found ("templates" are seeds here); None for none.
+    bootstrap: bootstrap_lib.Bootstrap | None = None
+    # Devices over which the runs of a group are split; default: all of them.
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise errors.UserError(
+                f"seeds is {tuple(self.seeds)}; expected different numbers, at least one."
+            )
+        has_validation = self.validation_shots != 0 or self.validation_split is not None
+        if self.selection == "validation" and not has_validation:
+            raise errors.UserError(
+                "selection='validation' needs examples to select on: give validation_shots or "
+                "validation_split, or choose selection='last'."
+            )
+        if self.metric != metrics.OF_TASK:
+            metrics.get(self.metric)
+        if self.decoding is None and self.metric != "exact_match":
+            raise errors.UserError(
+                f"The metric {self.metric!r} needs answers in text: give adapt.decoding, such as "
+                "@decoding.Greedy()."
+            )
+        errors.check_at_least("eval_batch_size", self.eval_batch_size, 1)
+        if self.group_size is not None:
+            errors.check_at_least("group_size", self.group_size, 1)
+
+
+@settings_lib.entry_point(Settings, "adapt", module="training")
+def adapt(settings: Settings) -> dict[str, Any]:
     """Adapts `method` to every task of `mixture` with every seed, and reports over seeds.
 
     All runs are stacked and train in one program, in groups that fit memory; the numbers are those
     of one run after another. Started again with the same settings, it goes on: finished groups are
     kept, the one that was interrupted goes back to its last saved evaluation. Into `model_dir` go
-    `results.json`, `table.md`, `predictions.jsonl`, `config.gin` and, for each group, its adapters
-    (stacked, safetensors) and the metrics of its runs.
-
-    Args:
-      model: an encoder-decoder with T5X's calls, without adapters.
-      method: what is adapted and what trains: `@methods.transferred()` of the multi-task run's
-        method, or any method that needs no task ids, from fresh adapters.
-      backbone: the model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
-      mixture: name of the SeqIO mixture of new tasks, or of one task.
-      feature_lengths: tokens of "inputs" and "targets" at most.
-      task_group: regular expression; what in a task's name it is reported under.
-      shots: training examples of each task; see `fewshot.Sizes`.
-      seeds: of shots, order, new parameters and dropout; each is a run of each task.
-      num_steps: updates of a run.
-      batch_size: shots of a batch. The incomplete last batch of an epoch is dropped; with fewer
-        shots than that, a batch is all of them.
-      optimizer: see `optimizers`; clipping and statistics are each run's own.
-      model_dir: folder of this adaptation.
-      source: folder of the multi-task run, or its exported file; None starts from fresh adapters.
-      validation_shots: further examples of the train split, which select and stop.
-      wordings: consecutive rows of a task that are one example in other words (templates).
-      train_split: where shots come from; "{seed}" in it stands for the run's seed, where a data set
-        comes as several samples (CrossFit's "train_{seed}").
-      validation_split: where validation examples come from, all of them, likewise; None for
-        `validation_shots` of the train split.
-      loss: of language modelling.
-      few_shot_loss: T-Few's three losses, for tasks with answer choices; None leaves language
-        modelling alone.
-      selection: which parameters of a run are reported. "validation": those with the best score on
-        the validation examples. "reported_split": those with the best score on the reported split
-        itself, as T0's, T-Few's successors Poly and MHR report (optimistic). "last": the last ones,
-        as T-Few. Of equal scores the lower loss decides, then the earlier step.
-      eval_period: steps between evaluations.
-      patience: evaluations without a better one after which a run stops; None for never.
-      test_split: the reported one.
-      metric: of answers in text; see `metrics`. "task" takes the one that each task's benchmark
-        reports (CrossFit), for selection too.
-      decoding: how answers are decoded, run by run. None decodes nothing, which only exact match
-        allows: one forward pass of all runs tells.
-      rank_choices: classify tasks with answer choices by rank.
-      length_normalized_choices: rank by the mean over tokens (T-Few, MHR), not by the sum.
-      task_weights: job -> weights of the source's tasks, for the variant "soup".
-      eval_batch_size: examples of each run that are evaluated at once.
-      group_size: runs that train at once; None takes as many as fit the memory.
-      frozen_dtype: "float32", or "bfloat16" for half the memory.
-      save_seconds: an evaluation is saved if the last one saved is older.
-      bootstrap: how intervals are found ("templates" are seeds here); None for none.
-      mesh: devices over which the runs of a group are split; default: all of them.
-
-    Returns:
-      The content of results.json.
-
-    Raises:
-      UserError: a setting, the source, the data or the folder is wrong. Before compiling.
+    `results.json` (which is returned), `table.md`, `predictions.jsonl`, `config.gin` and, for each
+    group, its adapters (stacked, safetensors) and the metrics of its runs. A setting, source,
+    folder or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import fewshot, lookup  # Imports TensorFlow.
+    from moe_peft.data import lookup  # Imports TensorFlow.
 
-    settings = group.Settings(num_steps, batch_size, eval_period, selection, patience, save_seconds)
-    has_validation = validation_shots != 0 or validation_split is not None
-    _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size)
-    lookup.check_vocabulary(mixture, model.config.vocab_size)
-    names = [task.name for task in lookup.tasks_of(mixture)]
-    pattern = questions.compile_group(task_group)
-    report_under = {name: questions.group_of(name, pattern) for name in names}
-    sizes = fewshot.Sizes(shots, validation_shots, wordings)
-    own = {task.name: lookup.reporting(task).metric for task in lookup.tasks_of(mixture)}
-    metric_of = metrics.of_tasks(metric, own)
-    needs_choices = few_shot_loss is not None and few_shot_loss.needs_choices
-    tasks = {
-        name: fewshot.Task(
-            name,
-            feature_lengths,
-            test_split,
-            needs_choices or rank_choices,
-            train_split,
-            validation_split,
-        )
-        for name in names
-    }
-    data = data_lib.read(tasks, sizes, seeds, feature_lengths, needs_choices, rank_choices)
-    if selection == "validation":
-        _check_validation(data)
-
-    loss = loss or encoder_decoder.LossConfig()
-    network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
-    first = data_lib.arrays(data[0].shots, slice(0, batch_size), data[0].shape)
-    start = initial.Start(
-        start_lib.Start(
-            network,
-            encoder_decoder.EncoderDecoder(model, loss),
-            method,
-            {name: rows.shape for name, rows in first.items() if name != few_shot.GOLD},
-        ),
-        backbone,
-        source,
-        frozen_dtype,
-        task_weights,
-    )
-    description = identity.as_json(
-        {
-            "method": method.describe(),
-            "model": identity.describe_model(model),
-            "backbone_spec": backbone,
-            "backbone": {"fingerprint": start.fingerprint, "frozen_dtype": frozen_dtype},
-            "source": {"folder": source, "step": start.source_step},
-            "optimizer": optimizer.describe(),
-            "loss": {
-                "language_modelling": dataclasses.asdict(loss),
-                "few_shot": few_shot_loss and dataclasses.asdict(few_shot_loss),
-            },
-            "data": {
-                "mixture": mixture,
-                "feature_lengths": dict(feature_lengths),
-                "shots": shots,
-                "validation_shots": validation_shots,
-                "wordings": wordings,
-                "train_split": train_split,
-                "validation_split": validation_split,
-                "test_split": test_split,
-                "seeds": list(seeds),
-            },
-            "training": {**dataclasses.asdict(settings), "save_seconds": None},
-            "evaluation": {
-                "metric": metric,
-                "decoding": repr(decoding) if decoding else "none (one forward pass)",
-                "rank_choices": rank_choices,
-                "length_normalized_choices": length_normalized_choices,
-            },
-        }
-    )
+    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
+    tasks = lookup.tasks_of(settings.mixture)
+    pattern = questions.compile_group(settings.task_group)
+    report_under = {task.name: questions.group_of(task.name, pattern) for task in tasks}
+    own = {task.name: lookup.reporting(task).metric for task in tasks}
+    evaluation = _evaluation(settings, metrics.of_tasks(settings.metric, own))
+    data = _read_data(settings, list(report_under))
+    network, start = _load_start(settings, data[0])
+    description = _describe(settings, start)
+    method = settings.method
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(run_folder.locked(model_dir))
-        progress = progress_lib.make(num_steps, len(data))
+        folder = stack.enter_context(run_folder.locked(settings.model_dir))
+        progress = progress_lib.Runs(settings.num_steps, len(data))
         stack.callback(progress.close)
         groups = groups_lib.Groups(
             network=network,
-            few_shot_loss=few_shot_loss or few_shot.FewShotLoss(1.0, 0.0, 0.0),
+            few_shot_loss=settings.few_shot_loss or few_shot.FewShotLoss(1.0, 0.0, 0.0),
             start=start,
-            make_optimizer=functools.partial(optimizer.build, group_of=method.learning_rate_group),
-            settings=settings,
-            evaluation=answers.Evaluation(
-                metrics=metric_of,
-                decoding=_with_length(decoding, feature_lengths),
-                is_length_normalized=length_normalized_choices,
-                batch_size=eval_batch_size,
-                feature_lengths=dict(feature_lengths),
-                vocabulary=lookup.vocabulary(mixture),
+            make_optimizer=functools.partial(
+                settings.optimizer.build, group_of=method.learning_rate_group
             ),
+            settings=settings,
+            evaluation=evaluation,
             folder=folder,
-            mesh=mesh_lib.make_mesh() if mesh is None else mesh,
+            mesh=mesh_lib.make_mesh() if settings.mesh is None else settings.mesh,
             progress=progress,
         )
-        finished = groups.run(data, description, group_size)
+        finished = groups.run(data, description, settings.group_size)
         gin_files.write_config(folder)
-    rows = [{**row, "group": report_under[row["task"]]} for f in finished for row in f.rows()]
     order = {one.job: place for place, one in enumerate(data)}
-    rows.sort(key=lambda row: (order[data_lib.Job(row["task"], row["seed"])], row["index"]))
+    place = lambda row: order[data_lib.Job(row["task"], row["seed"])]
+    rows = [{**row, "group": report_under[row["task"]]} for f in finished for row in f.rows()]
+    rows.sort(key=lambda row: (place(row), row["index"]))
+    runs = sorted((run for f in finished for run in f.runs), key=place)
+    seconds = round(sum(f.seconds for f in finished), 1)
+    facts = {"settings": description, "trainable_parameters": start.num_trainable}
+    return _write_results(folder, {**facts, "seconds": seconds}, rows, runs, settings.bootstrap)
+
+
+def _evaluation(settings: Settings, metric_of: Mapping[str, metrics.Metric]) -> scores.Evaluation:
+    from moe_peft.data import lookup  # Imports TensorFlow.
+
+    decoding = settings.decoding
+    if decoding is not None and decoding.max_decode_length is None:
+        length = settings.feature_lengths["targets"]
+        decoding = dataclasses.replace(decoding, max_decode_length=length)
+    return scores.Evaluation(
+        metrics=metric_of,
+        decoding=decoding,
+        is_length_normalized=settings.length_normalized_choices,
+        batch_size=settings.eval_batch_size,
+        feature_lengths=dict(settings.feature_lengths),
+        vocabulary=lookup.vocabulary(settings.mixture),
+    )
+
+
+def _read_data(settings: Settings, names: Sequence[str]) -> list[data_lib.JobData]:
+    """Reads the examples of every (task, seed)."""
+    from moe_peft.data import fewshot  # Imports TensorFlow.
+
+    few_shot_loss, lengths = settings.few_shot_loss, settings.feature_lengths
+    train_on_choices = few_shot_loss is not None and few_shot_loss.needs_choices
+    tasks = {
+        name: fewshot.Task(
+            name,
+            lengths,
+            settings.test_split,
+            train_on_choices or settings.rank_choices,
+            settings.train_split,
+            settings.validation_split,
+        )
+        for name in names
+    }
+    sizes = fewshot.Sizes(settings.shots, settings.validation_shots, settings.wordings)
+    data = data_lib.read(
+        tasks, sizes, settings.seeds, lengths, train_on_choices, settings.rank_choices
+    )
+    for one in data:
+        if settings.selection == "validation" and not len(one.validation):
+            raise errors.UserError(
+                f"selection='validation' has no examples to select on for {one.job.task!r}: raise "
+                "its validation_shots, or choose selection='last'."
+            )
+    return data
+
+
+def _load_start(
+    settings: Settings, one: data_lib.JobData
+) -> tuple[encoder_decoder.EncoderDecoder, initial.Start]:
+    """Returns the network with adapters, and what its runs start from."""
+    loss = settings.loss or encoder_decoder.LossConfig()
+    model, method = settings.model, settings.method
+    network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
+    base = encoder_decoder.EncoderDecoder(model, loss)
+    batch = data_lib.arrays(one.shots, slice(0, settings.batch_size), one.shape)
+    shapes = {name: rows.shape for name, rows in batch.items() if name != few_shot.GOLD}
+    return network, initial.Start(
+        start_lib.Start(network, base, method, shapes),
+        settings.backbone,
+        settings.source,
+        settings.frozen_dtype,
+        settings.task_weights,
+    )
+
+
+def _describe(settings: Settings, start: initial.Start) -> dict[str, Any]:
+    """Returns what must stay the same when an adaptation goes on, as json types."""
+    own = lambda *names: {name: getattr(settings, name) for name in names}
+    loss, few_shot_loss = settings.loss or encoder_decoder.LossConfig(), settings.few_shot_loss
+    numbers = own(*(field.name for field in dataclasses.fields(group.Settings)))
+    description = {
+        "method": settings.method.describe(),
+        "model": identity.describe_model(settings.model),
+        "backbone_spec": settings.backbone,
+        "backbone": {"fingerprint": start.fingerprint, **own("frozen_dtype")},
+        "source": {"folder": settings.source, "step": start.source_step},
+        "optimizer": settings.optimizer.describe(),
+        "loss": {
+            "language_modelling": dataclasses.asdict(loss),
+            "few_shot": few_shot_loss and dataclasses.asdict(few_shot_loss),
+        },
+        "data": {
+            "mixture": settings.mixture,
+            "feature_lengths": dict(settings.feature_lengths),
+            **own("shots", "validation_shots", "wordings"),
+            **own("train_split", "validation_split", "test_split"),
+            "seeds": list(settings.seeds),
+        },
+        "training": {**numbers, "save_seconds": None},
+        "evaluation": {
+            "metric": settings.metric,
+            "decoding": repr(settings.decoding) if settings.decoding else "none (one forward pass)",
+            **own("rank_choices", "length_normalized_choices"),
+        },
+    }
+    return identity.as_json(description)
+
+
+def _write_results(
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    rows: Sequence[report.Row],
+    runs: Sequence[Mapping[str, Any]],
+    bootstrap: bootstrap_lib.Bootstrap | None,
+) -> dict[str, Any]:
+    """Writes predictions, results and table, prints the table, and returns the results."""
     results = {
         "moe_peft_version": moe_peft.__version__,
-        "settings": description,
-        "trainable_parameters": start.num_trainable,
-        "seconds": round(sum(f.seconds for f in finished), 1),
+        **facts,
         "bootstrap": bootstrap and dataclasses.asdict(bootstrap),
-        **report.of_rows(rows, bootstrap),
-        "runs": sorted(
-            (run for f in finished for run in f.runs),
-            key=lambda run: order[data_lib.Job(run["task"], run["seed"])],
-        ),
+        **report.summarize_rows(rows, bootstrap),
+        "runs": list(runs),
     }
     json_files.write_jsonl(folder / "predictions.jsonl", rows)
     json_files.write_json(folder / "results.json", results)
@@ -249,43 +284,3 @@ def adapt(
     print(table)
     print(f"Written to {folder}.", file=sys.stderr)
     return results
-
-
-def _check(settings, seeds, has_validation, metric, decoding, group_size, eval_batch_size):
-    """Refuses what cannot work, before any data is read."""
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise errors.UserError(
-            f"seeds is {tuple(seeds)}; expected different numbers, at least one."
-        )
-    if settings.selection == "validation" and not has_validation:
-        raise errors.UserError(
-            "selection='validation' needs examples to select on: give validation_shots or "
-            "validation_split, or choose selection='last'."
-        )
-    if metric != metrics.OF_TASK:
-        metrics.get(metric)
-    if decoding is None and metric != "exact_match":
-        raise errors.UserError(
-            f"The metric {metric!r} needs answers in text: give adapt.decoding, such as "
-            "@decoding.Greedy()."
-        )
-    for name, value in (("group_size", group_size), ("eval_batch_size", eval_batch_size)):
-        if value is not None and value < 1:
-            raise errors.UserError(f"{name} must be at least 1, got {value}.")
-
-
-def _check_validation(data: Sequence[data_lib.JobData]) -> None:
-    for one in data:
-        if not len(one.validation):
-            raise errors.UserError(
-                f"selection='validation' has no examples to select on for {one.job.task!r}: raise "
-                "its validation_shots, or choose selection='last'."
-            )
-
-
-def _with_length(
-    decoding: decoding_lib.Strategy | None, lengths: Mapping[str, int]
-) -> decoding_lib.Strategy | None:
-    if decoding is None or decoding.max_decode_length is not None:
-        return decoding
-    return dataclasses.replace(decoding, max_decode_length=lengths["targets"])

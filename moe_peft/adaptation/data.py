@@ -1,4 +1,4 @@
-"""What the runs of a fleet are and see: jobs, their examples as stacked arrays, equal shapes."""
+"""What the runs are and see: jobs, their examples as stacked arrays, equal shapes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
@@ -33,7 +33,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes that stacked runs must have in common; those of a job alone, whoever is beside it.
+    """Sizes that stacked runs must have in common; those of a job alone, whoever is next to it.
 
     Attributes:
       inputs: tokens of an encoder row.
@@ -85,13 +85,9 @@ def read(
 ) -> list[JobData]:
     """The data of every (task, seed), tasks outermost.
 
-    Args:
-      tasks: by name.
-      sizes: numbers of examples.
-      seeds: of the draws.
-      feature_lengths: tokens of "inputs" and "targets" at most.
+    Args (the others are in `adapt.Settings`):
       choices_in_training: pack answer choices, where a task has some.
-      choices_in_evaluation: likewise.
+      choices_in_evaluation: the same for evaluation.
 
     Raises:
       UserError: a task has too few examples, or an answer is none of its choices.

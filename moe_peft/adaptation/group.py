@@ -1,4 +1,4 @@
-"""One group of a fleet from its first step to its last: evaluates, selects, stops, saves."""
+"""One group of runs from its first step to its last: evaluates, selects, stops, saves."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -12,52 +12,50 @@ import numpy as np
 import optax
 
 from moe_peft import errors
-from moe_peft.adaptation import data, programs
-from moe_peft.adaptation import progress as progress_lib
-from moe_peft.adaptation import scores as scores_lib
+from moe_peft.adaptation import data, programs, scores
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import metrics_writer
 from moe_peft.weights import safetensors_files
 
 SELECTIONS = ("validation", "reported_split", "last")
-_PROGRESS = "progress.safetensors"
+_SAVED = "progress.safetensors"
 _SECONDS_A_PIECE = 2.0
 _WORST = 1e30
 
-# (stacked trainables on the devices, "validation" or "test") -> one result a run.
-Scorer = Callable[[PyTree, str], Sequence[scores_lib.Scored]]
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Numbers of every run of a fleet; see `adapt.adapt`."""
+    """Numbers of every run."""
 
-    num_steps: int
+    num_steps: int  # updates of a run
+    # Shots of a batch. The incomplete last batch of an epoch is dropped; with fewer shots than
+    # that, a batch is all of them.
     batch_size: int
-    eval_period: int
+    eval_period: int = 50  # steps between evaluations
+    # Which parameters of a run are reported. "validation": those with the best score on the
+    # validation examples. "reported_split": those with the best score on the reported split itself,
+    # as T0's, T-Few's successors Poly and MHR report (optimistic). "last": the last ones, as T-Few.
+    # Of equal scores the lower loss decides, then the earlier step.
     selection: str = "validation"
+    # Evaluations without a better one after which a run stops; None for never.
     patience: int | None = None
-    save_seconds: float = 60.0
+    save_seconds: float = 60.0  # an evaluation is saved if the last one saved is older
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "eval_period"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.selection not in SELECTIONS:
-            raise errors.UserError(
-                f"selection is {self.selection!r}, expected one of {', '.join(SELECTIONS)}."
-                + errors.near(str(self.selection), SELECTIONS)
-            )
-        if self.patience is not None and self.patience < 1:
-            raise errors.UserError(f"patience must be at least 1, got {self.patience}.")
-        if self.patience is not None and self.selection == "last":
-            raise errors.UserError(
-                "patience needs evaluations to lose it with; selection='last' makes none."
-            )
+            errors.check_at_least(name, getattr(self, name), 1)
+        errors.check_one_of("selection", self.selection, SELECTIONS)
+        if self.patience is not None:
+            errors.check_at_least("patience", self.patience, 1)
+            if self.selection == "last":
+                raise errors.UserError(
+                    "patience needs evaluations to lose it with; selection='last' makes none."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-    """What the runs of a group are and see.
+class GroupData:
+    """What the runs of a group see.
 
     Attributes:
       jobs: of each.
@@ -71,7 +69,7 @@ class Runs:
 
 
 @dataclasses.dataclass
-class Standing:
+class RunProgress:
     """Where one run is.
 
     Attributes:
@@ -80,7 +78,7 @@ class Standing:
         it keeps the parameters before that step).
       best_step: updates made when the kept parameters were.
       best_score: theirs on the split that selects; None before any evaluation.
-      best_loss: likewise; decides between equal scores.
+      best_loss: theirs, which decides between equal scores.
       stale: evaluations since they were found.
       curve: one entry an evaluation: step, train_loss, score, loss.
     """
@@ -116,166 +114,150 @@ class GroupRun:
 
     def __init__(
         self,
-        fleet: programs.Fleet,
+        mapped: programs.MappedRuns,
         optimizer: optax.GradientTransformation,
-        runs: Runs,
-        scorer: Scorer,
+        group_data: GroupData,
+        scorer: scores.Scorer,
         settings: Settings,
         folder: pathlib.Path,
-        progress: progress_lib.Progress,
+        progress: progress_lib.Runs,
     ):
-        """Nothing runs yet.
-
-        Args:
-          fleet: compiled programs.
-          optimizer: of one run.
-          runs: what they are and see.
-          scorer: evaluates all runs.
-          settings: numbers.
-          folder: of this group, for the metrics and for going on after a kill.
-          progress: shows every run.
-        """
-        self._fleet, self._optimizer, self._runs = fleet, optimizer, runs
+        """`optimizer` is that of one run; `folder` that of the group, to go on after a kill."""
+        self._mapped, self._optimizer, self._data = mapped, optimizer, group_data
         self._scorer, self._settings, self._folder = scorer, settings, folder
         self._progress, self._piece = progress, 1
         self._started, self.seconds_before = time.monotonic(), 0.0
 
-    def go(self, trainables: Sequence[PyTree]) -> tuple[PyTree, list[Standing]]:
-        """Trains until every run has ended; returns (kept trainables, stacked; their standings).
-
-        Args:
-          trainables: initial leaves of every run.
-        """
-        seeds = [job.key_seed for job in self._jobs]
-        states = self._fleet.create(trainables, self._optimizer, seeds)
-        best = self._fleet.put(programs.stack(trainables))
-        standings, step = [Standing() for _ in self._jobs], 0
+    def train(self, trainables: Sequence[PyTree]) -> tuple[PyTree, list[RunProgress]]:
+        """Trains every run from its `trainables`; returns (kept ones, stacked; where runs are)."""
+        jobs, settings = self._data.jobs, self._settings
+        seeds = [job.key_seed for job in jobs]
+        states = self._mapped.create_states(trainables, self._optimizer, seeds)
+        best = self._mapped.to_devices(programs.stack(trainables))
+        runs, step = [RunProgress() for _ in jobs], 0
         saved = self._load(states, best)
         if saved:
-            states, best, standings, step = saved
-        tables = self._fleet.put(self._runs.tables)
+            states, best, runs, step = saved
+        tables = self._mapped.to_devices(self._data.tables)
         with metrics_writer.MetricsWriter(self._folder, step) as writer:
             self._saved = time.monotonic()
-            while step < self._settings.num_steps and any(one.is_running for one in standings):
-                states, best, step = self._period(states, best, standings, step, tables, writer)
-                if time.monotonic() - self._saved >= self._settings.save_seconds:
-                    self._save(states, best, standings, step)
-        if self._settings.selection == "last":
+            while step < settings.num_steps and any(run.is_running for run in runs):
+                states, best, step = self._train_period(states, best, runs, step, tables, writer)
+                if time.monotonic() - self._saved >= settings.save_seconds:
+                    self._save(states, best, runs, step)
+        if settings.selection == "last":
             best = states.trainable
-        for standing in standings:
-            if standing.is_running:
-                standing.state = "done"
-            if self._settings.selection == "last":
-                standing.best_step = standing.steps
-        self._progress.update(self._jobs, standings)
-        return best, standings
+        for run in runs:
+            if run.is_running:
+                run.state = "done"
+            if settings.selection == "last":
+                run.best_step = run.steps
+        self._progress.update(jobs, runs)
+        return best, runs
 
-    @property
-    def _jobs(self):
-        return self._runs.jobs
-
-    def _period(self, states, best, standings, step, tables, writer):
+    def _train_period(self, states, best, runs, step, tables, writer):
         """Trains up to the next evaluation and evaluates."""
         settings = self._settings
         count = min(settings.eval_period - step % settings.eval_period, settings.num_steps - step)
-        rows = self._runs.schedule(range(step, step + settings.eval_period))
-        took_part = np.array([standing.is_running for standing in standings])
-        states, found = self._train(states, standings, tables, self._fleet.put(rows), count)
+        rows = self._mapped.to_devices(
+            self._data.schedule(range(step, step + settings.eval_period))
+        )
+        took_part = [index for index, run in enumerate(runs) if run.is_running]
+        states, losses = self._train_steps(states, runs, tables, rows, count)
         step += count
-        scores = None
+        scored = None
         if settings.selection != "last":
             split = "validation" if settings.selection == "validation" else "test"
-            scores = self._scorer(states.trainable, split)
-            is_better = np.zeros(len(standings), bool)
-            for run in np.flatnonzero(took_part):
-                score, loss = scores[run].score, scores[run].loss
-                is_better[run] = standings[run].consider(_finite(score, 0.0), _finite(loss, _WORST))
-            best = self._fleet.keep_better(is_better, states.trainable, best)
-        for run in np.flatnonzero(took_part):
-            self._note(standings[run], found[run], scores[run] if scores else None)
-        writer.write(step, _means([standings[run].curve[-1] for run in np.flatnonzero(took_part)]))
-        self._progress.update(self._jobs, standings)
+            scored = self._scorer(states.trainable, split)
+            is_better = np.zeros(len(runs), bool)
+            for index in took_part:
+                score, loss = _finite(scored[index])
+                is_better[index] = runs[index].consider(score, loss)
+            best = self._mapped.keep_better(is_better, states.trainable, best)
+        for index in took_part:
+            self._note(runs[index], losses[index], scored[index] if scored else None)
+        writer.write(step, _means([runs[index].curve[-1] for index in took_part]))
+        self._progress.update(self._data.jobs, runs)
         return states, best, step
 
-    def _train(self, states, standings, tables, rows, count):
+    def _train_steps(self, states, runs, tables, rows, count):
         """Makes `count` steps in pieces short enough to be watched; mean losses of every run."""
-        losses, done = np.zeros((len(standings), 0), np.float32), 0
+        losses, done = np.zeros((len(runs), 0), np.float32), 0
         while done < count:
-            active = np.array([standing.is_running for standing in standings])
+            active = np.array([run.is_running for run in runs])
             if not np.any(active):
                 break
             piece, started = min(self._piece, count - done), time.monotonic()
-            states, still, advanced = self._fleet.advance(states, active, tables, rows, done, piece)
-            for standing, steps, was, still_is in zip(
-                standings, advanced.steps, active, still, strict=True
-            ):
-                standing.steps += int(steps)
-                if was and not still_is:
-                    standing.state = "diverged"
-            losses, done = np.concatenate([losses, advanced.losses], axis=1), done + piece
-            self._progress.update(self._jobs, standings, [_mean(row) for row in losses])
+            states, still, report = self._mapped.advance(states, active, tables, rows, done, piece)
+            for index, run in enumerate(runs):
+                run.steps += int(report.steps[index])
+                if active[index] and not still[index]:
+                    run.state = "diverged"
+            losses, done = np.concatenate([losses, report.losses], axis=1), done + piece
+            self._progress.update(self._data.jobs, runs, [_mean(row) for row in losses])
             seconds = max(time.monotonic() - started, 1e-6)
             self._piece = max(1, min(2 * piece, round(piece * _SECONDS_A_PIECE / seconds)))
         return states, [_mean(row) for row in losses]
 
-    def _note(self, standing, train_loss, scored):
-        entry = {"step": standing.steps, "train_loss": train_loss}
+    def _note(self, run: RunProgress, train_loss: float | None, scored: scores.Scored | None):
+        entry = {"step": run.steps, "train_loss": train_loss}
         if scored is not None:
-            entry |= {"score": _finite(scored.score, 0.0), "loss": _finite(scored.loss, _WORST)}
-        standing.curve.append(entry)
+            entry |= dict(zip(("score", "loss"), _finite(scored)))
+        run.curve.append(entry)
         patience = self._settings.patience
-        if standing.is_running and patience is not None and standing.stale >= patience:
-            standing.state = "stopped early"
+        if run.is_running and patience is not None and run.stale >= patience:
+            run.state = "stopped early"
 
-    def _save(self, states, best, standings, step) -> None:
-        count = len(standings)
+    def _save(self, states, best, runs, step) -> None:
         tree = {"states": _numbered(states), "best": _numbered(best)}
         safetensors_files.save_tree(
-            self._fleet.get(tree, count),
-            self._folder / _PROGRESS,
+            self._mapped.to_host(tree, len(runs)),
+            self._folder / _SAVED,
             metadata={
                 "step": step,
                 "seconds": self.seconds_before + time.monotonic() - self._started,
-                "jobs": [str(job) for job in self._jobs],
-                "standings": [dataclasses.asdict(standing) for standing in standings],
+                "jobs": [str(job) for job in self._data.jobs],
+                "standings": [dataclasses.asdict(run) for run in runs],  # as version 0.1 wrote it
             },
         )
         self._saved = time.monotonic()
 
     def _load(self, states, best):
-        path = self._folder / _PROGRESS
+        path = self._folder / _SAVED
         if not path.exists():
             return None
         tree, record = safetensors_files.read_tree(path), safetensors_files.read_metadata(path)
-        if record["jobs"] != [str(job) for job in self._jobs]:
+        if record["jobs"] != [str(job) for job in self._data.jobs]:
             raise errors.UserError(f"{path} is of other runs. Choose another MODEL_DIR.")
         self.seconds_before = record["seconds"]
-        standings = [Standing(**standing) for standing in record["standings"]]
         self._progress.say(f"going on from step {record['step']} of {self._folder.name}")
         return (
             self._restored(states, tree["states"]),
             self._restored(best, tree["best"]),
-            standings,
+            [RunProgress(**run) for run in record["standings"]],
             record["step"],
         )
 
     def _restored(self, fresh: PyTree, numbered: dict[str, np.ndarray]) -> PyTree:
         leaves, structure = jax.tree.flatten(fresh)
         found = [numbered[f"{i:05}"] for i in range(len(leaves))]
-        return jax.tree.unflatten(structure, self._fleet.put(found))
+        return jax.tree.unflatten(structure, self._mapped.to_devices(found))
 
-    def forget(self) -> None:
+    def forget_saved(self) -> None:
         """Removes what was saved for going on, once the group's results are on disk."""
-        (self._folder / _PROGRESS).unlink(missing_ok=True)
+        (self._folder / _SAVED).unlink(missing_ok=True)
 
 
 def _numbered(tree: PyTree) -> dict[str, Any]:
     return {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _finite(value: float, worst: float) -> float:
-    """The value; what is not a number counts as the worst, and files can hold it."""
-    return value if np.isfinite(value) else worst
+def _finite(scored: scores.Scored) -> tuple[float, float]:
+    """(score, loss); what is not a number counts as the worst, and files can hold it."""
+    return (
+        scored.score if np.isfinite(scored.score) else 0.0,
+        scored.loss if np.isfinite(scored.loss) else _WORST,
+    )
 
 
 def _mean(losses: np.ndarray) -> float | None:
@@ -292,12 +274,11 @@ def _means(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"num_runs": float(len(entries)), **means}
 
 
-def write_adapters(
-    path: pathlib.Path, trainable: PyTree, jobs: Sequence[data.Job], metadata: dict[str, Any]
-) -> None:
+def write_adapters(path: pathlib.Path, trainable: PyTree, jobs: Sequence[data.Job]) -> None:
     """Writes stacked leaves [R, ...] as safetensors; the metadata says which run is which."""
-    runs = [dataclasses.asdict(job) for job in jobs]
-    safetensors_files.save_tree(trainable, path, metadata={**metadata, "runs": runs})
+    safetensors_files.save_tree(
+        trainable, path, metadata={"runs": [dataclasses.asdict(job) for job in jobs]}
+    )
 
 
 def read_adapters(path: pathlib.Path) -> dict[data.Job, PyTree]:

@@ -1,7 +1,8 @@
-"""All runs of a fleet: which train together, one group after another, each kept once finished."""
+"""All runs: which train together, one group after another, each kept once finished."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -13,13 +14,12 @@ import numpy as np
 import optax
 
 from moe_peft import errors, patching
-from moe_peft.adaptation import answers, initial, programs, scores
 from moe_peft.adaptation import data as data_lib
 from moe_peft.adaptation import group as group_lib
-from moe_peft.adaptation import progress as progress_lib
+from moe_peft.adaptation import initial, programs, scores
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.runtime import json_files
-from moe_peft.training import state
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import step as step_lib
 from moe_peft.weights import identity
 
@@ -29,6 +29,9 @@ _PLAN = "plan.json"
 _FINISHED = "finished.json"
 _PREDICTIONS = "predictions.jsonl"
 _PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training", "evaluation")
+_ASSUMED_MEMORY = 4 * 2**30  # of a device that does not tell
+
+Members = Sequence[data_lib.JobData]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +55,21 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Trains and evaluates all jobs, group by group.
+    """Trains and evaluates all jobs, group by group."""
 
-    Attributes:
-      network: with adapters.
-      few_shot_loss: weights of the losses.
-      start: frozen tree and initial leaves.
-      make_optimizer: trainable tree -> optimiser of one run.
-      settings: numbers.
-      evaluation: how runs are scored.
-      folder: of the adaptation.
-      mesh: devices.
-      progress: shows every run.
-    """
-
-    network: encoder_decoder.EncoderDecoder
+    network: encoder_decoder.EncoderDecoder  # with adapters
     few_shot_loss: few_shot.FewShotLoss
     start: initial.Start
+    # Trainable tree -> optimiser of one run.
     make_optimizer: Callable[[PyTree], optax.GradientTransformation]
     settings: group_lib.Settings
-    evaluation: answers.Evaluation
+    evaluation: scores.Evaluation
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
-    progress: progress_lib.Progress
+    progress: progress_lib.Runs
 
     def run(
-        self,
-        data: Sequence[data_lib.JobData],
-        description: Mapping[str, Any],
-        group_size: int | None,
+        self, data: Members, description: Mapping[str, Any], group_size: int | None
     ) -> list[Finished]:
         """Runs what is not finished yet; returns all.
 
@@ -90,23 +79,26 @@ class Groups:
           group_size: runs of a group at most; None takes as many as fit the memory.
         """
         by_job = {one.job: one for one in data}
-        by_key = _by_key(data)
-        fleets: dict[Any, programs.Fleet] = {}
+        by_shape: dict[Any, list[data_lib.JobData]] = {}
+        for one in data:
+            by_shape.setdefault(_shapes(one), []).append(one)
+        compiled: dict[Any, programs.MappedRuns] = {}
         plan = self._read_plan(description)
         if plan is None:
-            plan = self._plan(by_key, group_size, fleets)
-            record = {"description": description, "groups": [_as_json(group) for group in plan]}
+            plan = self._make_plan(by_shape, group_size, compiled)
+            groups = [[dataclasses.asdict(job) for job in jobs] for jobs in plan]
+            record = {"description": description, "groups": groups}
             json_files.write_json(self.folder / FOLDER / _PLAN, record)
         found = []
         for number, jobs in enumerate(plan):
             folder = self.folder / FOLDER / f"{number:03}"
             members = [by_job[job] for job in jobs]
             if not (folder / _FINISHED).exists():
-                key = _key(members[0])
-                if key not in fleets:
-                    same = [len(group) for group in plan if _key(by_job[group[0]]) == key]
-                    fleets[key] = self._fleet(members[0], max(same))
-                self._run_group(folder, members, fleets[key], _num_rows(by_key[key]))
+                shapes = _shapes(members[0])
+                if shapes not in compiled:
+                    widths = [len(jobs) for jobs in plan if _shapes(by_job[jobs[0]]) == shapes]
+                    compiled[shapes] = self._map_runs(members[0], max(widths))
+                self._run_group(folder, members, compiled[shapes], _num_rows(by_shape[shapes]))
             record = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
             found.append(Finished(folder, record["seconds"], record["runs"]))
         return found
@@ -125,36 +117,44 @@ class Groups:
                     f"{self.folder} holds an adaptation with other settings: {difference}. Choose "
                     "another MODEL_DIR, or go back to those settings."
                 )
-        return [[data_lib.Job(**job) for job in group] for group in record["groups"]]
+        return [[data_lib.Job(**job) for job in jobs] for jobs in record["groups"]]
 
-    def _plan(self, by_key, group_size, fleets) -> list[list[data_lib.Job]]:
-        """Groups of jobs of one shape each; `fleets` gets what was compiled to find out."""
+    def _make_plan(self, by_shape, group_size, compiled) -> list[list[data_lib.Job]]:
+        """Groups of jobs of one shape each; `compiled` gets what was compiled to find out."""
         plan = []
-        for key, members in by_key.items():
+        for shapes, members in by_shape.items():
             largest = group_size
             if largest is None:
-                fleets[key], largest = self._largest_fleet(members)
+                compiled[shapes], largest = self._compile_largest(members)
             jobs = [one.job for one in members]
             for size in programs.group_sizes(len(jobs), largest):
                 plan.append(jobs[:size])
                 jobs = jobs[size:]
         return plan
 
-    def _largest_fleet(self, members) -> tuple[programs.Fleet, int]:
-        """The fleet of as many runs as fit, compiled, and their number."""
-        size = len(members)
-        shared = state.num_bytes(self.start.frozen)
-        available = programs.device_memory()
+    @functools.cached_property  # What is unknown is said once, not for every shape.
+    def _device_memory(self) -> int:
+        found = programs.device_memory()
+        if found is None:
+            self.progress.say(
+                f"the memory of a device is unknown, so {_ASSUMED_MEMORY / 1e9:.1f} GB are "
+                "assumed; adapt.group_size sets how many runs train at once"
+            )
+        return _ASSUMED_MEMORY if found is None else found
+
+    def _compile_largest(self, members: Members) -> tuple[programs.MappedRuns, int]:
+        """As many runs as fit, compiled, and their number."""
+        size, available = len(members), self._device_memory
         while True:
-            fleet = self._fleet(members[0], size)
-            started = time.monotonic()
-            needed = fleet.compile(*self._abstract(fleet, members)).peak
+            mapped, started = self._map_runs(members[0], size), time.monotonic()
+            needed = mapped.compile(*self._abstract_arguments(mapped, members)).peak
             self.progress.say(
                 f"compiled {size} runs at once in {time.monotonic() - started:.1f} s: they need "
                 f"{needed / 1e9:.2f} GB of {available / 1e9:.1f}"
             )
             if needed <= available:
-                return fleet, size
+                return mapped, size
+            shared = step_lib.num_bytes(self.start.frozen)
             fits = programs.largest_group(size, needed, shared, available)
             if fits < 1 or size == 1:
                 raise errors.UserError(
@@ -163,121 +163,85 @@ class Groups:
                 )
             size = max(programs.group_sizes(size, min(fits, size - 1)))
 
-    def _abstract(self, fleet, members):
+    def _abstract_arguments(self, mapped, members: Members):
         """Shapes of the arguments of `advance` for the largest group."""
         (trainable,) = self.start.trainables([members[0].job])
         optimizer = self.make_optimizer(trainable)
-        one_state = jax.eval_shape(lambda tree: state.create(tree, optimizer, 0), trainable)
+        state = jax.eval_shape(lambda tree: step_lib.create_state(tree, optimizer, 0), trainable)
         table = data_lib.tables(members[:1], _num_rows(members))
         rows = np.zeros((1, self.settings.eval_period, self.settings.batch_size), np.int32)
-        stacked = lambda leaf: fleet.abstract(leaf.shape, leaf.dtype)
-        of_one = lambda leaf: fleet.abstract(leaf.shape[1:], leaf.dtype)
-        return (
-            jax.tree.map(stacked, one_state),
-            jax.tree.map(of_one, table),
-            of_one(rows),
-        )
+        stacked = lambda leaf: mapped.abstract(leaf.shape, leaf.dtype)
+        of_one = lambda leaf: mapped.abstract(leaf.shape[1:], leaf.dtype)
+        return jax.tree.map(stacked, state), jax.tree.map(of_one, table), of_one(rows)
 
-    def _fleet(self, one: data_lib.JobData, width: int) -> programs.Fleet:
-        model = few_shot.FewShotModel(
-            self.network, self.few_shot_loss, max(one.shape.num_choices, 1)
-        )
+    def _map_runs(self, one: data_lib.JobData, width: int) -> programs.MappedRuns:
+        num_choices = max(one.shape.num_choices, 1)
+        model = few_shot.FewShotModel(self.network, self.few_shot_loss, num_choices)
         (trainable,) = self.start.trainables([one.job])
         update = step_lib.make_update(model, self.make_optimizer(trainable), patching.merge)
         score = scores.score_rows(
             self.network, one.eval_shape.num_choices, self.evaluation.is_length_normalized
         )
-        return programs.Fleet(update, score, self.start.frozen, width, self.mesh)
+        return programs.MappedRuns(update, score, self.start.frozen, width, self.mesh)
 
-    def _run_group(self, folder, members, fleet, num_rows) -> None:
+    def _run_group(self, folder, members: Members, mapped, num_rows) -> None:
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        scorer = self._scorer(fleet, members, folder)
-        trainables = self.start.trainables([one.job for one in members])
+        jobs, size = [one.job for one in members], self.settings.batch_size
+        trainables = self.start.trainables(jobs)
+        scorer = scores.scorer(self.evaluation, self.network, mapped, members, folder, self.mesh)
         group = group_lib.GroupRun(
-            fleet,
+            mapped,
             self.make_optimizer(trainables[0]),
-            group_lib.Runs(
-                [one.job for one in members],
+            group_lib.GroupData(
+                jobs,
                 data_lib.tables(members, num_rows),
-                lambda steps: np.stack(
-                    [one.schedule(self.settings.batch_size, steps) for one in members]
-                ),
+                lambda steps: np.stack([one.schedule(size, steps) for one in members]),
             ),
             scorer,
             self.settings,
             folder,
             self.progress,
         )
-        best, standings = group.go(trainables)
-        found = scorer(best, "test")
-        rows, runs = [], []
-        for one, standing, scored in zip(members, standings, found, strict=True):
-            rows += _rows(one, scored)
-            runs.append(
-                {
-                    **dataclasses.asdict(one.job),
-                    "state": standing.state,
-                    "steps": standing.steps,
-                    "chosen_step": standing.best_step,
-                    "selection_score": standing.best_score,
-                    "score": scored.score,
-                    "num_shots": one.num_shots,
-                    "num_test_examples": len(one.test),
-                    "curve": standing.curve,
-                }
-            )
-        jobs = [one.job for one in members]
-        group_lib.write_adapters(folder / ADAPTERS, fleet.get(best, len(jobs)), jobs, {})
+        best, runs = group.train(trainables)
+        found = list(zip(members, runs, scorer(best, "test"), strict=True))
+        group_lib.write_adapters(folder / ADAPTERS, mapped.to_host(best, len(jobs)), jobs)
+        rows = [row for one, _, scored in found for row in _prediction_rows(one, scored)]
         json_files.write_jsonl(folder / _PREDICTIONS, rows)
         seconds = round(group.seconds_before + time.monotonic() - started, 1)
-        json_files.write_json(folder / _FINISHED, {"seconds": seconds, "runs": runs})
-        group.forget()
-        answers.forget(folder)
-
-    def _scorer(self, fleet, members, folder) -> group_lib.Scorer:
-        shape, size = members[0].eval_shape, self.evaluation.batch_size
-        kept = {"validation": list(data_lib.chunks([m.validation for m in members], shape, size))}
-        if self.evaluation.decoding is not None and not shape.num_choices:
-            return answers.scorer(self.evaluation, self.network, fleet, members, folder, self.mesh)
-
-        def score(trainables, split):
-            parts = [getattr(one, split) for one in members]
-            chunks = kept.get(split) or data_lib.chunks(parts, shape, size)
-            rows = fleet.score(trainables, chunks, len(members))
-            return [
-                scores.of_run(
-                    tuple(values[run] for values in rows),
-                    part.is_cut,
-                    [example.answer_choices for example in part.examples],
-                )
-                for run, part in enumerate(parts)
-            ]
-
-        return score
+        record = {"seconds": seconds, "runs": [_run_record(*each) for each in found]}
+        json_files.write_json(folder / _FINISHED, record)
+        group.forget_saved()
+        scores.forget_answers(folder)
 
 
-def _key(one: data_lib.JobData) -> tuple[data_lib.Shape, data_lib.Shape]:
+def _shapes(one: data_lib.JobData) -> tuple[data_lib.Shape, data_lib.Shape]:
+    """What runs have in common that train together."""
     return one.shape, one.eval_shape
 
 
-def _by_key(data: Sequence[data_lib.JobData]) -> dict[Any, list[data_lib.JobData]]:
-    found: dict[Any, list[data_lib.JobData]] = {}
-    for one in data:
-        found.setdefault(_key(one), []).append(one)
-    return found
-
-
-def _num_rows(members: Sequence[data_lib.JobData]) -> int:
+def _num_rows(members: Members) -> int:
     """Rows of every table, so that one program serves all groups of a shape."""
     return max(len(one.shots) for one in members)
 
 
-def _as_json(jobs: Sequence[data_lib.Job]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(job) for job in jobs]
+def _run_record(
+    one: data_lib.JobData, run: group_lib.RunProgress, scored: scores.Scored
+) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(one.job),
+        "state": run.state,
+        "steps": run.steps,
+        "chosen_step": run.best_step,
+        "selection_score": run.best_score,
+        "score": scored.score,
+        "num_shots": one.num_shots,
+        "num_test_examples": len(one.test),
+        "curve": run.curve,
+    }
 
 
-def _rows(one: data_lib.JobData, scored: scores.Scored) -> Iterator[dict[str, Any]]:
+def _prediction_rows(one: data_lib.JobData, scored: scores.Scored) -> Iterator[dict[str, Any]]:
     for index, example in enumerate(one.test.examples):
         yield {
             **dataclasses.asdict(one.job),

@@ -1,4 +1,4 @@
-"""What every run of a fleet starts from: one frozen tree, and the trainable leaves of each job."""
+"""What every run starts from: one frozen tree, and the trainable leaves of each job."""
 
 from collections.abc import Callable, Sequence
 
@@ -35,34 +35,24 @@ class Start:
         frozen_dtype: str,
         task_weights: TaskWeights | None = None,
     ):
-        """Loads backbone and source.
-
-        Args:
-          start: models, method and shapes of a batch.
-          backbone: see `backbone.load`.
-          source: folder of a multi-task run, or its exported file; None starts from fresh adapters.
-          frozen_dtype: of the backbone's frozen leaves; frozen adapters stay float32.
-          task_weights: for the variant "soup".
+        """Loads backbone and source; see `adapt.Settings`. Frozen adapters stay float32.
 
         Raises:
           UserError: the source is of another method, backbone or model, or does not fit.
         """
-        self._start, self._task_weights = start, task_weights
+        self._task_weights = task_weights
         self._method = method = start.method
         _check(method, source)
         self._source = start_lib.Source.load(method, source) if source else None
-        shapes = start.base_shapes()
-        loaded = backbone_lib.load(
-            backbone, shapes, lambda rng: start.base_model.init(rng, start.batch_shapes)
-        )
+        loaded = backbone_lib.load(backbone, start.base_shapes(), start.init_base)
         self.fingerprint = loaded.fingerprint
         self.source = self._source and self._source.description
         self.source_step = self._source and self._source.step
         if self._source is not None:
             self._source.check_backbone(self.fingerprint)
         self._base = patching.flatten(leaves.cast_tree(loaded.params, "float32"))
-        self._shapes = jax.eval_shape(self._init, jax.random.key(0))
-        self._fresh = jax.jit(self._fresh_adapters)
+        self._shapes = start.shapes()
+        self._fresh_adapters = start.fresh_adapters(self._base)
         frozen = patching.flatten(self._split(_NO_JOB)[0])
         cast = leaves.cast_tree(
             {path: leaf for path, leaf in frozen.items() if path in self._base}, frozen_dtype
@@ -81,7 +71,7 @@ class Start:
     def _split(self, job: data.Job) -> tuple[dict, dict]:
         rng = jax.random.key(job.key_seed)
         if self._source is None:
-            adapters = self._fresh(rng)
+            adapters = self._fresh_adapters(rng)
         else:
             weights = self._weights(job)
             found = transfer.initial(
@@ -98,14 +88,6 @@ class Start:
             num_tasks = self._method.transfer.source.num_tasks
             return np.full(num_tasks, 1 / num_tasks, np.float32)
         return self._task_weights(job)
-
-    def _fresh_adapters(self, rng):
-        # Only these are returned, so the compiler leaves out the base's random weights.
-        flat = patching.flatten(self._init(rng))
-        return {path: leaf for path, leaf in flat.items() if path not in self._base}
-
-    def _init(self, rng):
-        return self._start.model.init(rng, self._start.batch_shapes)
 
 
 def _check(method: methods.Method, source: str | None) -> None:

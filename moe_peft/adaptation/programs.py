@@ -9,8 +9,10 @@ each run's own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -21,7 +23,6 @@ import optax
 
 from moe_peft.partitioning import hlo_cost
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 Batch = Mapping[str, Any]
@@ -31,7 +32,7 @@ MapRuns = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Advanced:
+class StepReport:
     """What `advance` reports about each run.
 
     Attributes:
@@ -67,7 +68,7 @@ def make_advance(update: step_lib.TrainStep, map_runs: MapRuns) -> Callable[...,
                 is_finite = metrics["bad_leaf"] == step_lib.ALL_FINITE
                 loss = metrics["loss_sum"] / jnp.maximum(metrics["normalizer"], 1e-9)
                 losses = losses.at[k].set(jnp.where(is_finite, loss, jnp.nan))
-                return choose(is_finite, new_state, state), is_finite, losses
+                return select_tree(is_finite, new_state, state), is_finite, losses
 
             def step_if_active(k, carry):
                 state, active, losses = carry
@@ -87,7 +88,7 @@ def one_after_another(of_one: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *stacked: jax.lax.map(lambda one: of_one(*one), stacked)
 
 
-def choose(where: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
+def select_tree(where: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
     """Takes `new` where `where`, else `old`; the axes of `where` are the leaves' leading ones."""
 
     def pick(one, other):
@@ -96,7 +97,7 @@ def choose(where: Bool[Array, "..."], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(pick, new, old)
 
 
-class Fleet:
+class MappedRuns:
     """The compiled programs of groups of runs of one shape, over all devices of a mesh.
 
     A group of fewer runs, or of a number that the devices do not divide, is filled up with copies
@@ -120,10 +121,10 @@ class Fleet:
           frozen: the shared tree; moved to every device.
           width: the largest number of runs of a group.
           mesh: runs are split over its data axes.
-          map_runs: how a device takes its runs; None: as its kind likes it.
+          map_runs: default: `one_after_another` on a CPU, `jax.vmap` elsewhere.
         """
         self._mesh = mesh
-        shards = num_shards(mesh)
+        shards = int(np.prod([mesh.shape[axis] for axis in mesh_lib.BATCH_AXES]))
         self.width = -(-width // shards) * shards
         self._by_run = mesh_lib.batch_sharding(mesh)
         self.frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
@@ -141,10 +142,10 @@ class Fleet:
             trainables, batch
         )
         self._score = jax.jit(on_every_device(score_runs, in_specs=(whole, runs, runs)))
-        self._choose = jax.jit(choose, donate_argnums=2, out_shardings=self._by_run)
+        self._select = jax.jit(select_tree, donate_argnums=2, out_shardings=self._by_run)
         self._compiled = None
 
-    def put(self, values: PyTree) -> PyTree:
+    def to_devices(self, values: PyTree) -> PyTree:
         """Stacked host arrays [R, ...] -> device arrays [width, ...]."""
 
         def pad(leaf):
@@ -154,38 +155,37 @@ class Fleet:
 
         return jax.device_put(jax.tree.map(pad, values), self._by_run)
 
+    def to_host(self, values: PyTree, num_runs: int) -> PyTree:
+        """The reverse of `to_devices`."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:num_runs], values)
+
     def abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """One run's array of that shape, stacked."""
         return jax.ShapeDtypeStruct((self.width, *shape), dtype, sharding=self._by_run)
 
-    def get(self, values: PyTree, num_runs: int) -> PyTree:
-        """The reverse of `put`."""
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:num_runs], values)
-
-    def create(
+    def create_states(
         self,
         trainables: Sequence[PyTree],
         optimizer: optax.GradientTransformation,
         seeds: Sequence[int],
-    ) -> state_lib.TrainState:
+    ) -> step_lib.TrainState:
         """Stacked states before the first step."""
         states = [
-            state_lib.create(trainable, optimizer, seed)
+            step_lib.create_state(trainable, optimizer, seed)
             for trainable, seed in zip(trainables, seeds, strict=True)
         ]
-        return self.put(stack(states))
+        return self.to_devices(stack(states))
 
     def compile(self, states, tables, rows) -> hlo_cost.Memory:
         """Compiles `advance` for arrays of these shapes; returns what a device then needs."""
-        active = self.abstract((), jnp.bool_)
+        active, zero = self.abstract((), jnp.bool_), np.int32(0)
         with jax.set_mesh(self._mesh):
-            zero = np.int32(0)
             lowered = self._advance.lower(states, active, self.frozen, tables, rows, zero, zero)
             self._compiled = lowered.compile()
         return hlo_cost.memory(self._compiled)
 
     def advance(self, states, active: Bool[np.ndarray, "R"], tables, rows, start: int, count: int):
-        """(states, active on the host, `Advanced`) after `count` steps at most.
+        """(states, active on the host, `StepReport`) after `count` steps at most.
 
         Args:
           states: stacked; given away.
@@ -196,36 +196,32 @@ class Fleet:
           count: steps.
         """
         advance = self._compiled or self._advance
-        among = np.zeros(self.width, bool)
+        among = np.zeros(self.width, bool)  # Copies that fill the group up are never active.
         among[: len(active)] = active
         with jax.set_mesh(self._mesh):
             states, still, losses = advance(
-                *(states, self.put(among), self.frozen, tables, rows),
+                *(states, self.to_devices(among), self.frozen, tables, rows),
                 *(np.int32(start), np.int32(count)),
             )
-        losses, still = self.get((losses, still), len(active))
+        losses, still = self.to_host((losses, still), len(active))
         losses = losses[:, start : start + count]
-        return states, still, Advanced(np.sum(~np.isnan(losses), axis=1), losses)
+        return states, still, StepReport(np.sum(~np.isnan(losses), axis=1), losses)
 
     def score(
         self, trainables: PyTree, chunks: Iterable[Batch], num_runs: int
     ) -> tuple[np.ndarray, ...]:
-        """What `score` says about all rows of all chunks, each [R, e].
-
-        Args:
-          trainables: stacked, on the devices.
-          chunks: stacked host arrays [R, c, ...].
-          num_runs: R.
-        """
+        """What `score` says about all rows of all chunks ([R, c, ...] on the host), each [R, e]."""
         with jax.set_mesh(self._mesh):
-            found = [self._score(self.frozen, trainables, self.put(chunk)) for chunk in chunks]
-        parts = zip(*(self.get(part, num_runs) for part in found), strict=True)
+            found = [
+                self._score(self.frozen, trainables, self.to_devices(chunk)) for chunk in chunks
+            ]
+        parts = zip(*(self.to_host(part, num_runs) for part in found), strict=True)
         return tuple(np.concatenate(part, axis=1) for part in parts)
 
     def keep_better(self, is_better: Bool[np.ndarray, "R"], new: PyTree, old: PyTree) -> PyTree:
         """Takes the runs of `new` that are better, the others of `old`."""
         with jax.set_mesh(self._mesh):
-            return self._choose(self.put(is_better), new, old)
+            return self._select(self.to_devices(is_better), new, old)
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
@@ -239,19 +235,24 @@ def unstack(tree: PyTree, run: int) -> PyTree:
 
 
 @functools.cache
-def device_memory() -> int:
-    """Bytes that one device may hold: the accelerator's, or what is left of the host's, halved."""
+def device_memory() -> int | None:
+    """Bytes that one device may hold: the accelerator's, or half of the host's; None: unknown."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    with open("/proc/meminfo", encoding="ascii") as file:
+    host = _host_memory()
+    return None if host is None else host // 2 // jax.local_device_count()
+
+
+def _host_memory() -> int | None:
+    """Bytes that are left on the host, or where only Linux would tell, all that it has."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         lines = dict(line.split(":", 1) for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024 // 2 // jax.local_device_count()
-
-
-def num_shards(mesh: jax.sharding.Mesh) -> int:
-    """Devices over which the runs of a group are split."""
-    return int(np.prod([mesh.shape[axis] for axis in mesh_lib.BATCH_AXES]))
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf.
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return size if size > 0 else None
+    return None
 
 
 def largest_group(num_runs: int, needed: int, shared: int, available: int) -> int:

@@ -25,7 +25,7 @@ def run_scores(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
     return {run: bootstrap_lib.Examples.from_rows(own).score() for run, own in found.items()}
 
 
-def of_rows(
+def summarize_rows(
     rows: Sequence[Row], bootstrap: bootstrap_lib.Bootstrap | None = None
 ) -> dict[str, Any]:
     """What is reported, from the rows of `predictions.jsonl`.

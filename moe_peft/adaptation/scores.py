@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -10,8 +13,14 @@ from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from moe_peft import patching
-from moe_peft.evaluation import metrics
+from moe_peft.adaptation import data, programs
+from moe_peft.evaluation import inference, metrics
+from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder, few_shot, losses
+from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import digest, json_files, progress
+
+_KEPT = "answers_{}.json"
 
 # (score in [0, 1], loss of the right answer per token, number of the chosen answer or -1)
 RowScores = tuple[Float[Array, "b"], Float[Array, "b"], Int[Array, "b"]]
@@ -81,7 +90,23 @@ class Scored:
         return float(np.mean(np.asarray(self.scores, np.float64)))
 
 
-def of_run(
+# (stacked trainables on the devices, "validation" or "test") -> one result a run.
+Scorer = Callable[[PyTree, str], Sequence[Scored]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How answers are found and scored; see `adapt.Settings`. `metrics` are by task."""
+
+    metrics: Mapping[str, metrics.Metric]
+    decoding: decoding_lib.Strategy | None
+    is_length_normalized: bool
+    batch_size: int
+    feature_lengths: Mapping[str, int]
+    vocabulary: Any
+
+
+def score_one_run(
     rows: tuple[np.ndarray, ...],
     is_cut: np.ndarray,
     choices: Sequence[Sequence[str]],
@@ -101,17 +126,91 @@ def of_run(
     return Scored(right.tolist(), float(np.mean(row_losses, dtype=np.float64)), answers, metric)
 
 
-def of_answers(
+def score_answers(
     metric: metrics.Metric, answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Scored:
-    """Results of one run from its answers in text.
-
-    Args:
-      metric: of the run's task.
-      answers: of every example.
-      references: accepted answers of every example.
-    """
+    """Results of one run from its answers in text; `references` are the accepted ones."""
     pairs = zip(answers, references, strict=True)
     scores = [metrics.score_example(metric, answer, accepted) for answer, accepted in pairs]
     of_all = None if None not in scores else metrics.of_predictions(metric, answers, references)
     return Scored(scores, 0.0, answers, metric.name, of_all)
+
+
+def scorer(
+    how: Evaluation,
+    network: encoder_decoder.EncoderDecoder,
+    mapped: programs.MappedRuns,
+    members: Sequence[data.JobData],
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+) -> Scorer:
+    """Returns what evaluates the runs of a group.
+
+    All at once by a forward pass; one after another if their answers are decoded. The newest
+    decoded answers to the reported examples are kept in `folder`, the group's: a group that goes on
+    after an interruption does not decode them again.
+    """
+    shape = members[0].eval_shape
+    if how.decoding is not None and not shape.num_choices:
+        return _answer_scorer(how, network, mapped.frozen, members, folder, mesh)
+    chunks_of = lambda parts: data.chunks(parts, shape, how.batch_size)
+    kept = {"validation": list(chunks_of([one.validation for one in members]))}
+
+    def score(trainables, split):
+        parts = [getattr(one, split) for one in members]
+        chunks = kept.get(split) or chunks_of(parts)
+        rows = mapped.score(trainables, chunks, len(members))
+        return [
+            score_one_run(
+                tuple(values[run] for values in rows),
+                part.is_cut,
+                [example.answer_choices for example in part.examples],
+            )
+            for run, part in enumerate(parts)
+        ]
+
+    return score
+
+
+def _answer_scorer(how, network, frozen, members, folder, mesh) -> Scorer:
+    answerer = inference.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
+
+    def decode_answers(trainable, part, seed):
+        params = patching.merge(frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
+        inputs = part.features["encoder_input_tokens"]
+        questions = [inference.Question(row[row > 0]) for row in inputs]
+        answers = answerer.generate(params, questions, how.decoding, progress.Silent(), seed)
+        return [how.vocabulary.decode(ids.tolist()) for ids in answers]
+
+    def score(trainables, split):
+        found = []
+        for run, one in enumerate(members):
+            part, trainable = getattr(one, split), programs.unstack(trainables, run)
+            decode = functools.partial(decode_answers, trainable, part, one.job.seed)
+            path = folder / _KEPT.format(run)
+            texts = _kept_answers(path, trainable, decode) if split == "test" else decode()
+            accepted = [example.accepted for example in part.examples]
+            found.append(score_answers(how.metrics[one.job.task], texts, accepted))
+        return found
+
+    return score
+
+
+def forget_answers(folder: pathlib.Path) -> None:
+    """Removes what was kept, once the group's results are on disk."""
+    for path in folder.glob(_KEPT.format("*")):
+        path.unlink()
+
+
+def _kept_answers(
+    path: pathlib.Path, trainable: PyTree, decode: Callable[[], list[str]]
+) -> list[str]:
+    """Answers of a run with these parameters: what the file holds, or new ones, then kept there."""
+    parameters = digest.of_tree(trainable)
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["parameters"] == parameters:
+            return record["answers"]
+    found = decode()
+    json_files.write_json(path, {"parameters": parameters, "answers": found})
+    return found

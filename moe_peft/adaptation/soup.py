@@ -89,18 +89,14 @@ class Neighbours:
     seed: int = 0
 
     def __post_init__(self):
-        """Refuses what cannot work."""
         for name in ("num_neighbours", "max_examples"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(
-                    f"Neighbours.{name} is {getattr(self, name)}; expected >= 1."
-                )
+            errors.check_at_least(f"Neighbours.{name}", getattr(self, name), 1)
 
     def text(self, example: Any) -> str:
         """What is embedded of an `evaluation_data.Example`."""
         return f"{example.inputs} {example.targets}" if self.with_targets else example.inputs
 
-    def choose(self, similarities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    def weights_from(self, similarities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Returns the weights, 1/k for each of the k chosen tasks; NaN is never chosen."""
         order = np.argsort(-similarities, kind="stable")[: self.num_neighbours]
         order = order[~np.isnan(similarities[order])]
@@ -112,8 +108,8 @@ class Neighbours:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Neighbours of new tasks.
+class Neighbourhood:
+    """Which training tasks are averaged for each new task.
 
     Attributes:
       sources: name of every task id of the multi-task run; "" where it has no data.
@@ -125,7 +121,7 @@ class Found:
     similarities: Mapping[str, Float[np.ndarray, " n"]]
     weights: Mapping[str, Float[np.ndarray, " n"]]
 
-    def of(self, new: str) -> list[tuple[str, float, float]]:
+    def chosen_for(self, new: str) -> list[tuple[str, float, float]]:
         """(training task, cosine, weight) of the chosen ones, nearest first."""
         similarities, weights = self.similarities[new], self.weights[new]
         chosen = sorted(np.flatnonzero(weights), key=lambda i: -similarities[i])
@@ -133,18 +129,18 @@ class Found:
 
     def table(self) -> str:
         """A Markdown table, one row per new task."""
-        rows = [
-            f"| {new} | {', '.join(f'{name} ({cos:.2f})' for name, cos, _ in self.of(new))} |"
-            for new in self.weights
-        ]
-        return "\n".join(["| new task | averages the adapters of (cosine) |", "|---|---|", *rows])
+        lines = ["| new task | averages the adapters of (cosine) |", "|---|---|"]
+        for new in self.weights:
+            names = (f"{name} ({cosine:.2f})" for name, cosine, _ in self.chosen_for(new))
+            lines.append(f"| {new} | {', '.join(names)} |")
+        return "\n".join(lines)
 
     def write(self, folder: pathlib.Path | str) -> list[pathlib.Path]:
         """Writes soup.md and soup.json into `folder`; returns their paths."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("task", "cosine", "weight")
-        chosen = {new: [dict(zip(names, row)) for row in self.of(new)] for new in self.weights}
+        named = lambda row: dict(zip(("task", "cosine", "weight"), row))
+        chosen = {new: [named(row) for row in self.chosen_for(new)] for new in self.weights}
         texts = {"soup.md": self.table(), "soup.json": json.dumps(chosen, indent=1)}
         for name, text in texts.items():
             (folder / name).write_text(text + "\n")
@@ -171,11 +167,11 @@ class Sources:
         self._encode = settings.encoder([text for _, own in texts for text in own])
         self._embeddings = [self._embed(own) if own else None for _, own in texts]
 
-    def compare(self, new: Mapping[str, Sequence[str]]) -> Found:
+    def compare(self, new: Mapping[str, Sequence[str]]) -> Neighbourhood:
         """Finds the neighbours of new tasks, given texts of each."""
         similarities = {name: self._similarities(texts) for name, texts in new.items()}
-        weights = {name: self.settings.choose(found) for name, found in similarities.items()}
-        return Found(self.names, similarities, weights)
+        weights = {name: self.settings.weights_from(found) for name, found in similarities.items()}
+        return Neighbourhood(self.names, similarities, weights)
 
     def _embed(self, texts: Sequence[str]) -> Float[np.ndarray, " d"]:
         """The mean embedding, of norm 1 (0 where no text has anything that the encoder knows)."""
@@ -187,13 +183,13 @@ class Sources:
         return np.array([np.nan if e is None else float(e @ own) for e in self._embeddings])
 
 
-def neighbours(
+def compare(
     train_mixture: str,
     new_mixture: str,
     num_tasks: int,
     settings: Neighbours | None = None,
     rows: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Float[np.ndarray, " n"]]:
+) -> Neighbourhood:
     """Returns, for each new task, the weights of the multi-task run's tasks.
 
     Args:
@@ -204,17 +200,6 @@ def neighbours(
       rows: of the train split of each new task: its shots. None takes a sample of all, which a
         few-shot run does not have.
     """
-    return dict(compare(train_mixture, new_mixture, num_tasks, settings, rows).weights)
-
-
-def compare(
-    train_mixture: str,
-    new_mixture: str,
-    num_tasks: int,
-    settings: Neighbours | None = None,
-    rows: Mapping[str, Sequence[int]] | None = None,
-) -> Found:
-    """As `neighbours`, with the similarities and names that a report wants."""
     from moe_peft.data import lookup
 
     settings = settings or Neighbours()
@@ -241,7 +226,7 @@ def task_weights(
       source_mixture: what the multi-task run was trained on.
       num_tasks: task ids that run tells apart.
       shots: as `adapt` has them.
-      wordings: likewise.
+      wordings: as `adapt` has them.
       neighbours: how neighbours are found.
     """
     from moe_peft.data import fewshot, lookup
@@ -252,7 +237,7 @@ def task_weights(
 
     def weights(job: "data.Job") -> Float[np.ndarray, " n"]:
         (task,) = lookup.tasks_of(job.task)
-        number = len(_rows(task, None))
+        number = len(_rows(task))
         drawn = fewshot.draw(job.task, number, sizes, job.seed)
         texts = _texts(task, settings, drawn.shots.reshape(-1).tolist())
         return sources().compare({job.task: texts}).weights[job.task]
@@ -260,20 +245,23 @@ def task_weights(
     return weights
 
 
-def _rows(task, limit: int | None):
+def _rows(task, limit: int | None = None):
     from moe_peft.data import evaluation_data
 
     return evaluation_data.task_rows(task, "train", _ANY_LENGTH, limit)
 
 
-def _texts(task, settings: Neighbours, chosen: Sequence[int] | None) -> list[str]:
-    """Texts of some rows of the train split, or of a sample."""
+def _examples(task, rows, chosen: Sequence[int]) -> list:
     from moe_peft.data import evaluation_data
 
-    found = _rows(task, settings.max_examples if chosen is None else None)
-    if chosen is None:
-        chosen = _sample(len(found), settings)
-    return [settings.text(evaluation_data.example(task, found, int(index))) for index in chosen]
+    return [evaluation_data.example(task, rows, int(index)) for index in chosen]
+
+
+def _texts(task, settings: Neighbours, chosen: Sequence[int] | None) -> list[str]:
+    """Texts of some rows of the train split, or of a sample."""
+    rows = _rows(task, settings.max_examples if chosen is None else None)
+    chosen = _sample(len(rows), settings) if chosen is None else chosen
+    return [settings.text(example) for example in _examples(task, rows, chosen)]
 
 
 def _sample(number: int, settings: Neighbours) -> np.ndarray:
@@ -285,19 +273,18 @@ def _source_texts(
     mixture: str, num_tasks: int, settings: Neighbours
 ) -> list[tuple[str, list[str]]]:
     """(name, texts) of every task id; where templates are tasks, their numbers are in the name."""
-    from moe_peft.data import evaluation_data, lookup, task_ids
+    from moe_peft.data import lookup, task_ids
 
     found = [("", []) for _ in range(num_tasks)]
     for task in lookup.tasks_with(mixture, "train"):
-        rows = _rows(task, None)
+        rows = _rows(task)
         if "task_ids" not in rows.scalars:
             raise errors.UserError(f"The task {task.name!r} of {mixture!r} carries no task ids.")
         ids = task_ids.per_template(rows.scalars)["task_ids"]
         task_ids.check_ids(ids, num_tasks, repr(task.name))
         for task_id in np.unique(ids):
             own = np.flatnonzero(ids == task_id)
-            own = own[_sample(len(own), settings)]
-            examples = [evaluation_data.example(task, rows, int(index)) for index in own]
+            examples = _examples(task, rows, own[_sample(len(own), settings)])
             is_template = len(np.unique(ids)) > 1
             name = f"{task.name}, template {examples[0].template_id}" if is_template else task.name
             found[task_id] = (name, [settings.text(example) for example in examples])

@@ -135,6 +135,6 @@ def _adaptation(folder: pathlib.Path, changes: Changes) -> _Table:
     how = how or content.get("bootstrap")
     evaluation = content["settings"]["evaluation"]
     evaluation["metric"] = changes.metric or evaluation["metric"]
-    found = report_lib.of_rows(rows, how and bootstrap_lib.Bootstrap(**how))
+    found = report_lib.summarize_rows(rows, how and bootstrap_lib.Bootstrap(**how))
     content = {**content, "bootstrap": how, **found}
     return pathlib.Path(), content, report_lib.markdown(content)

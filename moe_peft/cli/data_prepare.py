@@ -13,10 +13,11 @@ import time
 import seqio
 
 from moe_peft import errors
-from moe_peft.cli import data_pool, data_progress
+from moe_peft.cli import data_pool
 from moe_peft.config import gin_files
 from moe_peft.config import settings as settings_lib
 from moe_peft.data import bad_rows, lookup, row_store
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.tasks import cldr, crossfit, p3, superni
 
 REGISTERED = (cldr, crossfit, p3, superni)
@@ -77,7 +78,7 @@ def data_prepare(settings: Settings) -> list[PreparedTask]:
     tasks = settings.tasks()
     run = _run_here if settings.processes == 1 else _run_in_processes
     done = []
-    with data_progress.shown("prepare", len(tasks), _work(tasks)) as progress:
+    with progress_lib.Rows("prepare", len(tasks), _work(tasks)) as progress:
         for result in run(settings, list(tasks), progress.rows):
             done.append(result)
             progress.task(sum(result.rows.values()), not result.written)

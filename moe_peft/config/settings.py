@@ -41,7 +41,18 @@ def entry_point(settings: type, name: str, module: str) -> Callable[[Callable], 
 
 
 def comments(settings: type) -> dict[str, str]:
-    """Returns the comment of every field of a dataclass, from the lines above it or behind it."""
+    """Returns the comment of every field of a dataclass, from the lines above it or behind it.
+
+    Fields of dataclasses that it inherits from are among them.
+    """
+    found = {}
+    for parent in reversed(settings.__mro__):
+        if dataclasses.is_dataclass(parent):
+            found |= _own_comments(parent)
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(settings)}
+
+
+def _own_comments(settings: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(settings))
     lines = source.splitlines()
     found = {}
@@ -54,4 +65,4 @@ def comments(settings: type) -> dict[str, str]:
         behind = lines[node.end_lineno - 1][node.end_col_offset :]
         texts = [*lines[above : node.lineno - 1], behind]
         found[node.target.id] = " ".join(text.strip().lstrip("# ") for text in texts).strip()
-    return {field.name: found.get(field.name, "") for field in dataclasses.fields(settings)}
+    return found

@@ -17,7 +17,6 @@ from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.preflight import compiled, hardware
 from moe_peft.training import optimizers, start
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.weights import identity
 
@@ -89,7 +88,7 @@ class Experiment:
     def weight_bytes(self) -> tuple[int, int]:
         """(frozen, trainable) bytes of one whole copy."""
         begin = self._start(self.model, self._train_batch())
-        return tuple(map(state_lib.num_bytes, self._trees(begin)))
+        return tuple(map(step_lib.num_bytes, self._trees(begin)))
 
     def train_program(self, mesh: jax.sharding.Mesh, choice: compiled.Choice) -> compiled.Program:
         """The jitted step with the shapes of state, frozen weights and batch."""
@@ -98,7 +97,7 @@ class Experiment:
         frozen, trainable = self._trees(begin)
         group_of = self.method.learning_rate_group
         transform = self.optimizer.build(trainable, group_of)
-        state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), trainable)
+        state = jax.eval_shape(lambda tree: step_lib.create_state(tree, transform, 0), trainable)
         places = layout.optimizer_shardings(state, layout.shardings(trainable, axes), trainable)
         step = step_lib.make_train_step(
             begin.model,

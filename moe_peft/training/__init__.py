@@ -1,1 +1,1 @@
-"""Training of the trainable tree beside a frozen one: step, optimisers, loop, checkpoints."""
+"""Training of the trainable tree next to a frozen one: step, optimisers, loop, checkpoints."""

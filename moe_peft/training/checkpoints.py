@@ -5,7 +5,8 @@ what the run is, where the data stood, metrics not yet written, and digests of t
 weights are never saved; their fingerprint is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import logging
 import os
 import pathlib
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from moe_peft import errors, patching
 from moe_peft.runtime import digest, processes
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.weights import saved_run
 
 DAMAGED_FOLDER = "checkpoints_damaged"
@@ -34,8 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, model_dir: pathlib.Path | str, keep: int):
-        if keep < 1:
-            raise errors.UserError(f"At least one checkpoint must be kept, got keep={keep}.")
+        errors.check_at_least("keep", keep, 1)
         self._folder = pathlib.Path(model_dir) / saved_run.FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
@@ -57,7 +57,7 @@ class Checkpoints:
         finally:
             logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
-    def save(self, state: state_lib.TrainState, record: Mapping[str, Any]) -> None:
+    def save(self, state: step_lib.TrainState, record: Mapping[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
 
         Raises:
@@ -80,35 +80,27 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
 
-    def _explained(self) -> "_Explained":
-        return _Explained(self._folder)
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what a failed save raises into one line; removes what it left half written."""
+        try:
+            yield
+        except errors.UserError:
+            raise
+        except Exception as error:  # Whatever orbax and the file system raise.
+            for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            left = ", ".join(map(str, saved_run.steps(self._folder.parent))) or "none"
+            raise errors.UserError(
+                f"Cannot write a checkpoint to {self._folder}: {saved_run.reason(error)}. "
+                f"Checkpoints there: steps {left}. Make room or repair the folder, then run the "
+                "same command to go on."
+            ) from error
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     """Errors of background saves come to us as exceptions; their tracebacks need not be printed."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-class _Explained:
-    """Turns whatever a failed save raises into one line, and removes what it left half written."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if not isinstance(error, Exception) or isinstance(error, errors.UserError):
-            return
-        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        left = ", ".join(str(step) for step in saved_run.steps(self._folder.parent)) or "none"
-        raise errors.UserError(
-            f"Cannot write a checkpoint to {self._folder}: {saved_run.reason(error)}. Checkpoints "
-            f"there: steps {left}. Make room or mend the folder, then run the "
-            "same command to go on."
-        ) from error
 
 
 def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
@@ -140,12 +132,12 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
         raise errors.UserError(
             f"All {len(damaged)} checkpoints in {pathlib.Path(model_dir) / saved_run.FOLDER} are "
             f"damaged (step {newest}: {reason}). Choose another MODEL_DIR, or "
-            "remove them to start anew."
+            "remove them to start again."
         )
     return None
 
 
-def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.TrainState:
+def restore(saved: saved_run.Saved, fresh: step_lib.TrainState) -> step_lib.TrainState:
     """Returns `fresh` with the saved values, on the same devices.
 
     Raises:
@@ -153,15 +145,14 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
     """
     tree = {"opt_state": _numbered(fresh.opt_state), "trainable": dict(fresh.trainable)}
     have = {"opt_state": saved.position["opt_state"], "trainable": saved.trainable}
-    want, found = patching.flatten(tree), patching.flatten(have)
-    shapes = {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in want.items()}
-    saved_shapes = {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in found.items()}
-    if shapes != saved_shapes:
-        differing = sorted(
-            name
-            for name in shapes.keys() | saved_shapes.keys()
-            if shapes.get(name) != saved_shapes.get(name)
-        )
+    kinds = lambda tree: {
+        name: (leaf.shape, np.dtype(leaf.dtype).name)
+        for name, leaf in patching.flatten(tree).items()
+    }
+    shapes, saved_shapes = kinds(tree), kinds(have)
+    names = sorted({*shapes, *saved_shapes})
+    differing = [name for name in names if shapes.get(name) != saved_shapes.get(name)]
+    if differing:
         raise errors.UserError(
             f"The checkpoint of step {saved.step} does not fit this run: {len(differing)} leaves "
             f"differ, the first is {differing[0]} (saved {saved_shapes.get(differing[0])}, here "
@@ -173,7 +164,7 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
 
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
-    return state_lib.TrainState(
+    return step_lib.TrainState(
         step=place(fresh.step, np.asarray(saved.step, np.int32)),
         trainable=jax.tree.map(place, fresh.trainable, saved.trainable),
         opt_state=opt_structure.unflatten(map(place, opt_leaves, saved_leaves)),
@@ -181,7 +172,7 @@ def restore(saved: saved_run.Saved, fresh: state_lib.TrainState) -> state_lib.Tr
     )
 
 
-def _to_host(state: state_lib.TrainState) -> dict[str, Any]:
+def _to_host(state: step_lib.TrainState) -> dict[str, Any]:
     """Copies that later steps, to which the state is donated, cannot overwrite."""
     trees = {
         "trainable": state.trainable,

@@ -1,6 +1,7 @@
 """Metrics between the device and the reader: fetched now and then, watched for NaN, averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import time
 
 import jax
@@ -9,8 +10,8 @@ from jaxtyping import Array
 
 from moe_peft import errors
 from moe_peft.models import losses
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import metrics_writer
-from moe_peft.training import progress as progress_lib
 from moe_peft.training import step as step_lib
 
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -30,7 +31,7 @@ class Logbook:
     def __init__(
         self,
         writer: metrics_writer.MetricsWriter,
-        progress: progress_lib.Progress,
+        progress: progress_lib.Steps,
         leaf_names: Sequence[str],
         unwritten: Sequence[Mapping[str, float]] = (),
     ):
@@ -80,12 +81,17 @@ class Logbook:
         self._progress.report(step, line["loss"], rate)
         return line
 
-    def pause(self) -> "_Pause":
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
         """Context in which time does not count as training, such as evaluation."""
-        return _Pause(self._clock)
+        entered = time.monotonic()
+        try:
+            yield
+        finally:
+            self._clock.skip(time.monotonic() - entered)
 
     def start(self, step: int) -> None:
-        """Starts the clock: what came before, such as compiling, is no training."""
+        """Starts the clock: what came before, such as compiling, is not training."""
         self._clock.start(step)
 
     def _report_newest_ready(self) -> None:
@@ -100,11 +106,9 @@ class Logbook:
         if index == step_lib.ALL_FINITE:
             return
         loss = numbers["loss_sum"] / max(numbers["normalizer"], 1e-9)
-        where = (
-            "the loss itself"
-            if index == step_lib.LOSS_IS_BAD
-            else f"the gradient of {self._leaf_names[index]}"
-        )
+        where = "the loss itself"
+        if index != step_lib.LOSS_IS_BAD:
+            where = f"the gradient of {self._leaf_names[index]}"
         raise NonFiniteError(
             f"Step {step}: {where} is not finite (loss {loss}). Training stops here; a lower "
             "learning rate, clip_norm or DTYPE='float32' may help."
@@ -137,7 +141,7 @@ def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class _Clock:
-    """Steps per second, without the time that is no training."""
+    """Steps per second, without the time that is not training."""
 
     def __init__(self):
         self._start = self._reported = time.monotonic()
@@ -161,14 +165,3 @@ class _Clock:
         rate = (step - self._first_step) / max(now - self._start, 1e-9)
         self._first_step, self._start = step, now
         return rate
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self._clock = clock
-
-    def __enter__(self):
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_):
-        self._clock.skip(time.monotonic() - self._entered)

@@ -12,13 +12,13 @@ from jaxtyping import PyTree
 import numpy as np
 
 import moe_peft
-from moe_peft import errors, patching
+from moe_peft import errors
 from moe_peft.config import gin_files
 from moe_peft.runtime import host_memory, processes
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
-from moe_peft.training import progress as progress_lib
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base
 from moe_peft.weights import leaves, saved_run
 
@@ -28,25 +28,23 @@ Batches = Iterator[Mapping[str, np.ndarray]]
 EvalHook = Callable[[int, PyTree], Mapping[str, float]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Numbers of a run; see `loop.train`. No dropout means no stochastic routing either."""
+    """Numbers of a run."""
 
-    num_steps: int
-    batch_size: int
-    seed: int = 0
-    num_microbatches: int = 1
-    frozen_dtype: str = "float32"
-    checkpoint_period: int = 1_000
-    keep: int = 3
-    log_period: int = 100
-    eval_period: int = 1_000
-    use_dropout: bool = True
+    num_steps: int  # updates in all, earlier ones of the same run included
+    batch_size: int  # rows of a batch, over all devices and micro-batches
+    seed: int = 0  # of fresh adapters, dropout and the order of the data
+    num_microbatches: int = 1  # parts a batch is computed in, to save memory; same result
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    checkpoint_period: int = 1_000  # steps between checkpoints; there is always one at the end
+    keep: int = 3  # newest checkpoints that are kept
+    log_period: int = 100  # steps between lines of metrics.jsonl
+    eval_period: int = 1_000  # steps between evaluations; there is always one at the end
 
     def __post_init__(self):
         for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            errors.check_at_least(name, getattr(self, name), 1)
         leaves.check_dtype(self.frozen_dtype)
 
     def num_new_checkpoints(self, num_old: int) -> int:
@@ -57,39 +55,31 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-      state: after the last step.
-      frozen: the tree beside it.
-      metrics: the last line of metrics.jsonl's training metrics; empty if no step was made.
-    """
-
-    state: state_lib.TrainState
+    state: step_lib.TrainState  # after the last step
     frozen: PyTree
+    # The last line of training metrics in metrics.jsonl; empty if no step was made.
     metrics: Mapping[str, float]
 
 
 class Run:
     """One process's part of a run, from the restored state to the last step or a signal."""
 
-    def __init__(self, settings, description, train_step, eval_hook, frozen, stop, monitors=()):
-        self._settings = settings
-        self._description = description
-        self._train_step = train_step
-        self._eval_hook = eval_hook
-        self._frozen = frozen
-        self._stop = stop
-        self._monitors = monitors
+    def __init__(self, settings, description, train_step, frozen, stop, monitors=()):
+        self._settings, self._description = settings, description
+        self._train_step, self._frozen = train_step, frozen
+        self._stop, self._monitors = stop, monitors
 
-    def go(self, folder, state, saved, batches, changed_optimizer) -> Result:
+    def make_steps(self, folder, state, saved, batches, changed_optimizer) -> Result:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
         with contextlib.ExitStack() as stack:
             is_first = processes.is_first()
-            self._progress = progress_lib.make(first_step, settings.num_steps, not is_first)
+            self._progress = progress_lib.Steps(settings.num_steps, is_silent=not is_first)
             stack.callback(self._progress.close)
+            self._progress.update(first_step)
             kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
             self._writer = stack.enter_context(kind(folder, first_step))
             base.drop_after(folder, first_step)
@@ -98,7 +88,7 @@ class Run:
             self._logbook = logbook_lib.Logbook(
                 self._writer,
                 self._progress,
-                state_lib.leaf_names(state.trainable),
+                step_lib.leaf_names(state.trainable),
                 saved.record["unwritten_metrics"] if saved else (),
             )
             if is_first:
@@ -133,8 +123,6 @@ class Run:
             if is_last or step % settings.log_period == 0:
                 line = self._logbook.write(step)
                 self._checkpoints.check()
-            if self._eval_hook and (is_last or step % settings.eval_period == 0):
-                self._evaluate(step, state)
             for monitor in self._monitors:
                 if is_last or step % monitor.period == 0:
                     self._watch(monitor, step, state)
@@ -154,23 +142,16 @@ class Run:
 
     def _save(self, step, state):
         self._logbook.collect()
+        record = {
+            "step": step,
+            "batches_consumed": step,
+            "description": self._description,
+            "unwritten_metrics": self._logbook.unwritten,
+            "gin_config": gin.config_str(),
+            "moe_peft_version": moe_peft.__version__,
+        }
         with self._logbook.pause():
-            self._checkpoints.save(
-                state,
-                {
-                    "step": step,
-                    "batches_consumed": step,
-                    "description": self._description,
-                    "unwritten_metrics": self._logbook.unwritten,
-                    "gin_config": gin.config_str(),
-                    "moe_peft_version": moe_peft.__version__,
-                },
-            )
-
-    def _evaluate(self, step, state):
-        with self._logbook.pause():
-            found = self._eval_hook(step, patching.merge(self._frozen, state.trainable))
-        self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+            self._checkpoints.save(state, record)
 
     def _watch(self, monitor, step, state):
         self._logbook.collect()  # A NaN is reported as the step's, not met by the monitor.

@@ -1,6 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, identical for an interrupted run, and TensorBoard."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import pathlib
@@ -14,23 +14,17 @@ from moe_peft import errors
 FILE_NAME = "metrics.jsonl"
 
 
-class Silent:
+class Silent(contextlib.nullcontext):
     """Writes nothing: another process does."""
 
     def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
         del model_dir, resumed_step
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+        super().__init__(self)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Leaves it to the first process, as `write_to_board` does."""
 
-    def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+    write_to_board = write
 
 
 class MetricsWriter:
@@ -58,25 +52,27 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line and the same scalars to TensorBoard."""
-        with self._explained():
+        with explained(self._model_dir):
             self._file.write(json.dumps({"step": step, **metrics}, sort_keys=True) + "\n")
             self._file.flush()
         self.write_to_board(step, metrics)
 
     def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes scalars to TensorBoard only."""
-        with self._explained():
+        with explained(self._model_dir):
             self._board.write(step, metrics)
 
-    @contextlib.contextmanager
-    def _explained(self):
-        try:
-            yield
-        except OSError as error:
-            raise errors.UserError(
-                f"Cannot write metrics to {self._model_dir}: {error.strerror}. Checkpoints are "
-                "intact. Make room or mend the folder, then run the same command to go on."
-            ) from error
+
+@contextlib.contextmanager
+def explained(folder: pathlib.Path | str) -> Iterator[None]:
+    """Turns what a full or broken disk raises while metrics are written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(
+            f"Cannot write metrics to {folder}: {error.strerror}. Checkpoints are intact. Make "
+            "room or repair the folder, then run the same command to go on."
+        ) from error
 
 
 class _Board:
@@ -95,11 +91,8 @@ class _Board:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [
-            summary_pb2.Summary.Value(tag=name, simple_value=value)
-            for name, value in metrics.items()
-        ]
-        summary = summary_pb2.Summary(value=values)
+        scalar = lambda name, value: summary_pb2.Summary.Value(tag=name, simple_value=value)
+        summary = summary_pb2.Summary(value=[scalar(*metric) for metric in metrics.items()])
         event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
         self._events.write_event(event)
         self._events.flush()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import gin
@@ -25,6 +26,7 @@ _FACTORINGS = {
     "two_largest": (optax.scale_by_factored_rms, 128),
     "last_two": (last_two_rms.scale_by_last_two_rms, 1),
 }
+_NO_DECAY = ("routers",)
 # Steps at which a schedule is sampled to tell whether it is the one a checkpoint was trained with.
 _SAMPLED_STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
 
@@ -52,11 +54,7 @@ class Optimizer:
 
     def __post_init__(self):
         for name in self.groups:
-            if name not in GROUPS:
-                raise errors.UserError(
-                    f"{self.name}.groups names {name!r}; there are {', '.join(GROUPS)}."
-                    f"{errors.near(name, GROUPS)}"
-                )
+            errors.check_one_of(f"A name in {self.name}.groups", name, GROUPS)
 
     def build(self, trainable: PyTree, group_of: GroupOf) -> optax.GradientTransformation:
         """Returns the transformation for one tree; `group_of` names the group of a path."""
@@ -70,8 +68,8 @@ class Optimizer:
 
     def schedule(self, group: str) -> schedules_lib.Schedule:
         """Returns the learning rate of a group as a function of the step."""
-        default = _as_schedule(self.learning_rate)
-        own = self.groups.get(group, 1.0)
+        rate, own = self.learning_rate, self.groups.get(group, 1.0)
+        default = rate if callable(rate) else schedules_lib.constant(rate)
         return own if callable(own) else lambda step: own * default(step)
 
     def learning_rates(
@@ -126,10 +124,9 @@ def adafactor(
       clipping_threshold: RMS above which a leaf's update is scaled down; None for never.
       epsilon: added to squared gradients.
       multiply_by_parameter_scale: scale steps by the RMS of the parameter, at least 1e-3.
-      factoring: which dimensions of a leaf v is kept for as a row and a column instead of one by
-        one. "two_largest", as T5X does. "last_two", as Hugging Face does: dimensions before them
-        are a batch of matrices, and features are joined into the matrices of the papers' code, see
-        `factoring.as_published`.
+      factoring: the dimensions of a leaf for which v is kept as a row and a column. "two_largest",
+        as T5X does. "last_two", as Hugging Face does: dimensions before them are a batch of
+        matrices, and features are joined into the papers' matrices, see `last_two_rms`.
       min_dim_size_to_factor: factor only where both dimensions reach this size. By default 128
         with "two_largest", which leaves every adapter leaf unfactored, and 1 with "last_two".
       resumed_step_offset: steps the optimiser is told it has already made while v is still zero.
@@ -140,30 +137,9 @@ def adafactor(
       clip_norm: see `Optimizer.clip_norm`. MHR on T0: 1.0.
     """
 
-    if factoring not in _FACTORINGS:
-        raise errors.UserError(
-            f"adafactor.factoring is {factoring!r}; expected {' or '.join(_FACTORINGS)}."
-            f"{errors.near(str(factoring), _FACTORINGS)}"
-        )
+    errors.check_one_of("adafactor.factoring", factoring, _FACTORINGS)
     scale_by_factored_rms, default_size = _FACTORINGS[factoring]
     min_size = default_size if min_dim_size_to_factor is None else min_dim_size_to_factor
-
-    def precondition(trainable, group_of):
-        del group_of
-        parts = [
-            scale_by_factored_rms(
-                decay_rate=decay_rate,
-                step_offset=-resumed_step_offset,
-                min_dim_size_to_factor=min_size,
-                epsilon=epsilon,
-            )
-        ]
-        if clipping_threshold is not None:
-            parts.append(optax.clip_by_block_rms(clipping_threshold))
-        if multiply_by_parameter_scale:
-            parts.append(optax.scale_by_param_block_rms())
-        return _per_layer(optax.chain(*parts), trainable)
-
     settings = {
         "decay_rate": decay_rate,
         "clipping_threshold": clipping_threshold,
@@ -173,7 +149,30 @@ def adafactor(
         "min_dim_size_to_factor": min_size,
         "resumed_step_offset": resumed_step_offset,
     }
-    return Optimizer("adafactor", settings, precondition, learning_rate, groups or {}, clip_norm)
+    steps = functools.partial(_adafactor_steps, scale_by_factored_rms, settings)
+    return Optimizer("adafactor", settings, steps, learning_rate, groups or {}, clip_norm)
+
+
+def _adafactor_steps(
+    scale_by_factored_rms: Callable[..., optax.GradientTransformation],
+    settings: Mapping[str, Any],
+    trainable: PyTree,
+    group_of: GroupOf,
+) -> optax.GradientTransformation:
+    del group_of
+    parts = [
+        scale_by_factored_rms(
+            decay_rate=settings["decay_rate"],
+            step_offset=-settings["resumed_step_offset"],
+            min_dim_size_to_factor=settings["min_dim_size_to_factor"],
+            epsilon=settings["epsilon"],
+        )
+    ]
+    if settings["clipping_threshold"] is not None:
+        parts.append(optax.clip_by_block_rms(settings["clipping_threshold"]))
+    if settings["multiply_by_parameter_scale"]:
+        parts.append(optax.scale_by_param_block_rms())
+    return _per_layer(optax.chain(*parts), trainable)
 
 
 @gin.register(module="optimizers")
@@ -184,7 +183,7 @@ def adamw(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     groups: Mapping[str, LearningRate] | None = None,
-    no_decay_groups: tuple[str, ...] = ("routers",),
+    no_decay_groups: tuple[str, ...] = _NO_DECAY,
     clip_norm: float | None = None,
 ) -> Optimizer:
     """Returns AdamW (Loshchilov and Hutter 2019): decay is decoupled and times the learning rate.
@@ -204,19 +203,17 @@ def adamw(
     def precondition(trainable, group_of):
         parts = [optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)]
         if weight_decay:
-            decays = {
-                path: group_of(path) not in no_decay_groups for path in patching.flatten(trainable)
-            }
+            paths = patching.flatten(trainable)
+            decays = {path: group_of(path) not in no_decay_groups for path in paths}
             mask = patching.trees.unflatten(decays)
             parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
         return optax.chain(*parts)
 
     settings = {"b1": b1, "b2": b2, "epsilon": epsilon, "weight_decay": weight_decay}
+    if tuple(no_decay_groups) != _NO_DECAY:
+        # The default is left out: runs of version 0.1 do not have it in their descriptions.
+        settings["no_decay_groups"] = sorted(no_decay_groups)
     return Optimizer("adamw", settings, precondition, learning_rate, groups or {}, clip_norm)
-
-
-def _as_schedule(rate: LearningRate) -> schedules_lib.Schedule:
-    return rate if callable(rate) else schedules_lib.constant(rate)
 
 
 def _scale_by_group(

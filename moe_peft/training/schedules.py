@@ -61,8 +61,7 @@ def linear_warmup_linear_decay(
 @gin.register(module="schedules")
 def rsqrt(base: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
     """Returns s -> base / sqrt(max(s, warmup_steps)), as T5 was pre-trained (base 1)."""
-    if warmup_steps < 1:
-        raise errors.UserError(f"schedules.rsqrt.warmup_steps is {warmup_steps}, expected >= 1.")
+    errors.check_at_least("schedules.rsqrt.warmup_steps", warmup_steps, 1)
     return lambda step: base / jnp.sqrt(jnp.maximum(jnp.asarray(step, jnp.float32), warmup_steps))
 
 

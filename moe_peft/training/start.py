@@ -1,12 +1,12 @@
 """What a run starts from: frozen and trainable trees, and whether a checkpoint is of this run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.methods import transfer
@@ -44,7 +44,11 @@ class Start:
 
     def base_shapes(self) -> PyTree:
         """Returns the abstract params of the model without adapters."""
-        return jax.eval_shape(self._init_base, jax.random.key(0))
+        return jax.eval_shape(self.init_base, jax.random.key(0))
+
+    def shapes(self) -> PyTree:
+        """Returns the abstract params of the model with adapters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     def trainable_shapes(self) -> PyTree:
         """Returns the abstract trainable tree.
@@ -52,8 +56,7 @@ class Start:
         Raises:
           UserError: it is empty, or a rule of the method does not fit the model.
         """
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
-        trainable = self.method.split(shapes)[1]
+        trainable = self.method.split(self.shapes())[1]
         if not trainable:
             raise errors.UserError(
                 f"The method {self.method.name!r} trains nothing, so there is nothing to do. "
@@ -72,7 +75,7 @@ class Start:
     def trees(
         self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
     ) -> "Trees":
-        """Returns the backbone that the spec names with its adapters, parted by the method.
+        """Returns the backbone that the spec names with its adapters, split by the method.
 
         Args:
           backbone: see `backbone.load`.
@@ -82,16 +85,10 @@ class Start:
           source: the run whose parameters the adapters start from; None for fresh ones.
         """
         stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
-        loaded = backbone_lib.load(backbone, self.base_shapes(), self._init_base, stored_as)
+        loaded = backbone_lib.load(backbone, self.base_shapes(), self.init_base, stored_as)
         base = patching.flatten(loaded.params)
-
-        def fresh_adapters(rng):
-            # Only these are returned, so the compiler leaves out the base's random weights.
-            flat = patching.flatten(self._init(rng))
-            return {path: leaf for path, leaf in flat.items() if path not in base}
-
         if source is None:
-            adapters = jax.jit(fresh_adapters)(jax.random.key(seed))
+            adapters = self.fresh_adapters(base)(jax.random.key(seed))
         else:
             adapters = patching.flatten(self.transferred(source, seed))
         frozen, trainable = self.method.split(patching.trees.unflatten({**base, **adapters}))
@@ -103,14 +100,27 @@ class Start:
 
     def transferred(self, source: "Source", seed: int, task_weights: Any = None) -> PyTree:
         """Returns what the method starts from after the run `source`; see `transfer.initial`."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         rng = jax.random.key(seed)
-        return transfer.initial(self.method, source.trainable, shapes, rng, task_weights)
+        return transfer.initial(self.method, source.trainable, self.shapes(), rng, task_weights)
 
-    def _init(self, rng):
+    def fresh_adapters(self, base: Mapping[str, Any]) -> Callable[[Array], dict[str, Array]]:
+        """Returns the jitted key -> leaves by path, of all that `base`, by path too, does not hold.
+
+        Only these are returned, so the compiler leaves out the base's random weights.
+        """
+
+        def fresh(rng):
+            flat = patching.flatten(self.init(rng))
+            return {path: leaf for path, leaf in flat.items() if path not in base}
+
+        return jax.jit(fresh)
+
+    def init(self, rng: Array) -> PyTree:
+        """Returns fresh params of the model with adapters."""
         return self.model.init(rng, self.batch_shapes)
 
-    def _init_base(self, rng):
+    def init_base(self, rng: Array) -> PyTree:
+        """Returns fresh params of the model without adapters."""
         return self.base_model.init(rng, self.batch_shapes)
 
 
@@ -154,19 +164,12 @@ class Source:
         return {"step": self.step, "digest": digest.of_tree(self.trainable)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Trees:
-    """The two trees of a fresh run and what identifies the frozen weights.
+class Trees(NamedTuple):
+    """The two trees of a fresh run and what identifies the frozen weights."""
 
-    Attributes:
-      frozen: never differentiated, never saved.
-      trainable: what learns.
-      fingerprint: of the backbone.
-    """
-
-    frozen: PyTree
+    frozen: PyTree  # never differentiated, never saved
     trainable: PyTree
-    fingerprint: str
+    fingerprint: str  # of the backbone
 
 
 def describe(
@@ -191,6 +194,6 @@ def describe(
 def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Returns what changed in the optimiser's settings, "" for nothing.
 
-    It is no reason to refuse: to train longer, or on at a lower rate, is legitimate.
+    A change is not refused: to train longer, or on at a lower rate, is legitimate.
     """
     return identity.first_difference(saved["optimizer"], current["optimizer"])

@@ -1,22 +1,65 @@
-"""One update of the trainable tree: gradients, accumulation, metrics, and a watch for NaN."""
+"""The state of a run and one update of it: gradients, accumulation, metrics, a watch for NaN."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, UInt32
 import optax
 
 from moe_peft.partitioning import layout as layout_lib
-from moe_peft.training import state as state_lib
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
-TrainStep = Callable[[state_lib.TrainState, PyTree, Batch], tuple[state_lib.TrainState, Metrics]]
 
 ALL_FINITE = -1
 LOSS_IS_BAD = -2
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The trainable tree, its optimiser state and the position in the run.
+
+    Attributes:
+      step: number of updates made so far.
+      trainable: nested dict of the leaves that learn.
+      opt_state: the optimiser's state for exactly those leaves.
+      rng: raw key of the run. Step s uses `fold_in(rng, s)`, so that a resumed run draws what the
+        uninterrupted one would have drawn.
+    """
+
+    step: Int[Array, ""]
+    trainable: PyTree
+    opt_state: PyTree
+    rng: UInt32[Array, "2"]
+
+
+def create_state(
+    trainable: PyTree, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Returns "encoder/layers_0/..." for every leaf, in the order of `jax.tree.leaves`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Returns the size in bytes of the arrays (or abstract arrays) of a tree."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 class Model(Protocol):
@@ -35,7 +78,7 @@ def make_train_step(
     out_shardings: Any = None,
     **kwargs: Any,
 ) -> TrainStep:
-    """Returns `make_update(...)`, jitted.
+    """Returns `make_update(*args, **kwargs)`, jitted.
 
     The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
     Metrics are device arrays; nothing waits for them.
@@ -65,8 +108,7 @@ def make_update(
     Metrics are `loss_sum` and `normalizer` (their quotient is the objective), `sums/<name>` as the
     model reports them, `examples`, `grad_norm` (before clipping), `param_norm` (after the update),
     the learning rates by group, and `bad_leaf`: -1, or the index of the first gradient leaf (see
-    `state.leaf_names`) that is not finite, or -2 where the loss itself is not while every gradient
-    is.
+    `leaf_names`) that is not finite, or -2 where the loss itself is not while every gradient is.
 
     Args:
       model: gives the loss sums of a batch.
@@ -79,39 +121,21 @@ def make_update(
       use_dropout: False trains without dropout and without stochastic routing.
     """
 
-    def part_sums(trainable, frozen, batch, rng):
+    def loss_sums(trainable, frozen, batch, rng):
         loss_sum, normalizer, sums = model.loss_sums(
             merge(frozen, trainable), batch, rng if use_dropout else None
         )
         return loss_sum, (normalizer, sums)
 
-    gradients = jax.value_and_grad(part_sums, has_aux=True)
-
-    def totals(trainable, frozen, batch, rng):
-        """((loss sum, (normalizer, sums)), gradient of the loss sum) over all micro-batches."""
-        if num_microbatches == 1:
-            return gradients(trainable, frozen, batch, rng)
-
-        def add_part(total, part):
-            index, rows = part
-            new = gradients(trainable, frozen, rows, jax.random.fold_in(rng, index))
-            return jax.tree.map(jnp.add, total, new), None
-
-        parts = jax.tree.map(lambda rows: _split_rows(rows, num_microbatches), batch)
-        first = jax.tree.map(lambda rows: rows[0], parts)
-        shapes = jax.eval_shape(gradients, trainable, frozen, first, rng)
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return jax.lax.scan(add_part, zeros, (jnp.arange(num_microbatches), parts))[0]
+    gradients = _over_parts(jax.value_and_grad(loss_sums, has_aux=True), num_microbatches)
 
     def train_step(state, frozen, batch):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        (loss_sum, (normalizer, sums)), grads = totals(state.trainable, frozen, batch, rng)
+        (loss_sum, (normalizer, sums)), grads = gradients(state.trainable, frozen, batch, rng)
         scale = 1.0 / jnp.maximum(normalizer, 1e-9)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
-
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-
         leaf_norms = _squared_norms(grads)
         metrics = {
             "loss_sum": loss_sum,
@@ -127,6 +151,27 @@ def make_update(
         return new_state, metrics
 
     return train_step
+
+
+def _over_parts(gradients: Callable[..., Any], num_parts: int) -> Callable[..., Any]:
+    """Returns `gradients`, a function of (trainable, frozen, batch, rng), as a sum over parts."""
+    if num_parts == 1:
+        return gradients
+
+    def summed(trainable, frozen, batch, rng):
+        def add_part(total, part):
+            index, rows = part
+            # A key of its own for every part: otherwise all would drop the same units.
+            new = gradients(trainable, frozen, rows, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = jax.tree.map(lambda rows: _split_rows(rows, num_parts), batch)
+        first = jax.tree.map(lambda rows: rows[0], parts)
+        shapes = jax.eval_shape(gradients, trainable, frozen, first, rng)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
+
+    return summed
 
 
 def _split_rows(rows: Array, num_parts: int) -> Array:

@@ -1,6 +1,6 @@
 """`train`: adapts a frozen backbone on a mixture, or goes on where an earlier run stopped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -9,144 +9,121 @@ import pathlib
 from typing import Any
 
 from flax import linen as nn
-import gin
 import jax
 from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
+from moe_peft.config import settings as settings_lib
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
 from moe_peft.training import checkpoints, loop, optimizers
 from moe_peft.training import start as start_lib
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
 from moe_peft.weights import identity, saved_run
 
 
-@gin.register(module="training")
-def train(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    mixture: str = gin.REQUIRED,
-    feature_lengths: Mapping[str, int] = gin.REQUIRED,
-    batch_size: int = gin.REQUIRED,
-    num_steps: int = gin.REQUIRED,
-    optimizer: optimizers.Optimizer = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    seed: int = 0,
-    loss: encoder_decoder.LossConfig | None = None,
-    pack: bool = False,
-    num_microbatches: int = 1,
-    frozen_dtype: str = "float32",
-    checkpoint_period: int = 1_000,
-    keep: int = 3,
-    log_period: int = 100,
-    evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None,
-    eval_period: int = 1_000,
-    monitors: Sequence[monitors_lib.Monitor] = (),
-    start_from: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> loop.Result:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(loop.Settings):
+    """Of `train`."""
+
+    # An encoder-decoder with T5X's calls, without adapters.
+    model: nn.Module
+    method: methods.Method  # what is adapted and what trains
+    # The model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
+    backbone: str
+    mixture: str  # name of a SeqIO mixture or task
+    feature_lengths: Mapping[str, int]  # tokens of "inputs" and "targets"
+    optimizer: optimizers.Optimizer  # see `optimizers`
+    model_dir: str  # folder of the run: checkpoints, metrics.jsonl, tensorboard
+    # How token losses become the objective; None for `LossConfig()`.
+    loss: encoder_decoder.LossConfig | None = None
+    pack: bool = False  # several examples in a row
+    # (model, step, params) -> metrics, called every `eval_period` steps and at the end.
+    evaluator: Callable[[Any, int, PyTree], Mapping[str, float]] | None = None
+    # Called every so many steps and at the end; see `monitors`.
+    monitors: Sequence[monitors_lib.Monitor] = ()
+    # Folder of a multi-task run that `method` (made by `methods.transferred`, variant "mu" or
+    # "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-Head Adapter
+    # Routing", section 5. None for fresh adapters.
+    start_from: str | None = None
+    # Devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are split
+    # over its axes `fsdp` and `model`.
+    mesh: jax.sharding.Mesh | None = None
+
+
+@settings_lib.entry_point(Settings, "train", module="training")
+def train(settings: Settings) -> loop.Result:
     """Trains `method` on `mixture` until `num_steps` updates are made, and saves as it goes.
 
     Run again with the same settings, it goes on from the newest checkpoint, to the very same
-    numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit.
-
-    Args:
-      model: an encoder-decoder with T5X's calls, without adapters.
-      method: what is adapted and what trains.
-      backbone: the model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
-      mixture: name of a SeqIO mixture or task.
-      feature_lengths: tokens of "inputs" and "targets".
-      batch_size: rows of a batch, over all devices and micro-batches.
-      num_steps: updates in all, earlier ones of the same run included.
-      optimizer: see `optimizers`.
-      model_dir: folder of the run: checkpoints, metrics.jsonl, tensorboard.
-      seed: of fresh adapters, dropout and the order of the data.
-      loss: how token losses become the objective.
-      pack: several examples in a row.
-      num_microbatches: parts a batch is computed in, to save memory; same result.
-      frozen_dtype: "float32", or "bfloat16" for half the memory.
-      checkpoint_period: steps between checkpoints; there is always one at the end.
-      keep: newest checkpoints that are kept.
-      log_period: steps between lines of metrics.jsonl.
-      evaluator: (model, step, params) -> metrics, called every `eval_period` steps and at the end.
-      eval_period: steps.
-      monitors: looked through every so many steps and at the end; see `monitors`.
-      start_from: folder of a multi-task run that `method` (made by `methods.transferred`, variant
-        "mu" or "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-
-        Head Adapter Routing", section 5. None for fresh adapters.
-      mesh: devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are
-        split over its axes `fsdp` and `model`.
-
-    Raises:
-      UserError: a setting, the folder, the backbone or the data is wrong. Before compiling.
+    numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit. A setting, folder,
+    backbone or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
+    from moe_peft.data import pipeline  # Imports TensorFlow.
 
+    model, method = settings.model, settings.method
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is not None:
-        pipeline.check_vocabulary(mixture, vocab_size)
-    loss = loss or encoder_decoder.LossConfig()
+        pipeline.check_vocabulary(settings.mixture, vocab_size)
+    loss = settings.loss or encoder_decoder.LossConfig()
     network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
-    data = {
-        "mixture": mixture,
-        "batch_size": batch_size,
-        "feature_lengths": dict(feature_lengths),
-        "pack": pack,
-        "seed": seed,
-    }
-
-    _check_tasks(method, mixture, pack, start_from)
+    base = encoder_decoder.EncoderDecoder(model, loss)
+    evaluator = settings.evaluator
+    _check_tasks(method, settings.mixture, settings.pack, settings.start_from)
     if evaluator is not None and jax.process_count() > 1:
         raise errors.UserError(
             f"train.evaluator works in one process, and this run has {jax.process_count()}. Leave "
             "it out, and use `moe-peft eval` afterwards."
         )
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    shard_index, shard_count = mesh_lib.host_shard(mesh)
-
-    def open_batches(start_batch: int) -> loop.Batches:
-        batches = pipeline.train_batches(
-            mixture,
-            batch_size,
-            dict(feature_lengths),
-            seed,
-            pack=pack,
-            start_batch=start_batch,
-            shard_index=shard_index,
-            shard_count=shard_count,
-        )
-        return task_ids.checked_batches(batches, method, mixture)
-
-    base = encoder_decoder.EncoderDecoder(model, loss)
+    mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
     return fit(
         start=lambda shapes: start_lib.Start(network, base, method, shapes),
-        backbone=backbone,
-        open_batches=open_batches,
-        optimizer=optimizer,
-        model_dir=model_dir,
-        described={"model": _describe_model(model, loss), "data": data},
-        settings=loop.Settings(
-            num_steps=num_steps,
-            batch_size=batch_size,
-            seed=seed,
-            num_microbatches=num_microbatches,
-            frozen_dtype=frozen_dtype,
-            checkpoint_period=checkpoint_period,
-            keep=keep,
-            log_period=log_period,
-            eval_period=eval_period,
-        ),
+        backbone=settings.backbone,
+        open_batches=functools.partial(_open_batches, settings, mesh),
+        optimizer=settings.optimizer,
+        model_dir=settings.model_dir,
+        described=_describe(settings, loss),
+        settings=settings,
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
-        start_from=start_from,
-        monitors=monitors,
+        start_from=settings.start_from,
+        monitors=settings.monitors,
         mesh=mesh,
     )
+
+
+def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int) -> Iterator:
+    """Returns this process's rows of all batches from `start_batch` on."""
+    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
+
+    shard_index, shard_count = mesh_lib.host_shard(mesh)
+    batches = pipeline.train_batches(
+        settings.mixture,
+        settings.batch_size,
+        dict(settings.feature_lengths),
+        settings.seed,
+        pack=settings.pack,
+        start_batch=start_batch,
+        shard_index=shard_index,
+        shard_count=shard_count,
+    )
+    return task_ids.checked(batches, settings.method, settings.mixture)
+
+
+def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
+    """Returns what must stay the same when a run goes on."""
+    return {
+        "model": {**identity.describe_model(settings.model), "loss": dataclasses.asdict(loss)},
+        "data": {
+            "mixture": settings.mixture,
+            "batch_size": settings.batch_size,
+            "feature_lengths": dict(settings.feature_lengths),
+            "pack": settings.pack,
+            "seed": settings.seed,
+        },
+    }
 
 
 def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
@@ -183,20 +160,14 @@ def fit(
     start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> loop.Result:
-    """The loop of `train`, for any model with `init` and `loss_sums` and any batches.
+    """Trains as `train` does, for any model with `init` and `loss_sums` and any batches.
 
-    Args:
+    Args (the others are in `Settings`):
       start: batch shapes -> models and method.
-      backbone: see `train`.
       open_batches: number of batches already consumed -> iterator over the following ones.
-      optimizer: see `train`.
-      model_dir: see `train`.
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
       settings: numbers and periods.
       eval_hook: (step, params) -> metrics.
-      monitors: see `train`.
-      start_from: see `train`.
-      mesh: see `train`.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
@@ -204,70 +175,81 @@ def fit(
         folder = stack.enter_context(run_folder.locked(model_dir))
         stop = stack.enter_context(signals.StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
-
         saved = processes.in_turn(lambda: checkpoints.load_newest(folder), "checkpoints")
-        put = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
-        source = open_batches(saved.step if saved else 0)
-        batches = stack.enter_context(prefetch.Prefetch(source, put))
-        first_batch = loop.next_batch(batches, 1 + (saved.step if saved else 0))
+        first_step = saved.step if saved else 0
+        place = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
+        batches = stack.enter_context(prefetch.Prefetch(open_batches(first_step), place))
+        first_batch = loop.next_batch(batches, 1 + first_step)
+
         begin = start({name: rows.shape for name, rows in first_batch.items()})
-
-        group_of = begin.method.learning_rate_group
-        trainable = begin.trainable_shapes()
-        transform = optimizer.build(trainable, group_of)
-        abstract = jax.eval_shape(
-            lambda tree: state_lib.create(tree, transform, settings.seed), trainable
-        )
-        layout, axes = layout_lib.Layout(mesh), begin.logical_axes()
-        places = layout.optimizer_shardings(abstract, layout.shardings(trainable, axes), trainable)
-        num_old = len(saved_run.steps(folder))
-        run_folder.check_space(
-            folder, state_lib.num_bytes(abstract), settings.num_new_checkpoints(num_old)
-        )
-
+        program = _Program(begin, optimizer, settings, mesh)
+        num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
+        run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
         watched = monitors_lib.Watched(
-            begin.model, begin.method, trainable, described["data"], folder, mesh
+            begin.model, begin.method, program.trainable, described["data"], folder, mesh
         )
         active = monitors_lib.start(monitors, watched)
-
-        source = start_lib.Source.load(begin.method, start_from) if start_from else None
-        trees = begin.trees(backbone, settings.seed, settings.frozen_dtype, source)
-        if source is not None:
-            source.check_backbone(trees.fingerprint)
-            described = {**described, "source": source.describe()}
-        description = start_lib.describe(
-            begin.method, backbone, trees.fingerprint, settings.frozen_dtype, optimizer, described
-        )
-        frozen = processes.put_on_devices(trees.frozen, layout.shardings(trees.frozen, axes))
-        state = state_lib.create(trees.trainable, transform, settings.seed)
-        state = processes.put_on_devices(state, places)
+        if eval_hook is not None:
+            watch = lambda step, *trees: eval_hook(step, patching.merge(*trees))
+            active = [monitors_lib.Active("eval", settings.eval_period, watch), *active]
+        # The weights come last: everything that can be refused without them has been looked at.
+        frozen, state, description = program.load(backbone, start_from, described)
         changed = ""
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
             changed = start_lib.optimizer_changes(saved.description, description)
+        run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
+        batches = itertools.chain([first_batch], batches)
+        return run.make_steps(folder, state, saved, batches, changed)
 
-        run = loop.Run(
-            settings=settings,
-            description=description,
-            train_step=step_lib.make_train_step(
-                begin.model,
-                transform,
-                patching.merge,
-                settings.num_microbatches,
-                optimizer.learning_rates(trainable, group_of),
-                settings.use_dropout,
-                layout=layout,
-                out_shardings=(places, layout.replicated),
-            ),
-            eval_hook=eval_hook,
-            frozen=frozen,
-            stop=stop,
-            monitors=active,
+
+class _Program:
+    """The step of a run, and where its arrays lie on the devices.
+
+    Attributes:
+      trainable: shapes of what trains.
+      state: shapes of the whole state.
+    """
+
+    def __init__(self, begin, optimizer, settings, mesh):
+        self._begin, self._optimizer, self._settings = begin, optimizer, settings
+        self._group_of = begin.method.learning_rate_group
+        self.trainable = begin.trainable_shapes()
+        self._transform = optimizer.build(self.trainable, self._group_of)
+        self.state = jax.eval_shape(self._create_state, self.trainable)
+        self._layout, self._axes = layout_lib.Layout(mesh), begin.logical_axes()
+        places = self._layout.shardings(self.trainable, self._axes)
+        self._places = self._layout.optimizer_shardings(self.state, places, self.trainable)
+
+    def load(self, backbone, start_from, described) -> tuple[PyTree, step_lib.TrainState, dict]:
+        """Returns (frozen tree, state before the first step, what the run is)."""
+        begin, dtype = self._begin, self._settings.frozen_dtype
+        source = start_lib.Source.load(begin.method, start_from) if start_from else None
+        trees = begin.trees(backbone, self._settings.seed, dtype, source)
+        if source is not None:
+            source.check_backbone(trees.fingerprint)
+            described = {**described, "source": source.describe()}
+        description = start_lib.describe(
+            begin.method, backbone, trees.fingerprint, dtype, self._optimizer, described
         )
-        return run.go(folder, state, saved, itertools.chain([first_batch], batches), changed)
+        frozen = processes.put_on_devices(
+            trees.frozen, self._layout.shardings(trees.frozen, self._axes)
+        )
+        state = processes.put_on_devices(self._create_state(trees.trainable), self._places)
+        return frozen, state, description
 
+    def make_step(self) -> step_lib.TrainStep:
+        """Returns the step, jitted; it compiles at its first call."""
+        return step_lib.make_train_step(
+            self._begin.model,
+            self._transform,
+            patching.merge,
+            self._settings.num_microbatches,
+            self._optimizer.learning_rates(self.trainable, self._group_of),
+            layout=self._layout,
+            out_shardings=(self._places, self._layout.everywhere),
+        )
 
-def _describe_model(model: nn.Module, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
-    """Returns the settings of the network and of the objective."""
-    return {**identity.describe_model(model), "loss": dataclasses.asdict(loss)}
+    def _create_state(self, trainable: PyTree) -> step_lib.TrainState:
+        return step_lib.create_state(trainable, self._transform, self._settings.seed)

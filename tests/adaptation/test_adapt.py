@@ -11,7 +11,7 @@ import seqio
 
 from moe_peft import errors, methods, patching
 from moe_peft.adaptation import adapt as adapt_lib
-from moe_peft.adaptation import data, group, report
+from moe_peft.adaptation import data, group, programs, report
 from moe_peft.adaptation import groups as groups_lib
 from moe_peft.cli import main
 from moe_peft.data.cldr import suite
@@ -88,7 +88,7 @@ def test_results_can_be_computed_from_predictions(folder):
     assert len(rows) == 2 * 2 * 2 * 4  # tasks, seeds, items, wordings
     groups = {TASK: "weekday", "cldr_month_gl": "month"}
     assert {row["task"]: row["group"] for row in rows} == groups
-    again = report.of_rows(rows)
+    again = report.summarize_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
     assert results["trainable_parameters"] == 2 * 8 * (4 * 3 * 2 + 2 * 3 * 3)
@@ -113,6 +113,15 @@ def test_adapters_of_every_run_are_kept(folder):
     assert not list(folder.glob("groups/*/progress*"))
     lines = (path.parent / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_unknown_memory_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(programs, "device_memory", lambda: None)
+    adapt(tmp_path, seeds=(0,), num_steps=2)
+    said = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in said if line.startswith("the memory of a device is unknown")]
+    assert "so 4.3 GB are assumed" in line
+    assert (tmp_path / "results.json").exists()
 
 
 def test_what_is_finished_is_not_computed_again(folder, two_tasks, tmp_path, monkeypatch):
@@ -145,8 +154,8 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
         ({"metric": "rouge"}, "Did you mean 'rouge_l'"),
         ({"task_group": "p3_(.*)"}, "does not match task_group"),
         ({"mixture": "cldr_weekday_gk"}, "Did you mean"),
-        ({"group_size": 0}, "group_size must be at least 1"),
-        ({"source": "/nowhere/at/all"}, "no training checkpoint in /nowhere/at/all"),
+        ({"group_size": 0}, "group_size is 0; expected 1 or more"),
+        ({"source": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"method": methods.poly(num_tasks=3)}, "routes by the ids of its 3 training tasks"),
         (
             {"method": transfer.transferred(methods.poly(num_tasks=3), "z")},
@@ -167,11 +176,11 @@ def source(tmp_path_factory):
     """A multi-task run of LoRA."""
     found = tmp_path_factory.mktemp("source")
     train.train(
-        t5.Transformer(CONFIG),
-        methods.lora(rank=2),
-        "random:0",
-        "cldr_weekday_fr",
-        LENGTHS,
+        model=t5.Transformer(CONFIG),
+        method=methods.lora(rank=2),
+        backbone="random:0",
+        mixture="cldr_weekday_fr",
+        feature_lengths=LENGTHS,
         batch_size=4,
         num_steps=2,
         optimizer=optimizers.adamw(schedules.constant(1e-2)),
@@ -188,7 +197,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
         seen.extend(trainables)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(group.GroupRun, "go", stop)
+    monkeypatch.setattr(group.GroupRun, "train", stop)
     kept = transfer.transferred(methods.lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)
@@ -220,6 +229,7 @@ def test_choices_train_and_rank(tmp_path):
     )
     rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
     choices = suite.answer_choices(suite.Task("weekday", "gl"))
+    assert len(rows) == 2 * 4  # items, wordings
     assert {row["prediction"] for row in rows} <= set(choices)
     for row in rows:
         assert row["score"] == float(row["prediction"] == row["targets"])
@@ -260,6 +270,7 @@ def test_answers_in_text_are_kept_until_the_group_is_finished(tmp_path, monkeypa
     results = adapt(tmp_path, **settings)
     assert asked == [0, "interrupted", 1]
     rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
+    assert len(rows) == 2 * 2 * 4  # seeds, items, wordings
     for row in rows:
         assert row["metric"] == "rouge_l"
         assert row["score"] == metrics.rouge_l(row["prediction"], [row["targets"]])

@@ -1,4 +1,4 @@
-"""Runs of a fleet against the same runs one by one; stopping, selection, going on after a kill."""
+"""Mapped runs against the same runs one by one; stopping, selection, going on after a kill."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from moe_peft import errors, patching
-from moe_peft.adaptation import data, programs, progress
+from moe_peft.adaptation import data, programs
 from moe_peft.adaptation import group as group_lib
 from moe_peft.adaptation import scores as scores_lib
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import progress
 from moe_peft.training import optimizers, schedules
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 NUM_RUNS, NUM_ROWS, BATCH, PERIOD, STEPS = 5, 12, 4, 3, 12
@@ -35,7 +35,7 @@ class Quiet:
     def __init__(self):
         self.said, self.updates = [], 0
 
-    def update(self, jobs, standings, losses=None):
+    def update(self, jobs, runs, losses=None):
         self.updates += 1
 
     def say(self, text):
@@ -86,7 +86,7 @@ def one_by_one(toy, run, num_steps):
     frozen, trainable = trees(toy, run)
     optimizer = optimizer_of(toy, trainable)
     step = step_lib.make_train_step(toy.MODEL, optimizer, patching.merge)
-    state = state_lib.create(trainable, optimizer, JOBS[run].key_seed)
+    state = step_lib.create_state(trainable, optimizer, JOBS[run].key_seed)
     rows, losses = table(toy, run), []
     for chosen in schedule(run, range(num_steps)):
         batch = {name: values[chosen] for name, values in rows.items()}
@@ -95,7 +95,7 @@ def one_by_one(toy, run, num_steps):
     return losses, state
 
 
-def make_fleet(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
+def make_mapped(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
     frozen, trainable = trees(toy, 0)
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
 
@@ -106,12 +106,12 @@ def make_fleet(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
         return (abs(wrong) < batch["scale"]).astype("float32"), wrong**2
 
     update = update or update_of(toy, trainable)
-    return programs.Fleet(update, score, frozen, width, mesh, map_runs)
+    return programs.MappedRuns(update, score, frozen, width, mesh, map_runs)
 
 
 def runs_of(toy, members):
     tables = [table(toy, run) for run in members]
-    return group_lib.Runs(
+    return group_lib.GroupData(
         [JOBS[run] for run in members],
         {name: np.stack([one[name] for one in tables]) for name in tables[0]},
         lambda steps: np.stack([schedule(run, steps) for run in members]),
@@ -125,17 +125,17 @@ def check_chunk(toy, members):
     return {name: np.stack([one[name] for one in rows]).astype(np.float32) for name in rows[0]}
 
 
-def group(toy, folder, members=range(NUM_RUNS), fleet=None, scorer=None, **settings):
-    fleet = fleet or make_fleet(toy)
+def group(toy, folder, members=range(NUM_RUNS), mapped=None, scorer=None, **settings):
+    mapped = mapped or make_mapped(toy)
     folder.mkdir(parents=True, exist_ok=True)
 
     def scores(trainables, split):
-        found = fleet.score(trainables, [check_chunk(toy, members)], len(members))
+        found = mapped.score(trainables, [check_chunk(toy, members)], len(members))
         return [scores_lib.Scored(s, float(np.mean(x)), ()) for s, x in zip(*found, strict=True)]
 
     defaults = {"num_steps": STEPS, "batch_size": BATCH, "eval_period": PERIOD}
     return group_lib.GroupRun(
-        fleet,
+        mapped,
         optimizer_of(toy, trees(toy, 0)[1]),
         runs_of(toy, members),
         scorer(scores) if scorer else scores,
@@ -147,8 +147,8 @@ def group(toy, folder, members=range(NUM_RUNS), fleet=None, scorer=None, **setti
 
 def go(toy, folder, members=range(NUM_RUNS), **kwargs):
     made = group(toy, folder, members, **kwargs)
-    best, standings = made.go([trees(toy, run)[1] for run in members])
-    return made._fleet.get(best, len(members)), standings
+    best, reached = made.train([trees(toy, run)[1] for run in members])
+    return made._mapped.to_host(best, len(members)), reached
 
 
 def assert_trees_equal(got, want, **tolerance):
@@ -169,20 +169,20 @@ EVERY_WAY = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("devices", [1, 2], ids=["one device", "two devices"])
 @EVERY_WAY
-def test_a_fleet_is_its_runs_one_by_one(toy, map_runs, devices):
-    fleet = make_fleet(toy, devices=devices, map_runs=map_runs)
+def test_mapped_runs_are_the_runs_one_by_one(toy, map_runs, devices):
+    mapped = make_mapped(toy, devices=devices, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     trainables = [trees(toy, run)[1] for run in range(NUM_RUNS)]
-    states = fleet.create(trainables, optimizer, [job.key_seed for job in JOBS])
+    states = mapped.create_states(trainables, optimizer, [job.key_seed for job in JOBS])
     runs = runs_of(toy, range(NUM_RUNS))
-    tables, active = fleet.put(runs.tables), np.ones(NUM_RUNS, bool)
+    tables, active = mapped.to_devices(runs.tables), np.ones(NUM_RUNS, bool)
     losses = np.zeros((NUM_RUNS, 0))
     for start, first, count in ((0, 0, 3), (3, 0, 1), (3, 1, 2), (6, 0, 2)):  # in pieces
-        rows = fleet.put(runs.schedule(range(start, start + PERIOD)))
-        states, still, found = fleet.advance(states, active, tables, rows, first, count)
+        rows = mapped.to_devices(runs.schedule(range(start, start + PERIOD)))
+        states, still, found = mapped.advance(states, active, tables, rows, first, count)
         assert np.all(still)
         losses = np.concatenate([losses, found.losses], axis=1)
-    states = fleet.get(states, NUM_RUNS)
+    states = mapped.to_host(states, NUM_RUNS)
     for run in range(NUM_RUNS):
         want_losses, want = one_by_one(toy, run, 8)
         np.testing.assert_allclose(losses[run], want_losses, rtol=2e-5)
@@ -193,15 +193,15 @@ def test_a_fleet_is_its_runs_one_by_one(toy, map_runs, devices):
 
 @EVERY_WAY
 def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy, map_runs):
-    fleet = make_fleet(toy, map_runs=map_runs)
+    mapped = make_mapped(toy, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
     trainables = [trees(toy, run)[1] for run in range(3)]
-    states = fleet.create(trainables, optimizer, [1, 2, 3])
-    before = fleet.get(states, 3)
+    states = mapped.create_states(trainables, optimizer, [1, 2, 3])
+    before = mapped.to_host(states, 3)
     runs = runs_of(toy, range(3))
-    tables, rows = fleet.put(runs.tables), fleet.put(runs.schedule(range(3)))
-    states, still, found = fleet.advance(states, np.array([1, 0, 1], bool), tables, rows, 0, 3)
-    after = fleet.get(states, 3)
+    tables, rows = mapped.to_devices(runs.tables), mapped.to_devices(runs.schedule(range(3)))
+    states, still, found = mapped.advance(states, np.array([1, 0, 1], bool), tables, rows, 0, 3)
+    after = mapped.to_host(states, 3)
     same = jax.tree.map(lambda a, b: np.all(a[1] == b[1]), after, before)
     assert all(jax.tree.leaves(same))
     assert list(found.steps) == [3, 0, 3]
@@ -215,32 +215,32 @@ def test_a_stopped_run_keeps_its_state_and_disturbs_nobody(toy, map_runs):
 @EVERY_WAY
 def test_a_run_that_diverges_stops_before_that_step(toy, map_runs):
     members = range(3)
-    fleet = make_fleet(toy, map_runs=map_runs)
+    mapped = make_mapped(toy, map_runs=map_runs)
     optimizer = optimizer_of(toy, trees(toy, 0)[1])
-    states = fleet.create([trees(toy, run)[1] for run in members], optimizer, [1, 2, 3])
+    states = mapped.create_states([trees(toy, run)[1] for run in members], optimizer, [1, 2, 3])
     runs = runs_of(toy, members)
     tables = {name: values.copy() for name, values in runs.tables.items()}
     rows = runs.schedule(range(3))
     rows[1] = [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
     tables["y"][1, 4] = np.inf  # seen at the second step
-    states, still, found = fleet.advance(
-        states, np.ones(3, bool), fleet.put(tables), fleet.put(rows), 0, 3
+    states, still, found = mapped.advance(
+        states, np.ones(3, bool), mapped.to_devices(tables), mapped.to_devices(rows), 0, 3
     )
     assert list(found.steps) == [3, 1, 3]
     assert list(still) == [True, False, True]
-    got = fleet.get(states, 3)
+    got = mapped.to_host(states, 3)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got.trainable))
     assert list(got.step) == [3, 1, 3]
 
 
 def test_groups_do_not_matter(toy, tmp_path):
-    together, standings = go(toy, tmp_path / "all")
+    together, reached = go(toy, tmp_path / "all")
     for run in (1, 4):
-        alone, (standing,) = go(toy, tmp_path / str(run), [run])
+        alone, (own,) = go(toy, tmp_path / str(run), [run])
         got = programs.unstack(together, run)
         assert_trees_equal(got, programs.unstack(alone, 0), **TOLERANCE)
-        assert standing.best_step == standings[run].best_step
-        for ours, theirs in zip(standing.curve, standings[run].curve, strict=True):
+        assert own.best_step == reached[run].best_step
+        for ours, theirs in zip(own.curve, reached[run].curve, strict=True):
             assert ours["score"] == theirs["score"]
             np.testing.assert_allclose(ours["train_loss"], theirs["train_loss"], rtol=2e-5)
 
@@ -265,8 +265,8 @@ class Scripted:
 
 def test_each_run_stops_and_selects_on_its_own(toy, tmp_path):
     script = Scripted([[0.1, 0.5, 0.4, 0.3], [0.1, 0.2, 0.3, 0.4]])
-    best, standings = go(toy, tmp_path, range(2), scorer=script, patience=1)
-    first, second = standings
+    best, reached = go(toy, tmp_path, range(2), scorer=script, patience=1)
+    first, second = reached
     assert (first.state, first.steps, first.best_step) == ("stopped early", 9, 6)
     assert (second.state, second.steps, second.best_step) == ("done", 12, 12)
     assert [entry["score"] for entry in first.curve] == [0.1, 0.5, 0.4]
@@ -277,17 +277,17 @@ def test_each_run_stops_and_selects_on_its_own(toy, tmp_path):
     assert_trees_equal(third, fourth, rtol=0)
 
 
-def test_a_fleet_ends_when_all_runs_have_stopped(toy, tmp_path):
+def test_a_group_ends_when_all_runs_have_stopped(toy, tmp_path):
     script = Scripted([[0.5, 0.4, 0.3, 0.2]] * 2)
-    _, standings = go(toy, tmp_path, range(2), scorer=script, patience=1)
-    assert [standing.steps for standing in standings] == [6, 6]
+    _, reached = go(toy, tmp_path, range(2), scorer=script, patience=1)
+    assert [run.steps for run in reached] == [6, 6]
     assert len(script.calls) == 2
 
 
 def test_of_equal_scores_the_lower_loss_then_the_earlier_step_decides(toy, tmp_path):
     script = Scripted([[0.5] * 4, [0.5] * 4], losses=[[1, 3, 3, 2], [1, 1, 1, 1]])
-    _, standings = go(toy, tmp_path, range(2), scorer=script)
-    assert [standing.best_step for standing in standings] == [6, 3]
+    _, reached = go(toy, tmp_path, range(2), scorer=script)
+    assert [run.best_step for run in reached] == [6, 3]
 
 
 @pytest.mark.parametrize("selection", ["reported_split", "validation"])
@@ -300,18 +300,18 @@ def test_which_split_selects(toy, tmp_path, selection):
 
 def test_the_last_parameters_need_no_evaluation(toy, tmp_path):
     script = Scripted([[]] * 2)
-    best, standings = go(toy, tmp_path, range(2), scorer=script, selection="last")
+    best, reached = go(toy, tmp_path, range(2), scorer=script, selection="last")
     assert script.calls == []
-    assert [standing.best_step for standing in standings] == [STEPS, STEPS]
+    assert [run.best_step for run in reached] == [STEPS, STEPS]
     _, want = one_by_one(toy, 1, STEPS)
     assert_trees_equal(programs.unstack(best, 1), want.trainable, **TOLERANCE)
 
 
 def test_a_score_that_is_no_number_is_the_worst(toy, tmp_path):
     script = Scripted([[np.nan, 0.0, 0.0, 0.0]], losses=[[np.nan, 1, 1, 1]])
-    _, (standing,) = go(toy, tmp_path, range(1), scorer=script)
-    assert standing.best_step == 6
-    assert standing.curve[0]["score"] == 0.0
+    _, (only,) = go(toy, tmp_path, range(1), scorer=script)
+    assert only.best_step == 6
+    assert only.curve[0]["score"] == 0.0
 
 
 class Killed(Exception):
@@ -319,7 +319,7 @@ class Killed(Exception):
 
 
 def test_a_group_goes_on_where_it_was_saved(toy, tmp_path):
-    want, want_standings = go(toy, tmp_path / "whole")
+    want, want_reached = go(toy, tmp_path / "whole")
 
     def dying(scorer):
         calls = []
@@ -334,28 +334,28 @@ def test_a_group_goes_on_where_it_was_saved(toy, tmp_path):
 
     with pytest.raises(Killed):
         go(toy, tmp_path / "killed", scorer=dying, save_seconds=0.0)
-    got, standings = go(toy, tmp_path / "killed", save_seconds=0.0)
+    got, reached = go(toy, tmp_path / "killed", save_seconds=0.0)
     assert_trees_equal(got, want, rtol=0)
-    assert standings == want_standings
+    assert reached == want_reached
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert lines[0] == lines[1]
 
 
 def test_what_was_saved_by_other_runs_is_refused(toy, tmp_path):
     made = group(toy, tmp_path, range(2), save_seconds=0.0)
-    made.go([trees(toy, run)[1] for run in range(2)])
+    made.train([trees(toy, run)[1] for run in range(2)])
     with pytest.raises(errors.UserError, match="other runs"):
         go(toy, tmp_path, range(1, 3))
-    made.forget()
+    made.forget_saved()
     go(toy, tmp_path, range(1, 3))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"num_steps": 0}, "num_steps is 0; expected 1 or more"),
         ({"selection": "validaton"}, "Did you mean 'validation'"),
-        ({"patience": 0}, "patience must be at least 1"),
+        ({"patience": 0}, "patience is 0; expected 1 or more"),
         ({"selection": "last", "patience": 2}, "makes none"),
     ],
 )
@@ -375,14 +375,39 @@ def test_groups_fit_memory():
     assert programs.device_memory() > 0
 
 
-def test_what_a_fleet_needs_grows_with_its_width(toy):
+@pytest.fixture
+def no_meminfo(monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(programs, "open", refuse, raising=False)
+    programs.device_memory.cache_clear()
+    yield
+    programs.device_memory.cache_clear()
+
+
+def test_memory_is_found_where_there_is_no_meminfo(no_meminfo):
+    assert programs.device_memory() > 2**20
+
+
+def test_memory_that_nobody_tells_is_unknown(no_meminfo, monkeypatch):
+    def refuse(name):
+        raise ValueError(f"unrecognized configuration name {name}")
+
+    monkeypatch.setattr(os, "sysconf", refuse)
+    assert programs.device_memory() is None
+
+
+def test_memory_grows_with_the_number_of_runs(toy):
     needed = []
     for width in (2, 8):
-        fleet = make_fleet(toy, width, map_runs=jax.vmap)
+        mapped = make_mapped(toy, width, map_runs=jax.vmap)
         optimizer = optimizer_of(toy, trees(toy, 0)[1])
-        states = fleet.create([trees(toy, 0)[1]], optimizer, [0])
+        states = mapped.create_states([trees(toy, 0)[1]], optimizer, [0])
         runs = runs_of(toy, [0])
-        memory = fleet.compile(states, fleet.put(runs.tables), fleet.put(runs.schedule(range(4))))
+        memory = mapped.compile(
+            states, mapped.to_devices(runs.tables), mapped.to_devices(runs.schedule(range(4)))
+        )
         needed.append(memory.peak)
     assert 2 < needed[1] / needed[0] < 5
 
@@ -390,7 +415,7 @@ def test_what_a_fleet_needs_grows_with_its_width(toy):
 def test_adapters_are_kept_by_run(toy, tmp_path):
     stacked = programs.stack([trees(toy, run)[1] for run in range(3)])
     path = tmp_path / "adapters.safetensors"
-    group_lib.write_adapters(path, stacked, JOBS[:3], {})
+    group_lib.write_adapters(path, stacked, JOBS[:3])
     found = group_lib.read_adapters(path)
     assert list(found) == JOBS[:3]
     assert_trees_equal(found[JOBS[2]], trees(toy, 2)[1], rtol=0)
@@ -401,20 +426,20 @@ def test_jobs_have_seeds_of_their_own():
     assert len({job.key_seed for job in jobs}) == len(jobs)
 
 
-def standing(**kwargs):
-    return group_lib.Standing(**kwargs)
+def run_progress(**kwargs):
+    return group_lib.RunProgress(**kwargs)
 
 
 def test_lines_name_every_run_once(capsys):
-    shown = progress.Lines(10, 2)
-    standings = [standing(steps=5), standing(steps=5)]
-    shown.update(JOBS[:2], standings)
+    shown = progress.Runs(10, 2)
+    reached = [run_progress(steps=5), run_progress(steps=5)]
+    shown.update(JOBS[:2], reached)
     assert capsys.readouterr().err == ""
-    for one in standings:
+    for one in reached:
         one.curve.append({"step": 5, "train_loss": 1.25, "score": 0.5, "loss": 1.0})
         one.best_score = 0.5
-    shown.update(JOBS[:2], standings)
-    shown.update(JOBS[:2], standings)
+    shown.update(JOBS[:2], reached)
+    shown.update(JOBS[:2], reached)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "task_0  seed 0  step 5/10  loss 1.2500  best 50.0  running",
@@ -428,9 +453,9 @@ def test_the_table_shows_every_run():
     import rich.console
 
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
-    shown = progress.Table(10, 2, console)
-    ended = standing(steps=4, state="stopped early", best_score=0.25)
-    shown.update(JOBS[:2], [standing(steps=7), ended], [0.5, None])
+    shown = progress.Runs(10, 2, console=console)
+    ended = run_progress(steps=4, state="stopped early", best_score=0.25)
+    shown.update(JOBS[:2], [run_progress(steps=7), ended], [0.5, None])
     shown.say("a word")
     shown.close()
     text = console.file.getvalue()
@@ -442,13 +467,13 @@ def train_until_killed(folder):
     """What the subprocess does."""
     toy = sys.modules["training_toy"]
     slow = lambda scorer: lambda *args: (time.sleep(0.05), scorer(*args))[1]
-    best, standings = go(toy, folder, scorer=slow, save_seconds=0.0, num_steps=60)
-    group_lib.write_adapters(folder / "best.safetensors", best, JOBS, {})
-    return [dataclasses.asdict(standing) for standing in standings]
+    best, reached = go(toy, folder, scorer=slow, save_seconds=0.0, num_steps=60)
+    group_lib.write_adapters(folder / "best.safetensors", best, JOBS)
+    return [dataclasses.asdict(run) for run in reached]
 
 
-def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
-    want, want_standings = go(toy, tmp_path / "whole", num_steps=60)
+def test_a_killed_group_leaves_no_trace(toy, tmp_path):
+    want, want_reached = go(toy, tmp_path / "whole", num_steps=60)
     folder = tmp_path / "killed"
     here = pathlib.Path(__file__).parents[1]
     code = (
@@ -460,7 +485,7 @@ def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
         "    module = importlib.util.module_from_spec(spec); sys.modules[name] = module\n"
         "    spec.loader.exec_module(module); return module\n"
         f"load('training_toy', {str(here / 'training_toy.py')!r})\n"
-        f"load('test_fleet', {__file__!r}).train_until_killed(pathlib.Path({str(folder)!r}))\n"
+        f"load('test_adaptation', {__file__!r}).train_until_killed(pathlib.Path({str(folder)!r}))\n"
     )
     saved = folder / "progress.safetensors"
     process = subprocess.Popen([sys.executable, "-c", code])
@@ -472,6 +497,6 @@ def test_a_killed_fleet_leaves_no_trace(toy, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert saved.exists()
     assert not (folder / "best.safetensors").exists()
-    got, standings = go(toy, folder, num_steps=60)
+    got, reached = go(toy, folder, num_steps=60)
     assert_trees_equal(got, want, rtol=0)
-    assert standings == want_standings
+    assert reached == want_reached

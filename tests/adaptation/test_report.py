@@ -88,7 +88,7 @@ def test_rows_are_scored_by_their_metric_with_intervals():
         *(row for seed in (1, 2) for row in answered("a_t", seed, ["x", "y", "x", "x"][seed:])),
         *(row for seed in (1, 2) for row in answered("b_t", seed, ["x", "y"], "macro_f1")),
     ]
-    found = report.of_rows(rows, bootstrap.Bootstrap(resamples=200))
+    found = report.summarize_rows(rows, bootstrap.Bootstrap(resamples=200))
     assert found["tasks"]["a_t"]["by_seed"] == {"1": 2 / 3, "2": 1.0}
     one_class = (2 / 3 + 0) / 2  # "y" is a class of its own
     assert found["tasks"]["b_t"]["by_seed"] == pytest.approx({"1": one_class, "2": one_class})
@@ -96,7 +96,7 @@ def test_rows_are_scored_by_their_metric_with_intervals():
     assert [found["groups"][g]["metric"] for g in "ab"] == ["exact_match", "macro_f1"]
     low, high = found["overall"]["mean_interval"]
     assert low < found["overall"]["over_seeds"]["mean"] < high
-    assert report.of_rows(rows)["tasks"]["a_t"]["mean_interval"] is None
+    assert report.summarize_rows(rows)["tasks"]["a_t"]["mean_interval"] is None
     how = {"over": "templates", "resamples": 200, "level": 0.95}
     text = report.markdown({**found, "bootstrap": how})
     assert "| seed 1 | seed 2 | interval | metric |" in text
@@ -106,8 +106,8 @@ def test_rows_are_scored_by_their_metric_with_intervals():
 
 def test_answers_of_a_run_are_scored_together_or_one_by_one():
     references = [["x", "z"], ["y"]]
-    run = scores_lib.of_answers(metrics.get("accuracy"), ["Z", "n"], references)
+    run = scores_lib.score_answers(metrics.get("accuracy"), ["Z", "n"], references)
     assert (run.scores, run.score, run.metric) == ([1.0, 0.0], 0.5, "accuracy")
-    run = scores_lib.of_answers(metrics.get("macro_f1"), ["x", "x"], references)
+    run = scores_lib.score_answers(metrics.get("macro_f1"), ["x", "x"], references)
     assert run.scores == [None, None]
     assert run.score == pytest.approx((2 / 3 + 0) / 2)

@@ -37,7 +37,7 @@ def _clean_gin():
     ],
 )
 def test_the_most_similar_are_chosen_with_equal_weights(settings, chosen):
-    weights = soup.Neighbours(**settings).choose(np.array([0.1, 0.9, np.nan, 0.4, -0.5]))
+    weights = soup.Neighbours(**settings).weights_from(np.array([0.1, 0.9, np.nan, 0.4, -0.5]))
     np.testing.assert_array_equal(np.flatnonzero(weights), chosen)
     np.testing.assert_allclose(weights[chosen], 1 / len(chosen))
 
@@ -56,7 +56,7 @@ def test_embeddings_are_means_and_similarities_cosines(monkeypatch):
     cosine = new @ one / np.linalg.norm(new) / np.linalg.norm(one)
     np.testing.assert_allclose(found.similarities["new"], [cosine, np.nan, 0.0])
     np.testing.assert_array_equal(found.weights["new"], [1, 0, 0])
-    assert found.of("like three") == [("three", pytest.approx(1.0), 1.0)]
+    assert found.chosen_for("like three") == [("three", pytest.approx(1.0), 1.0)]
 
 
 def test_new_cldr_tasks_find_their_function(tmp_path):
@@ -68,14 +68,16 @@ def test_new_cldr_tasks_find_their_function(tmp_path):
     for new, weights in found.weights.items():
         assert weights.shape == (NUM_TASKS,)
         assert weights.sum() == pytest.approx(1.0)
-        assert [kind(name) for name, *_ in found.of(new)] == [kind(new)] * 3
+        assert [kind(name) for name, *_ in found.chosen_for(new)] == [kind(new)] * 3
     table, data = found.write(tmp_path)
     assert "| cldr_country_gl | cldr_country_" in table.read_text()
     saved = json.loads(data.read_text())["cldr_country_gl"]
     assert len(saved) == 3
     assert saved[0]["cosine"] >= saved[2]["cosine"]
     # Names stand at the ids under which the multi-task run knows them.
-    for task in lookup.tasks_of("cldr_train")[::50]:
+    named = lookup.tasks_of("cldr_train")[::50]
+    assert len(named) == 5
+    for task in named:
         assert found.sources[task.source.rows("train").scalars["task_ids"][0]] == task.name
 
 
@@ -126,8 +128,8 @@ def test_targets_count_only_where_asked():
     [
         (lambda: soup.Neighbours(0), "num_neighbours is 0"),
         (lambda: soup.char_ngrams(3, 2), "shortest <= longest"),
-        (lambda: soup.neighbours("cldr_trian", "cldr_fewshot", 249), "Did you mean 'cldr_train'"),
-        (lambda: soup.neighbours("cldr_train", "cldr_fewshot", 100), "tells 100 tasks apart"),
+        (lambda: soup.compare("cldr_trian", "cldr_fewshot", 249), "Did you mean 'cldr_train'"),
+        (lambda: soup.compare("cldr_train", "cldr_fewshot", 100), "tells 100 tasks apart"),
     ],
 )
 def test_mistakes_are_one_line(call, words):

@@ -110,12 +110,12 @@ def test_an_adaptation(tmp_path, capsys):
         for row in rows(task, right)
     ]
     content = {"settings": {"evaluation": {"metric": "exact_match"}}, "trainable_parameters": 5}
-    json_files.write_json(tmp_path / "results.json", content | report_lib.of_rows(found))
+    json_files.write_json(tmp_path / "results.json", content | report_lib.summarize_rows(found))
     json_files.write_jsonl(tmp_path / "predictions.jsonl", found)
     again = aggregate(capsys, tmp_path, "--out", tmp_path / "same").out
     assert "| **all tasks** | 3 | 66.7 | 66.7 |" in again
     same = json.loads((tmp_path / "same" / "results.json").read_text())
-    assert same["overall"] == report_lib.of_rows(found)["overall"]
+    assert same["overall"] == report_lib.summarize_rows(found)["overall"]
     changes = ["--metric", "accuracy", "--bootstrap", "templates", "--group", "([a-z]+).*"]
     out = aggregate(capsys, tmp_path, *changes).out
     assert "| anli | 2 | 75.0 |" in out

@@ -122,7 +122,7 @@ TRAIN_MISTAKES = {
     ),
     "batch not divisible": (["--gin.BATCH_SIZE=12"], "12.*8"),
     "batch 0": (["--gin.BATCH_SIZE=0"], "0"),
-    "steps 0": (["--gin.TRAIN_STEPS=0"], "num_steps must be at least 1, got 0"),
+    "steps 0": (["--gin.TRAIN_STEPS=0"], "num_steps is 0; expected 1 or more"),
     "unknown mixture": (["--gin.MIXTURE=cldr_trian"], "'cldr_trian'.*'cldr_train'"),
     "unknown feature": (["--gin.FEATURE_LENGTHS={'input': 8}"], "feature_lengths"),
     "too few tasks": (

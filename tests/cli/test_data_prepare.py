@@ -15,9 +15,10 @@ import numpy as np
 import p3_writing
 import pytest
 
-from moe_peft.cli import data_progress, main
+from moe_peft.cli import main
 from moe_peft.data import cache, row_store, samples
 from moe_peft.data.p3 import ids, records
+from moe_peft.runtime import progress as progress_lib
 from moe_peft.tasks import p3
 
 NAMES = ("p3_t0", "p3_heldout_published")
@@ -213,13 +214,13 @@ def test_memory_does_not_grow_with_rows(tmp_path):
 
 def test_time_left(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(data_progress.time, "monotonic", lambda: now[0])
-    progress = data_progress.Progress("prepare", 3, 1000)
+    monkeypatch.setattr(progress_lib.time, "monotonic", lambda: now[0])
+    progress = progress_lib.Rows("prepare", 3, 1000)
     progress.task(200, was_there=True)
     now[0] = 110.0
     progress.rows(200)
     assert progress.text() == "prepare: 1/3 tasks, 200 rows, 20 rows/s, 0:30 left"
-    progress = data_progress.Progress("prepare", 4, 0)
+    progress = progress_lib.Rows("prepare", 4, 0)
     progress.task(5, was_there=True)
     progress.task(5, was_there=False)
     now[0] = 120.0

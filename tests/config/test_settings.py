@@ -52,3 +52,12 @@ def test_signature_types_and_docstring_come_from_the_fields():
 def test_what_is_not_a_field_is_refused():
     with pytest.raises(TypeError, match="tests_settings|unexpected keyword argument 'counts'"):
         command(counts=1)
+
+
+def test_inherited_fields_keep_their_comments():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class More(Settings):
+        factor: float = 3.0
+        more: bool = False  # than the others
+
+    assert settings.comments(More) == settings.comments(Settings) | {"more": "than the others"}

@@ -22,7 +22,7 @@ from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import checkpoints
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.weights import safetensors_files
 
 LENGTHS = {"inputs": 40, "targets": 8}
@@ -234,7 +234,7 @@ def save_run(folder, method, backbone):
     trainable = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 3, np.float32), method.split(shapes)[1]
     )
-    state = state_lib.create(jax.tree.map(jax.numpy.asarray, trainable), optax.sgd(0.1), 0)
+    state = step_lib.create_state(jax.tree.map(jax.numpy.asarray, trainable), optax.sgd(0.1), 0)
     state = state.replace(step=jax.numpy.asarray(5, jax.numpy.int32))
     fingerprint = digest.of_tree(safetensors_files.read_tree(backbone.removeprefix("file:")))
     description = {

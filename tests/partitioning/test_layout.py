@@ -18,7 +18,7 @@ from moe_peft.runtime import progress
 from moe_peft.training import loop as run_lib
 from moe_peft.training import optimizers
 from moe_peft.training import start as start_lib
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.training import train as train_lib
 
 BATCH, INPUTS, TARGETS, STEPS = 8, 12, 6, 10
@@ -221,7 +221,7 @@ def test_moments_lie_beside_their_parameters():
     layout = layout_lib.Layout(mesh_of(1, 2, 4))
     shardings = layout.shardings(params, axes)
     transform = optimizers.adamw(1e-2).build(params, method.learning_rate_group)
-    state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
+    state = jax.eval_shape(lambda tree: step_lib.create_state(tree, transform, 0), params)
     places = layout.optimizer_shardings(state, shardings, params)
     kernels = [
         sharding.spec
@@ -238,7 +238,7 @@ def test_moments_taken_layer_by_layer_lie_beside_their_parameters():
     params, axes = shapes_and_axes(method)
     layout = layout_lib.Layout(mesh_of(1, 2, 4))
     transform = optimizers.adafactor(1e-2).build(params, method.learning_rate_group)
-    state = jax.eval_shape(lambda tree: state_lib.create(tree, transform, 0), params)
+    state = jax.eval_shape(lambda tree: step_lib.create_state(tree, transform, 0), params)
     places = layout.optimizer_shardings(state, layout.shardings(params, axes), params)
     moments = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(sharding.spec)

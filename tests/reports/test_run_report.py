@@ -11,7 +11,7 @@ from moe_peft import errors, patching
 from moe_peft.cli import main
 from moe_peft.reports import recorded_run, routing_pictures, run_report
 from moe_peft.training import checkpoints
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base
 from moe_peft.weights import saved_run
 
@@ -43,7 +43,7 @@ def save(folder, name, leaves, step=7, config=CONFIG):
     folder.mkdir(parents=True)
     (folder / "config.gin").write_text(config)
     tree = patching.trees.unflatten(leaves)
-    state = state_lib.TrainState(
+    state = step_lib.TrainState(
         step=np.int32(step),
         trainable=tree,
         opt_state=(),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from moe_peft import errors, methods, patching
-from moe_peft.training import optimizers, state, step
+from moe_peft.training import optimizers, step
 
 METHODS = {
     "mov": lambda: methods.mov(num_experts=3),
@@ -58,7 +58,7 @@ def test_steps_are_the_built_in_trainers(guest, t5x, network, name):
     )
     ours = guest.built_in(method, scan_layers=network == "scalable_t5")
     update = step.make_train_step(ours, optimizer, patching.merge)
-    want, by_step = state.create(jax.tree.map(jnp.copy, trainable), optimizer, seed=0), {}
+    want, by_step = step.create_state(jax.tree.map(jnp.copy, trainable), optimizer, seed=0), {}
     for count in (1, 2):
         want, _ = update(want, frozen, guest.BATCH)
         by_step[count] = jax.tree.map(np.asarray, want.trainable)

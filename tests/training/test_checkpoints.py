@@ -11,7 +11,7 @@ import pytest
 from moe_peft import errors
 from moe_peft.runtime import digest
 from moe_peft.training import checkpoints
-from moe_peft.training import state as state_lib
+from moe_peft.training import step as step_lib
 from moe_peft.weights import saved_run
 
 
@@ -21,7 +21,7 @@ def _state(toy, step):
     )
     del frozen
     transform = toy.adamw().build(trainable, toy.ADAPTED.learning_rate_group)
-    state = state_lib.create(trainable, transform, seed=step)
+    state = step_lib.create_state(trainable, transform, seed=step)
     return state.replace(step=np.int32(step))
 
 

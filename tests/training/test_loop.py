@@ -151,6 +151,15 @@ def test_another_optimizer_is_refused_and_another_rate_is_said(toy, stopped, cap
     assert "WARNING: the optimiser was changed: learning_rates" in capfd.readouterr().err
 
 
+def test_other_groups_without_decay_are_said(toy, stopped, capfd):
+    toy.fit(stopped, 9, optimizer=toy.adamw(no_decay_groups=()))
+    said = capfd.readouterr().err
+    assert (
+        "WARNING: the optimiser was changed: no_decay_groups is None in the checkpoint and [] here"
+        in said
+    )
+
+
 def test_trained_parameters_load_for_evaluation(toy, whole):
     shapes = {"x": (1, toy.WIDTH)}
     start = start_lib.Start(toy.MODEL, toy.BASE_MODEL, toy.ADAPTED, shapes)
@@ -209,7 +218,7 @@ def test_error_of_the_data_arrives(toy, tmp_path):
 
 @pytest.mark.parametrize("name", ["num_steps", "keep", "log_period", "checkpoint_period"])
 def test_zero_is_refused(name):
-    with pytest.raises(errors.UserError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(errors.UserError, match=f"{name} is 0; expected 1 or more"):
         loop.Settings(**({"num_steps": 1, "batch_size": 1} | {name: 0}))
 
 

@@ -97,7 +97,7 @@ def test_records_of_a_monitor_left_out_do_not_outlive_their_steps(toy, whole, tm
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [((Norm(), Norm(period=2)), "more than once"), ((Norm(period=0),), "at least 1 step")],
+    [((Norm(), Norm(period=2)), "more than once"), ((Norm(period=0),), "expected 1 or more")],
 )
 def test_wrong_monitors_are_refused_before_compiling(toy, tmp_path, given, expected):
     with pytest.raises(errors.UserError, match=expected):

@@ -177,8 +177,18 @@ def test_groups_are_multipliers_or_schedules(router_rate):
 
 
 def test_unknown_group_is_refused_with_a_near_name():
-    with pytest.raises(errors.UserError, match="'router'.*Did you mean 'routers'"):
+    with pytest.raises(errors.UserError, match="adamw.groups is 'router'.*Did you mean 'routers'"):
         optimizers.adamw(0.1, groups={"router": 0.5})
+
+
+def test_another_list_of_groups_without_decay_is_described():
+    described = [
+        optimizers.adamw(0.1, weight_decay=0.5, no_decay_groups=groups).describe()
+        for groups in (("routers",), (), ("base", "routers"))
+    ]
+    assert "no_decay_groups" not in described[0]  # as version 0.1 wrote it
+    assert described[1]["no_decay_groups"] == []
+    assert described[2]["no_decay_groups"] == ["base", "routers"]
 
 
 def test_clipping_is_over_all_leaves():
@@ -283,7 +293,7 @@ def test_last_two_keeps_rows_and_columns():
 
 
 def test_unknown_factoring_is_refused():
-    with pytest.raises(errors.UserError, match="'last'; expected two_largest or last_two"):
+    with pytest.raises(errors.UserError, match="is 'last'; expected one of two_largest, last_two"):
         optimizers.adafactor(0.1, factoring="last")
 
 

@@ -9,8 +9,8 @@ import pytest
 import rich.console
 
 from moe_peft import errors
-from moe_peft.runtime import prefetch, run_folder
-from moe_peft.training import metrics_writer, progress
+from moe_peft.runtime import prefetch, progress, run_folder
+from moe_peft.training import metrics_writer
 
 
 def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
@@ -65,18 +65,18 @@ def test_prefetch_raises_in_its_turn():
 
 def test_bar_shows_step_rate_time_left_and_loss():
     console = rich.console.Console(force_terminal=True, width=120, record=True)
-    bar = progress.Bar(10, 100, console)
+    bar = progress.Steps(100, console=console)
     bar.update(11)
     bar.report(40, 1.25, 2.0)
     bar.say("half way [not markup]")
     bar.close()
     shown = console.export_text()
-    for words in ("40/100", "2.00/s", "0:30 left", "loss 1.2500", "half way [not markup]"):
+    for words in ("40/100", "2.00 steps/s", "0:30 left", "loss 1.2500", "half way [not markup]"):
         assert words in shown
 
 
 def test_lines_show_the_same(capsys):
-    lines = progress.Lines(100)
+    lines = progress.Steps(100)
     lines.update(39)
     lines.report(40, 1.25, 2.0)
     lines.report(1, 1.25, 0.0)
@@ -96,3 +96,28 @@ def test_space_is_checked_against_what_is_free(tmp_path):
 def test_probe_leaves_only_the_lock(tmp_path):
     with run_folder.locked(tmp_path / "new" / "run") as folder:
         assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_other_processes_show_nothing(capsys):
+    lines = progress.Steps(100, is_silent=True)
+    lines.report(40, 1.25, 2.0)
+    lines.say("a word")
+    lines.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_counter_that_fails_does_not_say_that_it_is_done(capsys):
+    with pytest.raises(ZeroDivisionError), progress.shown("toy", 3) as counter:
+        counter.advance(1 / 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_rows_and_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = rich.console.Console(force_terminal=True, width=120, record=True)
+    with progress.Rows("prepare", 2, 1_000, console=console) as rows:
+        now[0] = 110.0
+        rows.rows(200)
+        rows.task(200, was_there=False)
+    assert "prepare: 1/2 tasks, 200 rows, 20 rows/s, 0:40 left" in console.export_text()

@@ -7,7 +7,6 @@ import pytest
 from moe_peft import methods, patching
 from moe_peft.models import encoder_decoder, t5
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.training import state as state_lib
 from moe_peft.training import step as step_lib
 
 SGD = optax.sgd(1.0)
@@ -29,7 +28,7 @@ def _step(toy, optimizer=SGD, **kwargs):
 
 def _run(toy, step, batch, rows=None):
     frozen, trainable = _trees(toy)
-    state = state_lib.create(trainable, SGD, seed=3)
+    state = step_lib.create_state(trainable, SGD, seed=3)
     return step(state, frozen, {name: value[:rows] for name, value in batch.items()})
 
 
@@ -61,18 +60,36 @@ def test_micro_batches_are_one_batch(toy, num_microbatches):
     parts, metrics = _run(
         toy, _step(toy, use_dropout=False, num_microbatches=num_microbatches), batch
     )
-    for a, b in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(parts.trainable)):
+    leaves = [jax.tree.leaves(state.trainable) for state in (whole, parts)]
+    assert len(leaves[0]) == 2
+    for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    assert set(whole_metrics) == set(metrics) >= {"loss_sum", "normalizer", "grad_norm"}
     for name in whole_metrics:
         np.testing.assert_allclose(whole_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_micro_batches_draw_from_different_keys(toy):
+    class Drawing(toy.Model):
+        """Reports which of 4096 numbers it draws from its key."""
+
+        def loss_sums(self, params, batch, dropout_rng=None):
+            loss_sum, total, sums = super().loss_sums(params, batch, dropout_rng)
+            drawn = jax.nn.one_hot(jax.random.randint(dropout_rng, (), 0, 4096), 4096)
+            return loss_sum, total, {**sums, "drawn": drawn}
+
+    step = step_lib.make_train_step(Drawing(toy.Net(True)), SGD, patching.merge, num_microbatches=4)
+    drawn = np.asarray(_run(toy, step, toy.batch(0))[1]["sums/drawn"])
+    assert drawn.sum() == 4
+    assert drawn.max() == 1
 
 
 def test_dropout_depends_on_step_and_seed_only(toy):
     step, batch = _step(toy), toy.batch(0)
     losses = [float(_run(toy, step, batch)[1]["loss_sum"]) for _ in range(2)]
     frozen, trainable = _trees(toy)
-    later = state_lib.create(trainable, SGD, seed=3).replace(step=jnp.int32(1))
-    other_seed = state_lib.create(_trees(toy)[1], SGD, seed=4)
+    later = step_lib.create_state(trainable, SGD, seed=3).replace(step=jnp.int32(1))
+    other_seed = step_lib.create_state(_trees(toy)[1], SGD, seed=4)
     assert losses[0] == losses[1]
     assert float(step(later, frozen, batch)[1]["loss_sum"]) != losses[0]
     assert float(step(other_seed, frozen, batch)[1]["loss_sum"]) != losses[0]
@@ -82,12 +99,12 @@ def test_frozen_tree_is_neither_changed_nor_in_the_state(toy):
     frozen, trainable = _trees(toy)
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), frozen)
     optimizer = optax.adam(0.1)
-    state = state_lib.create(trainable, optimizer, seed=0)
+    state = step_lib.create_state(trainable, optimizer, seed=0)
     step = _step(toy, optimizer)
     for index in range(3):
         state, _ = step(state, frozen, toy.batch(index))
     jax.tree.map(np.testing.assert_array_equal, before, frozen)
-    names = state_lib.leaf_names(state)
+    names = step_lib.leaf_names(state)
     assert len(names) == 2 + 1 + 2 * 3  # step and rng, Adam's count, parameter and two moments
     assert not [name for name in names if "kernel" in name]
 
@@ -103,7 +120,7 @@ def test_bad_leaf_is_the_first_gradient_that_is_not_finite(toy):
     step = step_lib.make_train_step(OneBad(toy.Net(True)), SGD, patching.merge)
     metrics = _run(toy, step, toy.batch(0))[1]
     assert np.isfinite(metrics["loss_sum"])
-    names = state_lib.leaf_names(_trees(toy)[1])
+    names = step_lib.leaf_names(_trees(toy)[1])
     assert names[int(metrics["bad_leaf"])] == "first/adapter/lora_b"
 
 
@@ -124,15 +141,18 @@ def test_eight_devices_compute_what_one_computes(toy):
         mesh = mesh_lib.make_mesh(devices=devices)
         everywhere = mesh_lib.replicated(mesh)
         frozen, trainable = jax.device_put(_trees(toy), everywhere)
-        state = jax.device_put(state_lib.create(trainable, SGD, 3), everywhere)
+        state = jax.device_put(step_lib.create_state(trainable, SGD, 3), everywhere)
         placed = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
         step = _step(toy, num_microbatches=2, out_shardings=everywhere)
         with jax.set_mesh(mesh):
             results.append(step(state, frozen, placed))
     (one, one_metrics), (eight, eight_metrics) = results
     assert len(jax.tree.leaves(eight.trainable)[0].sharding.device_set) == 8
-    for a, b in zip(jax.tree.leaves(one.trainable), jax.tree.leaves(eight.trainable)):
+    leaves = [jax.tree.leaves(state.trainable) for state in (one, eight)]
+    assert len(leaves[0]) == 2
+    for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    assert set(one_metrics) == set(eight_metrics) >= {"loss_sum", "normalizer", "grad_norm"}
     for name in one_metrics:
         np.testing.assert_allclose(one_metrics[name], eight_metrics[name], rtol=1e-5, err_msg=name)
 
@@ -163,7 +183,7 @@ def test_golden_step_of_a_tiny_t5():
     params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype("f4"), params)
     frozen, trainable = method.split(params)
     step = step_lib.make_train_step(model, SGD, patching.merge, use_dropout=False)
-    _, metrics = step(state_lib.create(trainable, SGD, 0), frozen, batch)
+    _, metrics = step(step_lib.create_state(trainable, SGD, 0), frozen, batch)
     loss = metrics["loss_sum"] / metrics["normalizer"]
     np.testing.assert_allclose(loss, GOLDEN["loss"], rtol=1e-4)
     np.testing.assert_allclose(metrics["grad_norm"], GOLDEN["grad_norm"], rtol=1e-4)

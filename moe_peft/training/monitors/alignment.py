@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_peft import errors, methods, patching
 from moe_peft.partitioning import mesh as mesh_lib
+from moe_peft.runtime import processes
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base
 
@@ -60,23 +61,21 @@ class GradientAlignment:
         mesh_lib.check_batch_size(self.batch_size, 1, run.mesh)
         found = task_batches(run.data, self.num_tasks, self.batch_size, self.seed)
         sharding = mesh_lib.batch_sharding(run.mesh)
-        batches = {task: _put(batch, sharding) for task, batch in found.items()}
+        batches = {
+            task: processes.put_on_devices(dict(batch), sharding) for task, batch in found.items()
+        }
         gradient = task_gradient(run.model, run.method)
 
         def watch(step, frozen, trainable):
             gradients = [gradient(trainable, frozen, batch) for batch in batches.values()]
             gradients = np.stack(jax.device_get(gradients))
             matrix = cosines(gradients)
-            base.append(
-                run.folder,
-                NAME,
-                step,
-                {
-                    "tasks": list(batches),
-                    "cosines": _as_json(matrix),
-                    "norms": np.linalg.norm(gradients, axis=1).tolist(),
-                },
-            )
+            record = {
+                "tasks": list(batches),
+                "cosines": _as_json(matrix),
+                "norms": np.linalg.norm(gradients, axis=1).tolist(),
+            }
+            base.append(run.folder, NAME, step, record)
             return summarize(matrix)
 
         return watch
@@ -88,11 +87,8 @@ def select(trainable: PyTree, method: methods.Method) -> list[str]:
     Raises:
       UserError: there are none.
     """
-    paths = [
-        path
-        for path in patching.flatten(trainable)
-        if method.learning_rate_group(path) != "routers"
-    ]
+    group_of = method.learning_rate_group
+    paths = [path for path in patching.flatten(trainable) if group_of(path) != "routers"]
     if not paths:
         raise errors.UserError(
             f"Gradient alignment compares gradients of adapters, but the method {method.name!r} "
@@ -181,16 +177,6 @@ def records(folder) -> list[dict]:
         {**record, "cosines": np.array(record["cosines"], float)}
         for record in base.read(folder, NAME)
     ]
-
-
-def _put(batch: Mapping[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> step_lib.Batch:
-    """Every host has the whole batch and keeps its part."""
-    return {
-        name: jax.make_array_from_callback(
-            rows.shape, sharding, lambda index, rows=rows: rows[index]
-        )
-        for name, rows in batch.items()
-    }
 
 
 def _as_json(matrix: Float[np.ndarray, "n n"]) -> Sequence[Sequence[float | None]]:

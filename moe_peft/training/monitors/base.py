@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jaxtyping import PyTree
@@ -63,8 +63,7 @@ class Monitor(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Active:
+class Active(NamedTuple):
     """A monitor that has been started."""
 
     name: str
@@ -82,11 +81,7 @@ def start(monitors: Sequence[Monitor], run: Watched) -> list[Active]:
     for monitor in monitors:
         if names.count(monitor.name) > 1:
             raise errors.UserError(f"train.monitors holds {monitor.name!r} more than once.")
-        if monitor.period < 1:
-            raise errors.UserError(
-                f"The period of the monitor {monitor.name!r} is {monitor.period}; expected at "
-                "least 1 step."
-            )
+        errors.check_at_least(f"The period of the monitor {monitor.name!r}", monitor.period, 1)
     return [Active(each.name, each.period, each.start(run)) for each in monitors]
 
 
@@ -106,16 +101,10 @@ def append(folder: pathlib.Path, name: str, step: int, record: Mapping[str, Any]
     if jax.process_index() != 0:
         return
     path = folder / FOLDER / f"{name}.jsonl"
-    line = json.dumps({"step": step, **record}, allow_nan=False) + "\n"
-    try:
+    with metrics_writer.explained(path.parent):
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        raise errors.UserError(
-            f"Cannot write to {path}: {error.strerror}. Checkpoints are intact. Make room or mend "
-            "the folder, then run the same command to go on."
-        ) from error
+            file.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
 
 
 def read(folder: pathlib.Path | str, name: str) -> list[dict[str, Any]]:
