@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adapts the backbone that comes with the project, on this machine, and shows what that brought.
+# Adapts the backbone that comes with the project, on this machine, and shows what that gains.
 #   bash launch/quickstart.sh [RESULTS]     results go to the folder RESULTS (default results/quickstart)
 # MOE_PEFT_VENV chooses the environment's folder (default .venv-quickstart), PYTHON the interpreter, STEPS the length of
 # each training run (default 300). Under four minutes on two cores once the packages are installed.
