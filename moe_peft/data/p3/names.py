@@ -5,11 +5,10 @@ data sets with 313 templates in `t0`, 10 more (79) in `t0+`, 6 more (72) in `t0+
 that the original mixture excludes by name are in none of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import importlib.resources
-from importlib.resources.abc import Traversable
 import json
 import pathlib
 import re
@@ -143,7 +142,8 @@ class Table:
 @functools.cache
 def official() -> Table:
     """T0's 54 training data sets and eleven evaluation sets."""
-    return _read(importlib.resources.files(__package__) / TABLE_FILE)
+    text = (importlib.resources.files(__package__) / TABLE_FILE).read_text(encoding="utf-8")
+    return _table(json.loads(text))
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def of_folder(folder: pathlib.Path) -> Table:
     if not path.is_file():
         return official()
     try:
-        return _read(path)
+        return _table(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise errors.UserError(
             f"{path} cannot be used ({type(problem).__name__}: {problem}); expected the form of "
@@ -161,8 +161,7 @@ def of_folder(folder: pathlib.Path) -> Table:
         ) from problem
 
 
-def _read(path: Traversable) -> Table:
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     training = tuple(
         Dataset(
             *(line[key] for key in ("name", "subset", "mixture", "train_size")),
