@@ -122,7 +122,8 @@ def adapt(settings: Settings) -> dict[str, Any]:
     group, its adapters (stacked, safetensors) and the metrics of its runs. A setting, source,
     folder or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import lookup  # Imports TensorFlow.
+    from moe_peft.data import identity as identity_of_rows  # Imports TensorFlow.
+    from moe_peft.data import lookup
 
     lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
     tasks = lookup.tasks_of(settings.mixture)
@@ -132,7 +133,8 @@ def adapt(settings: Settings) -> dict[str, Any]:
     evaluation = _evaluation(settings, metrics.of_tasks(settings.metric, own))
     data = _read_data(settings, list(report_under))
     network, start = _load_start(settings, data[0])
-    description = _describe(settings, start)
+    rows_seen = {"gin": identity_of_rows.settings_of(tasks), "seen": data_lib.digest(data)}
+    description = {**_describe(settings, start), "rows": rows_seen}
     method = settings.method
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.locked(settings.model_dir))

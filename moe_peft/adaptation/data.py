@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 import zlib
 
 from jaxtyping import Int
@@ -113,6 +114,16 @@ def read(
                 )
             )
     return found
+
+
+def digest(data: Sequence[JobData]) -> str:
+    """A digest of all examples, as text and as the tokens that the model reads."""
+    found = hashlib.sha256()
+    for one in data:
+        for part in (one.shots, one.validation, one.test):
+            found.update(repr(list(part.examples)).encode())
+            found.update(np.ascontiguousarray(part.features["encoder_input_tokens"]).data)
+    return found.hexdigest()[:16]
 
 
 def _shape(

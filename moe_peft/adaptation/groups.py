@@ -28,7 +28,10 @@ ADAPTERS = "adapters.safetensors"
 _PLAN = "plan.json"
 _FINISHED = "finished.json"
 _PREDICTIONS = "predictions.jsonl"
-_PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training", "evaluation")
+_PARTS = (
+    *("method", "backbone", "source", "optimizer", "loss", "data", "rows"),
+    *("training", "evaluation"),
+)
 _ASSUMED_MEMORY = 4 * 2**30  # of a device that does not tell
 
 Members = Sequence[data_lib.JobData]
@@ -108,10 +111,15 @@ class Groups:
         if not path.exists():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        for part in _PARTS:
-            difference = identity.first_difference(
-                record["description"][part], description[part], part
+        saved = record["description"]
+        if "rows" not in saved:
+            self.progress.say(
+                "WARNING: the adaptation that goes on does not say which settings shaped its data "
+                "(version 0.1 did not save them): make sure that they are the same here."
             )
+            saved = {**saved, "rows": description["rows"]}
+        for part in _PARTS:
+            difference = identity.first_difference(saved[part], description[part], part)
             if difference:
                 raise errors.UserError(
                     f"{self.folder} holds an adaptation with other settings: {difference}. Choose "

@@ -173,7 +173,7 @@ def scorer(
 
 
 def _answer_scorer(how, network, frozen, members, folder, mesh) -> Scorer:
-    answerer = inference.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
+    answerer = inference.AnsweringModel(network, how.batch_size, dict(how.feature_lengths), mesh)
 
     def decode_answers(trainable, part, seed):
         params = patching.merge(frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))

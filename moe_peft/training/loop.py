@@ -71,7 +71,7 @@ class Run:
         self._train_step, self._frozen = train_step, frozen
         self._stop, self._monitors = stop, monitors
 
-    def make_steps(self, folder, state, saved, batches, changed_optimizer) -> Result:
+    def make_steps(self, folder, state, saved, batches, warnings=()) -> Result:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
@@ -93,8 +93,8 @@ class Run:
             )
             if is_first:
                 gin_files.write_config(folder)
-            if changed_optimizer:
-                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
+            for warning in warnings:
+                self._progress.say(f"WARNING: {warning}")
             if saved:
                 self._progress.say(f"going on from step {first_step} in {folder}")
             try:

@@ -191,9 +191,15 @@ def describe(
     return identity.as_json(description)
 
 
-def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Returns what changed in the optimiser's settings, "" for nothing.
-
-    A change is not refused: to train longer, or on at a lower rate, is legitimate.
-    """
-    return identity.first_difference(saved["optimizer"], current["optimizer"])
+def warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns what is worth a line, but not refused, where a run goes on."""
+    found = []
+    # To train longer, or on at a lower rate, is legitimate.
+    if changed := identity.first_difference(saved["optimizer"], current["optimizer"]):
+        found.append(f"the optimiser was changed: {changed}.")
+    if "rows" in current and "rows" not in saved:
+        found.append(
+            "the checkpoint does not say which settings shaped its data (version 0.1 did not save "
+            "them): make sure that they are the same here."
+        )
+    return found

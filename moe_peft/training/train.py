@@ -86,6 +86,7 @@ def train(settings: Settings) -> loop.Result:
         optimizer=settings.optimizer,
         model_dir=settings.model_dir,
         described=_describe(settings, loss),
+        describe_rows=functools.partial(_describe_rows, settings),
         settings=settings,
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
         start_from=settings.start_from,
@@ -109,7 +110,7 @@ def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int)
         shard_index=shard_index,
         shard_count=shard_count,
     )
-    return task_ids.checked(batches, settings.method, settings.mixture)
+    return task_ids.checked_batches(batches, settings.method, settings.mixture)
 
 
 def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
@@ -124,6 +125,15 @@ def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str,
             "seed": settings.seed,
         },
     }
+
+
+def _describe_rows(settings: Settings) -> dict[str, Any]:
+    """Returns what shapes the rows besides the settings of the run; the same in every process."""
+    from moe_peft.data import identity as data_identity  # Imports TensorFlow.
+
+    lengths = dict(settings.feature_lengths)
+    numbers = (settings.batch_size, settings.seed, settings.pack)
+    return data_identity.describe(settings.mixture, lengths, *numbers)
 
 
 def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
@@ -155,6 +165,7 @@ def fit(
     model_dir: str | pathlib.Path,
     described: Mapping[str, Any],
     settings: loop.Settings,
+    describe_rows: Callable[[], Mapping[str, Any]] | None = None,
     eval_hook: loop.EvalHook | None = None,
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
@@ -167,6 +178,7 @@ def fit(
       open_batches: number of batches already consumed -> iterator over the following ones.
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
       settings: numbers and periods.
+      describe_rows: what shapes the rows besides, json types, compared in the same way.
       eval_hook: (step, params) -> metrics.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
@@ -180,6 +192,8 @@ def fit(
         place = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         batches = stack.enter_context(prefetch.Prefetch(open_batches(first_step), place))
         first_batch = loop.next_batch(batches, 1 + first_step)
+        if describe_rows is not None:  # The data has been read and found good.
+            described = {**described, "rows": describe_rows()}
 
         begin = start({name: rows.shape for name, rows in first_batch.items()})
         program = _Program(begin, optimizer, settings, mesh)
@@ -194,14 +208,14 @@ def fit(
             active = [monitors_lib.Active("eval", settings.eval_period, watch), *active]
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
-        changed = ""
+        warnings = []
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
-            changed = start_lib.optimizer_changes(saved.description, description)
+            warnings = start_lib.warnings(saved.description, description)
         run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
-        return run.make_steps(folder, state, saved, batches, changed)
+        return run.make_steps(folder, state, saved, batches, warnings)
 
 
 class _Program:
@@ -248,7 +262,7 @@ class _Program:
             self._settings.num_microbatches,
             self._optimizer.learning_rates(self.trainable, self._group_of),
             layout=self._layout,
-            out_shardings=(self._places, self._layout.everywhere),
+            out_shardings=(self._places, self._layout.replicated),
         )
 
     def _create_state(self, trainable: PyTree) -> step_lib.TrainState:

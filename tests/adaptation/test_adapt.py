@@ -1,6 +1,7 @@
 """Adapting to CLDR tasks: files, averages, refusals, going on."""
 
 import json
+import pathlib
 import shutil
 
 import gin
@@ -140,6 +141,15 @@ def test_what_is_finished_is_not_computed_again(folder, two_tasks, tmp_path, mon
 def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
     with pytest.raises(errors.UserError, match=r"data\.seeds\.1 is 1 .* and 2 here"):
         adapt(folder, **two_tasks, seeds=(0, 2))
+
+
+def test_an_adaptation_of_version_0_1_goes_on_with_a_warning(folder, two_tasks, tmp_path, capsys):
+    again = pathlib.Path(shutil.copytree(folder, tmp_path / "again"))
+    plan = json.loads((again / "groups" / "plan.json").read_text())
+    del plan["description"]["rows"]
+    json_files.write_json(again / "groups" / "plan.json", plan)
+    adapt(again, **two_tasks)
+    assert "does not say which settings shaped its data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
