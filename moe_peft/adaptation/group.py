@@ -55,40 +55,27 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class GroupData:
-    """What the runs of a group see.
+    """What the runs of a group see."""
 
-    Attributes:
-      jobs: of each.
-      tables: feature name to [R, rows, ...], the last row being padding.
-      schedule: steps -> Int[R k b], the rows that each step of each run sees.
-    """
-
-    jobs: Sequence[data.Job]
-    tables: Mapping[str, np.ndarray]
+    jobs: Sequence[data.Job]  # of each
+    tables: Mapping[str, np.ndarray]  # feature name to [R, rows, ...], the last row being padding
+    # Steps -> Int[R k b], the rows that each step of each run sees.
     schedule: Callable[[range], Int[np.ndarray, "R k b"]]
 
 
 @dataclasses.dataclass
 class RunProgress:
-    """Where one run is.
+    """Where one run is."""
 
-    Attributes:
-      steps: updates made.
-      state: "running", "done", "stopped early" or "diverged" (its loss or gradient was not finite:
-        it keeps the parameters before that step).
-      best_step: updates made when the kept parameters were.
-      best_score: theirs on the split that selects; None before any evaluation.
-      best_loss: theirs, which decides between equal scores.
-      stale: evaluations since they were found.
-      curve: one entry an evaluation: step, train_loss, score, loss.
-    """
-
-    steps: int = 0
+    steps: int = 0  # updates made
+    # "running", "done", "stopped early" or "diverged" (its loss or gradient was not finite: it
+    # keeps the parameters before that step).
     state: str = "running"
-    best_step: int = 0
-    best_score: float | None = None
-    best_loss: float | None = None
-    stale: int = 0
+    best_step: int = 0  # updates made when the kept parameters were
+    best_score: float | None = None  # theirs on the split that selects; None before any evaluation
+    best_loss: float | None = None  # theirs, which decides between equal scores
+    stale: int = 0  # evaluations since they were found
+    # One entry an evaluation: step, train_loss, score, loss.
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -106,11 +93,7 @@ class RunProgress:
 
 
 class GroupRun:
-    """Runs of one shape, stacked.
-
-    Attributes:
-      seconds_before: that earlier processes spent on what was saved.
-    """
+    """Runs of one shape, stacked."""
 
     def __init__(
         self,
@@ -126,7 +109,8 @@ class GroupRun:
         self._mapped, self._optimizer, self._data = mapped, optimizer, group_data
         self._scorer, self._settings, self._folder = scorer, settings, folder
         self._progress, self._piece = progress, 1
-        self._started, self.seconds_before = time.monotonic(), 0.0
+        self._started = time.monotonic()
+        self.seconds_before = 0.0  # that earlier processes spent on what was saved
 
     def train(self, trainables: Sequence[PyTree]) -> tuple[PyTree, list[RunProgress]]:
         """Trains every run from its `trainables`; returns (kept ones, stacked; where runs are)."""

@@ -39,16 +39,11 @@ Members = Sequence[data_lib.JobData]
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A group whose results are on disk.
+    """A group whose results are on disk."""
 
-    Attributes:
-      folder: of the group.
-      seconds: it took, compiling included.
-      runs: json of each run: task, seed, state, steps, chosen_step, score, curve.
-    """
-
-    folder: pathlib.Path
-    seconds: float
+    folder: pathlib.Path  # of the group
+    seconds: float  # it took, compiling included
+    # Json of each run: task, seed, state, steps, chosen_step, score, curve.
     runs: Sequence[Mapping[str, Any]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -74,12 +69,9 @@ class Groups:
     def run(
         self, data: Members, description: Mapping[str, Any], group_size: int | None
     ) -> list[Finished]:
-        """Runs what is not finished yet; returns all.
+        """Runs what is not finished yet, `group_size` runs at once (None: as many as fit).
 
-        Args:
-          data: of all jobs.
-          description: of the adaptation; one that goes on must have the same.
-          group_size: runs of a group at most; None takes as many as fit the memory.
+        An adaptation that goes on must have the same description.
         """
         by_job = {one.job: one for one in data}
         by_shape: dict[Any, list[data_lib.JobData]] = {}

@@ -44,8 +44,7 @@ def find(flag: str | None, environ: Mapping[str, str]) -> Cluster | None:
         MOE_PEFT_COORDINATOR and MOE_PEFT_NUM_PROCESSES.
       environ: variables by name.
 
-    Raises:
-      UserError: the flag has another form, or the index is not below the count.
+    Raises UserError: the flag has another form, or the index is not below the count.
     """
     where = "--distributed"
     if flag is None and environ.get(VARIABLE):

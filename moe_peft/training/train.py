@@ -219,19 +219,14 @@ def fit(
 
 
 class _Program:
-    """The step of a run, and where its arrays lie on the devices.
-
-    Attributes:
-      trainable: shapes of what trains.
-      state: shapes of the whole state.
-    """
+    """The step of a run, and where its arrays lie on the devices."""
 
     def __init__(self, begin, optimizer, settings, mesh):
         self._begin, self._optimizer, self._settings = begin, optimizer, settings
         self._group_of = begin.method.learning_rate_group
-        self.trainable = begin.trainable_shapes()
+        self.trainable = begin.trainable_shapes()  # what trains
         self._transform = optimizer.build(self.trainable, self._group_of)
-        self.state = jax.eval_shape(self._create_state, self.trainable)
+        self.state = jax.eval_shape(self._create_state, self.trainable)  # shapes, too
         self._layout, self._axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = self._layout.shardings(self.trainable, self._axes)
         self._places = self._layout.optimizer_shardings(self.state, places, self.trainable)
@@ -247,9 +242,8 @@ class _Program:
         description = start_lib.describe(
             begin.method, backbone, trees.fingerprint, dtype, self._optimizer, described
         )
-        frozen = processes.put_on_devices(
-            trees.frozen, self._layout.shardings(trees.frozen, self._axes)
-        )
+        places = self._layout.shardings(trees.frozen, self._axes)
+        frozen = processes.put_on_devices(trees.frozen, places)
         state = processes.put_on_devices(self._create_state(trees.trainable), self._places)
         return frozen, state, description
 

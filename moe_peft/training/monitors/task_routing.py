@@ -35,8 +35,7 @@ def logits(trainable: PyTree) -> dict[str, Float[Array, "n p s"]]:
     The selectors of a scanned stack, [n, layers, p, s], come one by one, named as in an unscanned
     one: "encoder/layers_0/...".
 
-    Raises:
-      UserError: there is no task routing in the tree.
+    Raises UserError: there is no task routing in the tree.
     """
     found = {}
     for path, leaf in patching.flatten(trainable).items():
