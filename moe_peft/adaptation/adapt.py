@@ -19,7 +19,7 @@ from moe_peft.adaptation import groups as groups_lib
 from moe_peft.config import gin_files
 from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import bootstrap as bootstrap_lib
-from moe_peft.evaluation import metrics, questions
+from moe_peft.evaluation import inference, metrics, questions
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.partitioning import mesh as mesh_lib
@@ -130,11 +130,19 @@ def adapt(settings: Settings) -> dict[str, Any]:
     pattern = questions.compile_group(settings.task_group)
     report_under = {task.name: questions.group_of(task.name, pattern) for task in tasks}
     own = {task.name: lookup.reporting(task).metric for task in tasks}
-    evaluation = _evaluation(settings, metrics.of_tasks(settings.metric, own))
+    lengths, decoding = dict(settings.feature_lengths), settings.decoding
+    evaluation = scores.Evaluation(
+        metrics=metrics.of_tasks(settings.metric, own),
+        decoding=decoding and inference.limited(decoding, lengths["targets"]),
+        is_length_normalized=settings.length_normalized_choices,
+        batch_size=settings.eval_batch_size,
+        feature_lengths=lengths,
+        vocabulary=lookup.vocabulary(settings.mixture),
+    )
     data = _read_data(settings, list(report_under))
     network, start = _load_start(settings, data[0])
-    rows_seen = {"gin": identity_of_rows.settings_of(tasks), "seen": data_lib.digest(data)}
-    description = {**_describe(settings, start), "rows": rows_seen}
+    seen = {"gin": identity_of_rows.settings_of(tasks), "seen": data_lib.digest(data)}
+    description = {**_describe(settings, start), "rows": seen}
     method = settings.method
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.locked(settings.model_dir))
@@ -165,44 +173,19 @@ def adapt(settings: Settings) -> dict[str, Any]:
     return _write_results(folder, {**facts, "seconds": seconds}, rows, runs, settings.bootstrap)
 
 
-def _evaluation(settings: Settings, metric_of: Mapping[str, metrics.Metric]) -> scores.Evaluation:
-    from moe_peft.data import lookup  # Imports TensorFlow.
-
-    decoding = settings.decoding
-    if decoding is not None and decoding.max_decode_length is None:
-        length = settings.feature_lengths["targets"]
-        decoding = dataclasses.replace(decoding, max_decode_length=length)
-    return scores.Evaluation(
-        metrics=metric_of,
-        decoding=decoding,
-        is_length_normalized=settings.length_normalized_choices,
-        batch_size=settings.eval_batch_size,
-        feature_lengths=dict(settings.feature_lengths),
-        vocabulary=lookup.vocabulary(settings.mixture),
-    )
-
-
 def _read_data(settings: Settings, names: Sequence[str]) -> list[data_lib.JobData]:
     """Reads the examples of every (task, seed)."""
     from moe_peft.data import fewshot  # Imports TensorFlow.
 
     few_shot_loss, lengths = settings.few_shot_loss, settings.feature_lengths
     train_on_choices = few_shot_loss is not None and few_shot_loss.needs_choices
-    tasks = {
-        name: fewshot.Task(
-            name,
-            lengths,
-            settings.test_split,
-            train_on_choices or settings.rank_choices,
-            settings.train_split,
-            settings.validation_split,
-        )
-        for name in names
-    }
+    with_choices = train_on_choices or settings.rank_choices
+    splits = (settings.train_split, settings.validation_split)
+    of_name = lambda n: fewshot.Task(n, lengths, settings.test_split, with_choices, *splits)
+    tasks = {name: of_name(name) for name in names}
     sizes = fewshot.Sizes(settings.shots, settings.validation_shots, settings.wordings)
-    data = data_lib.read(
-        tasks, sizes, settings.seeds, lengths, train_on_choices, settings.rank_choices
-    )
+    choices = (train_on_choices, settings.rank_choices)
+    data = data_lib.read(tasks, sizes, settings.seeds, lengths, *choices)
     for one in data:
         if settings.selection == "validation" and not len(one.validation):
             raise errors.UserError(
@@ -222,13 +205,9 @@ def _load_start(
     base = encoder_decoder.EncoderDecoder(model, loss)
     batch = data_lib.arrays(one.shots, slice(0, settings.batch_size), one.shape)
     shapes = {name: rows.shape for name, rows in batch.items() if name != few_shot.GOLD}
-    return network, initial.Start(
-        start_lib.Start(network, base, method, shapes),
-        settings.backbone,
-        settings.source,
-        settings.frozen_dtype,
-        settings.task_weights,
-    )
+    start = start_lib.Start(network, base, method, shapes)
+    how = (settings.backbone, settings.source, settings.frozen_dtype, settings.task_weights)
+    return network, initial.Start(start, *how)
 
 
 def _describe(settings: Settings, start: initial.Start) -> dict[str, Any]:

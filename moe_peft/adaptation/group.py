@@ -129,13 +129,11 @@ class GroupRun:
                 states, best, step = self._train_period(states, best, runs, step, tables, writer)
                 if time.monotonic() - self._saved >= settings.save_seconds:
                     self._save(states, best, runs, step)
-        if settings.selection == "last":
-            best = states.trainable
         for run in runs:
             if run.is_running:
                 run.state = "done"
             if settings.selection == "last":
-                run.best_step = run.steps
+                best, run.best_step = states.trainable, run.steps
         self._progress.update(jobs, runs)
         return best, runs
 
@@ -143,9 +141,8 @@ class GroupRun:
         """Trains up to the next evaluation and evaluates."""
         settings = self._settings
         count = min(settings.eval_period - step % settings.eval_period, settings.num_steps - step)
-        rows = self._mapped.to_devices(
-            self._data.schedule(range(step, step + settings.eval_period))
-        )
+        rows = self._data.schedule(range(step, step + settings.eval_period))
+        rows = self._mapped.to_devices(rows)
         took_part = [index for index, run in enumerate(runs) if run.is_running]
         states, losses = self._train_steps(states, runs, tables, rows, count)
         step += count
@@ -215,17 +212,14 @@ class GroupRun:
             raise errors.UserError(f"{path} is of other runs. Choose another MODEL_DIR.")
         self.seconds_before = record["seconds"]
         self._progress.say(f"going on from step {record['step']} of {self._folder.name}")
-        return (
-            self._restored(states, tree["states"]),
-            self._restored(best, tree["best"]),
-            [RunProgress(**run) for run in record["standings"]],
-            record["step"],
-        )
 
-    def _restored(self, fresh: PyTree, numbered: dict[str, np.ndarray]) -> PyTree:
-        leaves, structure = jax.tree.flatten(fresh)
-        found = [numbered[f"{i:05}"] for i in range(len(leaves))]
-        return jax.tree.unflatten(structure, self._mapped.to_devices(found))
+        def restored(fresh: PyTree, numbered: dict[str, np.ndarray]) -> PyTree:
+            found = self._mapped.to_devices([numbered[name] for name in sorted(numbered)])
+            return jax.tree.unflatten(jax.tree.structure(fresh), found)
+
+        runs = [RunProgress(**run) for run in record["standings"]]
+        trees = (restored(states, tree["states"]), restored(best, tree["best"]))
+        return *trees, runs, record["step"]
 
     def forget_saved(self) -> None:
         """Removes what was saved for going on, once the group's results are on disk."""

@@ -179,9 +179,8 @@ class Groups:
         model = few_shot.FewShotModel(self.network, self.few_shot_loss, num_choices)
         (trainable,) = self.start.trainables([one.job])
         update = step_lib.make_update(model, self.make_optimizer(trainable), patching.merge)
-        score = scores.score_rows(
-            self.network, one.eval_shape.num_choices, self.evaluation.is_length_normalized
-        )
+        num_choices, per_token = one.eval_shape.num_choices, self.evaluation.is_length_normalized
+        score = scores.score_rows(self.network, num_choices, per_token)
         return programs.MappedRuns(update, score, self.start.frozen, width, self.mesh)
 
     def _run_group(self, folder, members: Members, mapped, num_rows) -> None:
@@ -190,19 +189,11 @@ class Groups:
         jobs, size = [one.job for one in members], self.settings.batch_size
         trainables = self.start.trainables(jobs)
         scorer = scores.scorer(self.evaluation, self.network, mapped, members, folder, self.mesh)
-        group = group_lib.GroupRun(
-            mapped,
-            self.make_optimizer(trainables[0]),
-            group_lib.GroupData(
-                jobs,
-                data_lib.tables(members, num_rows),
-                lambda steps: np.stack([one.schedule(size, steps) for one in members]),
-            ),
-            scorer,
-            self.settings,
-            folder,
-            self.progress,
-        )
+        schedule = lambda steps: np.stack([one.schedule(size, steps) for one in members])
+        group_data = group_lib.GroupData(jobs, data_lib.tables(members, num_rows), schedule)
+        optimizer = self.make_optimizer(trainables[0])
+        how = (scorer, self.settings, folder, self.progress)
+        group = group_lib.GroupRun(mapped, optimizer, group_data, *how)
         best, runs = group.train(trainables)
         found = list(zip(members, runs, scorer(best, "test"), strict=True))
         group_lib.write_adapters(folder / ADAPTERS, mapped.to_host(best, len(jobs)), jobs)
@@ -225,9 +216,7 @@ def _num_rows(members: Members) -> int:
     return max(len(one.shots) for one in members)
 
 
-def _run_record(
-    one: data_lib.JobData, run: group_lib.RunProgress, scored: scores.Scored
-) -> dict[str, Any]:
+def _run_record(one, run: group_lib.RunProgress, scored: scores.Scored) -> dict[str, Any]:
     return {
         **dataclasses.asdict(one.job),
         "state": run.state,

@@ -85,12 +85,9 @@ class Run:
             base.drop_after(folder, first_step)
             saver = checkpoints.Checkpoints(folder, settings.keep)
             self._checkpoints = stack.enter_context(saver)
-            self._logbook = logbook_lib.Logbook(
-                self._writer,
-                self._progress,
-                step_lib.leaf_names(state.trainable),
-                saved.record["unwritten_metrics"] if saved else (),
-            )
+            names = step_lib.leaf_names(state.trainable)
+            unwritten = saved.record["unwritten_metrics"] if saved else ()
+            self._logbook = logbook_lib.Logbook(self._writer, self._progress, names, unwritten)
             if is_first:
                 gin_files.write_config(folder)
             for warning in warnings:
@@ -162,9 +159,8 @@ class Run:
     def _exit(self, step):
         self._checkpoints.wait()
         received = self._stop.received or signal.SIGTERM  # Another process's, in this one unseen.
-        self._progress.say(
-            f"{received.name}: saved step {step}; the same command goes on from there."
-        )
+        name = received.name
+        self._progress.say(f"{name}: saved step {step}; the same command goes on from there.")
         raise SystemExit(128 + received)  # As shells report it.
 
 

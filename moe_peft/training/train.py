@@ -99,31 +99,19 @@ def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int)
     """Returns this process's rows of all batches from `start_batch` on."""
     from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
 
-    shard_index, shard_count = mesh_lib.host_shard(mesh)
-    batches = pipeline.train_batches(
-        settings.mixture,
-        settings.batch_size,
-        dict(settings.feature_lengths),
-        settings.seed,
-        pack=settings.pack,
-        start_batch=start_batch,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
+    lengths = dict(settings.feature_lengths)
+    what = (settings.mixture, settings.batch_size, lengths, settings.seed, settings.pack)
+    batches = pipeline.train_batches(*what, start_batch, *mesh_lib.host_shard(mesh))
     return task_ids.checked_batches(batches, settings.method, settings.mixture)
 
 
 def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
     """Returns what must stay the same when a run goes on."""
+    names = ("mixture", "batch_size", "pack", "seed")
+    data = {name: getattr(settings, name) for name in names}
     return {
         "model": {**identity.describe_model(settings.model), "loss": dataclasses.asdict(loss)},
-        "data": {
-            "mixture": settings.mixture,
-            "batch_size": settings.batch_size,
-            "feature_lengths": dict(settings.feature_lengths),
-            "pack": settings.pack,
-            "seed": settings.seed,
-        },
+        "data": {**data, "feature_lengths": dict(settings.feature_lengths)},
     }
 
 
@@ -239,9 +227,8 @@ class _Program:
         if source is not None:
             source.check_backbone(trees.fingerprint)
             described = {**described, "source": source.describe()}
-        description = start_lib.describe(
-            begin.method, backbone, trees.fingerprint, dtype, self._optimizer, described
-        )
+        weights = (backbone, trees.fingerprint, dtype)
+        description = start_lib.describe(begin.method, *weights, self._optimizer, described)
         places = self._layout.shardings(trees.frozen, self._axes)
         frozen = processes.put_on_devices(trees.frozen, places)
         state = processes.put_on_devices(self._create_state(trees.trainable), self._places)
@@ -249,12 +236,10 @@ class _Program:
 
     def make_step(self) -> step_lib.TrainStep:
         """Returns the step, jitted; it compiles at its first call."""
+        rates = self._optimizer.learning_rates(self.trainable, self._group_of)
         return step_lib.make_train_step(
-            self._begin.model,
-            self._transform,
-            patching.merge,
-            self._settings.num_microbatches,
-            self._optimizer.learning_rates(self.trainable, self._group_of),
+            *(self._begin.model, self._transform, patching.merge),
+            *(self._settings.num_microbatches, rates),
             layout=self._layout,
             out_shardings=(self._places, self._layout.replicated),
         )
