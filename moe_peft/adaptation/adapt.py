@@ -143,18 +143,16 @@ def adapt(settings: Settings) -> dict[str, Any]:
     network, start = _load_start(settings, data[0])
     seen = {"gin": identity_of_rows.settings_of(tasks), "seen": data_lib.digest(data)}
     description = {**_describe(settings, start), "rows": seen}
-    method = settings.method
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.locked(settings.model_dir))
         progress = progress_lib.Runs(settings.num_steps, len(data))
         stack.callback(progress.close)
+        build, group_of = settings.optimizer.build, settings.method.learning_rate_group
         groups = groups_lib.Groups(
             network=network,
             few_shot_loss=settings.few_shot_loss or few_shot.FewShotLoss(1.0, 0.0, 0.0),
             start=start,
-            make_optimizer=functools.partial(
-                settings.optimizer.build, group_of=method.learning_rate_group
-            ),
+            make_optimizer=functools.partial(build, group_of=group_of),
             settings=settings,
             evaluation=evaluation,
             folder=folder,

@@ -156,7 +156,12 @@ class GroupRun:
                 is_better[index] = runs[index].consider(score, loss)
             best = self._mapped.keep_better(is_better, states.trainable, best)
         for index in took_part:
-            self._note(runs[index], losses[index], scored[index] if scored else None)
+            run, entry = runs[index], {"step": runs[index].steps, "train_loss": losses[index]}
+            if scored is not None:
+                entry |= dict(zip(("score", "loss"), _finite(scored[index])))
+            run.curve.append(entry)
+            if run.is_running and run.stale >= (settings.patience or np.inf):
+                run.state = "stopped early"
         writer.write(step, _means([runs[index].curve[-1] for index in took_part]))
         self._progress.update(self._data.jobs, runs)
         return states, best, step
@@ -179,15 +184,6 @@ class GroupRun:
             seconds = max(time.monotonic() - started, 1e-6)
             self._piece = max(1, min(2 * piece, round(piece * _SECONDS_A_PIECE / seconds)))
         return states, [_mean(row) for row in losses]
-
-    def _note(self, run: RunProgress, train_loss: float | None, scored: scores.Scored | None):
-        entry = {"step": run.steps, "train_loss": train_loss}
-        if scored is not None:
-            entry |= dict(zip(("score", "loss"), _finite(scored)))
-        run.curve.append(entry)
-        patience = self._settings.patience
-        if run.is_running and patience is not None and run.stale >= patience:
-            run.state = "stopped early"
 
     def _save(self, states, best, runs, step) -> None:
         tree = {"states": _numbered(states), "best": _numbered(best)}

@@ -28,10 +28,7 @@ ADAPTERS = "adapters.safetensors"
 _PLAN = "plan.json"
 _FINISHED = "finished.json"
 _PREDICTIONS = "predictions.jsonl"
-_PARTS = (
-    *("method", "backbone", "source", "optimizer", "loss", "data", "rows"),
-    *("training", "evaluation"),
-)
+_PARTS = ("method", "backbone", "source", "optimizer", "loss", "data", "training", "evaluation")
 _ASSUMED_MEMORY = 4 * 2**30  # of a device that does not tell
 
 Members = Sequence[data_lib.JobData]
@@ -110,7 +107,7 @@ class Groups:
                 "(version 0.1 did not save them): make sure that they are the same here."
             )
             saved = {**saved, "rows": description["rows"]}
-        for part in _PARTS:
+        for part in (*_PARTS, "rows"):
             difference = identity.first_difference(saved[part], description[part], part)
             if difference:
                 raise errors.UserError(

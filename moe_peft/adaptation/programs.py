@@ -50,10 +50,8 @@ def make_advance(update: step_lib.TrainStep, map_runs: MapRuns) -> Callable[...,
     def advance(states, active, frozen, tables, rows, start, count):
         def one_run(state, active, table, rows):
             def step(k, state, losses):
-                batch = {
-                    name: jnp.take(values, rows[k], axis=0, mode="wrap")
-                    for name, values in table.items()
-                }
+                take = lambda values: jnp.take(values, rows[k], axis=0, mode="wrap")
+                batch = {name: take(values) for name, values in table.items()}
                 new_state, metrics = update(state, frozen, batch)
                 is_finite = metrics["bad_leaf"] == step_lib.ALL_FINITE
                 loss = metrics["loss_sum"] / jnp.maximum(metrics["normalizer"], 1e-9)
@@ -118,9 +116,8 @@ class MappedRuns:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             map_runs = one_after_another if on_cpu else jax.vmap
         runs, whole = self._by_run.spec, jax.sharding.PartitionSpec()
-        on_every_device = functools.partial(
-            jax.shard_map, mesh=mesh, out_specs=runs, check_vma=False
-        )
+        mapped = {"mesh": mesh, "out_specs": runs, "check_vma": False}
+        on_every_device = functools.partial(jax.shard_map, **mapped)
         advance = make_advance(update, map_runs)
         specs = (runs, runs, whole, runs, runs, whole, whole)
         self._advance = jax.jit(on_every_device(advance, in_specs=specs), donate_argnums=(0, 1))
@@ -185,9 +182,8 @@ class MappedRuns:
     ) -> tuple[np.ndarray, ...]:
         """What `score` says about all rows of all chunks ([R, c, ...] on the host), each [R, e]."""
         with jax.set_mesh(self._mesh):
-            found = [
-                self._score(self.frozen, trainables, self.to_devices(chunk)) for chunk in chunks
-            ]
+            score = lambda chunk: self._score(self.frozen, trainables, self.to_devices(chunk))
+            found = [*map(score, chunks)]
         parts = zip(*(self.to_host(part, num_runs) for part in found), strict=True)
         return tuple(np.concatenate(part, axis=1) for part in parts)
 

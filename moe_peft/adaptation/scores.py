@@ -155,7 +155,7 @@ def _answer_scorer(how, network, frozen, members, folder, mesh) -> Scorer:
         params = patching.merge(frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
         inputs = part.features["encoder_input_tokens"]
         questions = [inference.Question(row[row > 0]) for row in inputs]
-        answers = answerer.generate(params, questions, how.decoding, progress.Silent(), seed)
+        answers = answerer.generate(params, questions, how.decoding, progress.Progress(), seed)
         return [how.vocabulary.decode(ids.tolist()) for ids in answers]
 
     def score(trainables, split):

@@ -7,12 +7,15 @@ import time
 from typing import Any
 
 from moe_peft.config import settings as settings_lib
-from moe_peft.evaluation import answer_cache, questions, table
+from moe_peft.evaluation import aggregation, answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import restore
+
+# Batches of answers that an interruption loses at most, but for larger tasks.
+_BATCHES_OF_A_PART = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
     evaluator = settings.evaluator
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
-    evaluator.check_devices(mesh)
+    mesh_lib.check_batch_size(evaluator.batch_size, 1, mesh)
     root = pathlib.Path(settings.model_dir).expanduser() / "eval"
     folders = {mixture: root / mixture for mixture in evaluator.mixtures}
     for mixture, folder in folders.items():  # Mistakes show before anything is loaded.
@@ -64,13 +67,14 @@ def _evaluate_mixture(
     """Asks, averages, writes and prints; returns the content of results.json."""
     evaluator, num_cut = settings.evaluator, sum(settings.evaluator.questions_of(mixture).is_cut)
     rows, seconds = _answer(evaluator, restored, mixture, folder)
+    results = aggregation.aggregate(rows, evaluator.average, evaluator.bootstrap)
     found = {
         "mixture": mixture,
         "run": dict(restored.run),
         "settings": evaluator.settings,
         "num_cut_targets": num_cut,
         "seconds": seconds,
-        "results": evaluator.results(rows).to_json(),
+        "results": results.to_json(),
     }
     json_files.write_json(folder / "results.json", found)
     runs = [table.Run(settings.method.name, found)]
@@ -87,18 +91,14 @@ def _evaluate_mixture(
     return found
 
 
-def _answer(
-    evaluator: evaluator_lib.Evaluator,
-    restored: restore.Restored,
-    mixture: str,
-    folder: pathlib.Path,
-) -> tuple[list[questions.Row], float]:
+def _answer(evaluator, restored, mixture, folder) -> tuple[list[questions.Row], float]:
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
     asked, rows, num_known = evaluator.questions_of(mixture), [], 0
     num_tasks = len(asked.tasks())
     kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
     with progress_lib.shown(mixture, len(asked.rows)) as progress:
-        for part in evaluator.parts(mixture):
+        # Whole tasks, so many that batches of similar length are mostly full.
+        for part in asked.parts(_BATCHES_OF_A_PART * evaluator.batch_size):
             started = time.monotonic()
             digests = {task: asked.digest(places) for task, places in part.items()}
             known = {task: kept.read(task, digest) for task, digest in digests.items()}

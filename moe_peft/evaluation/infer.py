@@ -48,8 +48,8 @@ def infer(settings: Settings) -> list[_Row]:
     """
     from moe_peft.data import lookup  # Imports TensorFlow.
 
-    lengths = lookup.check_lengths(settings.feature_lengths)
-    limits = dict(zip(("inputs", "targets"), lengths, strict=True))
+    lookup.check_lengths(settings.feature_lengths)
+    limits = dict(settings.feature_lengths)
     lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
     vocabulary = lookup.vocabulary(settings.mixture)
     rows = _read(pathlib.Path(settings.inputs))
@@ -59,14 +59,9 @@ def infer(settings: Settings) -> list[_Row]:
     restored = restore.model(settings, shapes, mesh)
     model = inference.AnsweringModel(restored.model, settings.batch_size, limits, mesh)
     with progress_lib.shown("infer", len(rows)) as progress:
-        answers = model.answer(
-            restored.params,
-            questions,
-            inference.limited(settings.decoding, limits["targets"]),
-            progress,
-            seed=settings.seed,
-            is_length_normalized=settings.length_normalized_choices,
-        )
+        decoding = inference.limited(settings.decoding, limits["targets"])
+        how = {"is_length_normalized": settings.length_normalized_choices, "seed": settings.seed}
+        answers = model.answer(restored.params, questions, decoding, progress, **how)
     for row, answer in zip(rows, answers, strict=True):
         if isinstance(answer, inference.ChoiceScore):
             row["prediction"] = row["choices"][answer.best]

@@ -70,7 +70,6 @@ def read(
     mixture: str,
     feature_lengths: Mapping[str, int],
     group: re.Pattern | None,
-    *,
     split: str,
     max_examples_per_task: int | None = None,
     with_choices: bool = False,
@@ -140,14 +139,8 @@ def group_of(task: str, group: re.Pattern) -> str:
 
 
 def _row(example: Any, index: int, group: str, choices: list[str]) -> Row:
-    row = {
-        "task": example.task,
-        "group": group,
-        "template": example.template_id,
-        "index": index,
-        "inputs": example.inputs,
-        "targets": example.targets,
-    }
+    row = {"task": example.task, "group": group, "template": example.template_id, "index": index}
+    row |= {"inputs": example.inputs, "targets": example.targets}
     if example.references:
         row["references"] = list(example.references)
     if not choices:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import rich.box
 import rich.console
@@ -15,19 +15,11 @@ import rich.text
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 
 
-class Progress(Protocol):
-    """Counts what is done."""
+class Progress:
+    """Counts what is done; this one shows nothing."""
 
     def advance(self, count: int) -> None:
         """`count` more are done."""
-        ...
-
-
-class Silent:
-    """A `Progress` that shows nothing."""
-
-    def advance(self, count: int) -> None:
-        """Counts for nobody."""
 
 
 class _Display:
@@ -122,7 +114,7 @@ class Steps(_Display):
         return line
 
 
-class _Counter(_Display):
+class _Counter(_Display, Progress):
     def __init__(self, what: str, total: int, **kwargs: Any):
         super().__init__(total, **kwargs)
         self._what = what

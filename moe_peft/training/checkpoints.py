@@ -117,7 +117,10 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
             damaged[step] = saved_run.reason(error)
             continue
         for bad_step, reason in damaged.items():
-            moved = _move_aside(pathlib.Path(model_dir), bad_step)
+            aside = pathlib.Path(model_dir) / DAMAGED_FOLDER
+            aside.mkdir(exist_ok=True)
+            moved = aside / f"{bad_step}-{len(list(aside.glob(f'{bad_step}-*')))}"
+            (pathlib.Path(model_dir) / saved_run.FOLDER / str(bad_step)).rename(moved)
             print(
                 f"WARNING: the checkpoint of step {bad_step} is damaged ({reason}); it was moved "
                 f"to {moved} and training goes back to step {step}.",
@@ -175,12 +178,3 @@ def _to_host(state: step_lib.TrainState) -> dict[str, Any]:
 def _numbered(opt_state: PyTree) -> dict[str, Any]:
     """Leaves by number: optax's nested tuples, some of them empty, survive no file format."""
     return {f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
-
-
-def _move_aside(model_dir: pathlib.Path, step: int) -> pathlib.Path:
-    folder = model_dir / DAMAGED_FOLDER
-    folder.mkdir(exist_ok=True)
-    number = sum(1 for _ in folder.glob(f"{step}-*"))
-    target = folder / f"{step}-{number}"
-    (model_dir / saved_run.FOLDER / str(step)).rename(target)
-    return target

@@ -133,9 +133,8 @@ class Run:
 
     def _is_stopping(self, step) -> bool:
         """Whether a signal came, in any process: all have to stop at the same step."""
-        if jax.process_count() == 1:
-            return self._stop.received is not None
-        return step % _AGREEMENT_PERIOD == 0 and processes.anywhere(self._stop.received is not None)
+        is_due = jax.process_count() == 1 or step % _AGREEMENT_PERIOD == 0
+        return is_due and processes.anywhere(self._stop.received is not None)
 
     def _save(self, step, state):
         self._logbook.collect()

@@ -110,9 +110,7 @@ def adafactor(
 
     Args:
       learning_rate: a number or a schedule. MoV and MoLoRA: 3e-4, constant.
-      decay_rate: exponent of the second moment's decay.
       clipping_threshold: RMS above which a leaf's update is scaled down; None for never.
-      epsilon: added to squared gradients.
       multiply_by_parameter_scale: scale steps by the RMS of the parameter, at least 1e-3.
       factoring: the dimensions of a leaf for which v is kept as a row and a column. "two_largest",
         as T5X does. "last_two", as Hugging Face does: dimensions before them are a batch of
@@ -123,10 +121,8 @@ def adafactor(
         The released MoV code continues the step count of the backbone's checkpoint (1,100,000),
         so v acts like a running sum and the RMS clip stays active for some 68,000 steps. 0 is the
         textbook optimiser.
-      groups: learning-rate groups, see `Optimizer.groups`.
-      clip_norm: see `Optimizer.clip_norm`. MHR on T0: 1.0.
+      groups, clip_norm: see `Optimizer`. MHR on T0 has clip_norm 1.0.
     """
-
     errors.check_one_of("adafactor.factoring", factoring, _FACTORINGS)
     scale_by_factored_rms, default_size = _FACTORINGS[factoring]
     min_size = default_size if min_dim_size_to_factor is None else min_dim_size_to_factor
@@ -163,14 +159,12 @@ def adamw(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of squared gradients.
+      b1, b2: decay of the means of gradients and of squared gradients.
       epsilon: added to the root of the second moment.
       weight_decay: MHR on SuperNI and CrossFit: 0.01.
-      groups: learning-rate groups, see `Optimizer.groups`.
       no_decay_groups: groups without weight decay. Routers by default: at their learning rate of
         0.1 even a small decay would pull task logits to 0 (the papers' code has that slip).
-      clip_norm: see `Optimizer.clip_norm`. MHR on SuperNI and CrossFit: 0.1.
+      groups, clip_norm: see `Optimizer`. MHR on SuperNI and CrossFit has clip_norm 0.1.
     """
 
     def precondition(trainable, group_of):

@@ -83,8 +83,7 @@ def params(
     Args:
       start: models, method and batch shapes (any batch shapes will do).
       backbone: the spec the run was trained with, or another name of the same weights.
-      model_dir: folder of the run, or the file it was exported to; None gives the backbone with
-        fresh adapters and step 0.
+      model_dir: folder of the run, or the file it was exported to; None: fresh adapters, step 0.
       step: which checkpoint; None takes the newest.
       frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16".
       start_from: folder of a run that a transferred method starts from: its parameters, transferred
