@@ -101,8 +101,8 @@ def task_gradient(
             return loss_sum / jnp.maximum(normalizer, 1e-9)
 
         leaves = jax.grad(mean_loss)(chosen)
-        flat = [leaves[path].astype(jnp.float32).ravel() for path in sorted(leaves)]
-        return jnp.concatenate(flat)
+        parts = [leaves[path].astype(jnp.float32).ravel() for path in sorted(leaves)]
+        return jnp.concatenate(parts)
 
     return jax.jit(gradient)
 
