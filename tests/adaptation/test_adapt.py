@@ -165,7 +165,10 @@ def test_an_adaptation_of_version_0_1_goes_on_with_a_warning(folder, two_tasks, 
         ({"task_group": "p3_(.*)"}, "does not match task_group"),
         ({"mixture": "cldr_weekday_gk"}, "Did you mean"),
         ({"group_size": 0}, "group_size is 0; expected 1 or more"),
-        ({"source": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        (
+            {"source": "/nowhere/at/all"},
+            "no training checkpoint in /nowhere/at/all. The folder /nowhere/at does not exist",
+        ),
         ({"method": methods.poly(num_tasks=3)}, "routes by the ids of its 3 training tasks"),
         (
             {"method": transfer.transferred(methods.poly(num_tasks=3), "z")},
