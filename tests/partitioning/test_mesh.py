@@ -8,6 +8,8 @@ import pytest
 from moe_peft import errors
 from moe_peft.partitioning import mesh as mesh_lib
 
+pytestmark = pytest.mark.eight_devices
+
 
 def test_all_devices_are_data_parallel_by_default():
     mesh = mesh_lib.make_mesh()
