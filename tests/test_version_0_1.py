@@ -29,7 +29,9 @@ def test_a_run_goes_on_from_its_own_settings(run, capsys):
     settings = ["--gin_file", str(run / "config.gin"), f"--gin.MODEL_DIR={run}"]
     assert "import moe_peft.training.loop" in (run / "config.gin").read_text()
     assert main.main(["train", *settings, "--gin.TRAIN_STEPS=6"]) == 0
-    assert "going on from step 4" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on from step 4" in said
+    assert "WARNING: the checkpoint does not say which settings shaped its data" in said
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6
     # As version 0.1 itself went on, to the rounding of another processor.

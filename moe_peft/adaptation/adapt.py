@@ -19,7 +19,7 @@ from moe_peft.adaptation import groups as groups_lib
 from moe_peft.config import gin_files
 from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import bootstrap as bootstrap_lib
-from moe_peft.evaluation import metrics, questions
+from moe_peft.evaluation import inference, metrics, questions
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder, few_shot
 from moe_peft.partitioning import mesh as mesh_lib
@@ -122,29 +122,37 @@ def adapt(settings: Settings) -> dict[str, Any]:
     group, its adapters (stacked, safetensors) and the metrics of its runs. A setting, source,
     folder or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import lookup  # Imports TensorFlow.
+    from moe_peft.data import identity as identity_of_rows  # Imports TensorFlow.
+    from moe_peft.data import lookup
 
     lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
     tasks = lookup.tasks_of(settings.mixture)
     pattern = questions.compile_group(settings.task_group)
     report_under = {task.name: questions.group_of(task.name, pattern) for task in tasks}
     own = {task.name: lookup.reporting(task).metric for task in tasks}
-    evaluation = _evaluation(settings, metrics.of_tasks(settings.metric, own))
+    lengths, decoding = dict(settings.feature_lengths), settings.decoding
+    evaluation = scores.Evaluation(
+        metrics=metrics.of_tasks(settings.metric, own),
+        decoding=decoding and inference.limited(decoding, lengths["targets"]),
+        is_length_normalized=settings.length_normalized_choices,
+        batch_size=settings.eval_batch_size,
+        feature_lengths=lengths,
+        vocabulary=lookup.vocabulary(settings.mixture),
+    )
     data = _read_data(settings, list(report_under))
     network, start = _load_start(settings, data[0])
-    description = _describe(settings, start)
-    method = settings.method
+    seen = {"gin": identity_of_rows.settings_of(tasks), "seen": data_lib.digest(data)}
+    description = {**_describe(settings, start), "rows": seen}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(run_folder.locked(settings.model_dir))
         progress = progress_lib.Runs(settings.num_steps, len(data))
         stack.callback(progress.close)
+        build, group_of = settings.optimizer.build, settings.method.learning_rate_group
         groups = groups_lib.Groups(
             network=network,
             few_shot_loss=settings.few_shot_loss or few_shot.FewShotLoss(1.0, 0.0, 0.0),
             start=start,
-            make_optimizer=functools.partial(
-                settings.optimizer.build, group_of=method.learning_rate_group
-            ),
+            make_optimizer=functools.partial(build, group_of=group_of),
             settings=settings,
             evaluation=evaluation,
             folder=folder,
@@ -163,44 +171,19 @@ def adapt(settings: Settings) -> dict[str, Any]:
     return _write_results(folder, {**facts, "seconds": seconds}, rows, runs, settings.bootstrap)
 
 
-def _evaluation(settings: Settings, metric_of: Mapping[str, metrics.Metric]) -> scores.Evaluation:
-    from moe_peft.data import lookup  # Imports TensorFlow.
-
-    decoding = settings.decoding
-    if decoding is not None and decoding.max_decode_length is None:
-        length = settings.feature_lengths["targets"]
-        decoding = dataclasses.replace(decoding, max_decode_length=length)
-    return scores.Evaluation(
-        metrics=metric_of,
-        decoding=decoding,
-        is_length_normalized=settings.length_normalized_choices,
-        batch_size=settings.eval_batch_size,
-        feature_lengths=dict(settings.feature_lengths),
-        vocabulary=lookup.vocabulary(settings.mixture),
-    )
-
-
 def _read_data(settings: Settings, names: Sequence[str]) -> list[data_lib.JobData]:
     """Reads the examples of every (task, seed)."""
     from moe_peft.data import fewshot  # Imports TensorFlow.
 
     few_shot_loss, lengths = settings.few_shot_loss, settings.feature_lengths
     train_on_choices = few_shot_loss is not None and few_shot_loss.needs_choices
-    tasks = {
-        name: fewshot.Task(
-            name,
-            lengths,
-            settings.test_split,
-            train_on_choices or settings.rank_choices,
-            settings.train_split,
-            settings.validation_split,
-        )
-        for name in names
-    }
+    with_choices = train_on_choices or settings.rank_choices
+    splits = (settings.train_split, settings.validation_split)
+    of_name = lambda n: fewshot.Task(n, lengths, settings.test_split, with_choices, *splits)
+    tasks = {name: of_name(name) for name in names}
     sizes = fewshot.Sizes(settings.shots, settings.validation_shots, settings.wordings)
-    data = data_lib.read(
-        tasks, sizes, settings.seeds, lengths, train_on_choices, settings.rank_choices
-    )
+    choices = (train_on_choices, settings.rank_choices)
+    data = data_lib.read(tasks, sizes, settings.seeds, lengths, *choices)
     for one in data:
         if settings.selection == "validation" and not len(one.validation):
             raise errors.UserError(
@@ -220,13 +203,9 @@ def _load_start(
     base = encoder_decoder.EncoderDecoder(model, loss)
     batch = data_lib.arrays(one.shots, slice(0, settings.batch_size), one.shape)
     shapes = {name: rows.shape for name, rows in batch.items() if name != few_shot.GOLD}
-    return network, initial.Start(
-        start_lib.Start(network, base, method, shapes),
-        settings.backbone,
-        settings.source,
-        settings.frozen_dtype,
-        settings.task_weights,
-    )
+    start = start_lib.Start(network, base, method, shapes)
+    how = (settings.backbone, settings.source, settings.frozen_dtype, settings.task_weights)
+    return network, initial.Start(start, *how)
 
 
 def _describe(settings: Settings, start: initial.Start) -> dict[str, Any]:

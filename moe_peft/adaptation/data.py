@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 import zlib
 
 from jaxtyping import Int
@@ -33,42 +34,25 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes that stacked runs must have in common; those of a job alone, whoever is next to it.
+    """Sizes that stacked runs must have in common; those of a job alone, whoever is next to it."""
 
-    Attributes:
-      inputs: tokens of an encoder row.
-      targets: tokens of a decoder row.
-      num_choices: of an example at most; 0 where the task has none.
-    """
-
-    inputs: int
-    targets: int
-    num_choices: int
+    inputs: int  # tokens of an encoder row
+    targets: int  # tokens of a decoder row
+    num_choices: int  # of an example at most; 0 where the task has none
 
 
 @dataclasses.dataclass(frozen=True)
 class JobData:
-    """One job's examples.
-
-    Attributes:
-      job: whose.
-      shots: every wording of every shot, wordings of one shot in a row.
-      num_shots: examples.
-      wordings: of each.
-      validation: examples that select.
-      test: examples that are reported.
-      shape: of batches in training.
-      eval_shape: of batches in evaluation.
-    """
+    """One job's examples."""
 
     job: Job
-    shots: fewshot.Encoded
-    num_shots: int
-    wordings: int
-    validation: fewshot.Encoded
-    test: fewshot.Encoded
-    shape: Shape
-    eval_shape: Shape
+    shots: fewshot.Encoded  # every wording of every shot, wordings of one shot in a row
+    num_shots: int  # examples
+    wordings: int  # of each
+    validation: fewshot.Encoded  # examples that select
+    test: fewshot.Encoded  # examples that are reported
+    shape: Shape  # of batches in training
+    eval_shape: Shape  # of batches in evaluation
 
     def schedule(self, batch_size: int, steps: range) -> Int[np.ndarray, "k b"]:
         """Rows of `shots` that each step sees."""
@@ -83,14 +67,9 @@ def read(
     choices_in_training: bool,
     choices_in_evaluation: bool,
 ) -> list[JobData]:
-    """The data of every (task, seed), tasks outermost.
+    """The data of every (task, seed), tasks outermost, answer choices packed if asked for.
 
-    Args (the others are in `adapt.Settings`):
-      choices_in_training: pack answer choices, where a task has some.
-      choices_in_evaluation: the same for evaluation.
-
-    Raises:
-      UserError: a task has too few examples, or an answer is none of its choices.
+    Raises UserError: a task has too few examples, or an answer is none of its choices.
     """
     found = []
     for name, task in tasks.items():
@@ -102,17 +81,20 @@ def read(
                 _shape(list(parts.values()), feature_lengths, with_choices)
                 for with_choices in (choices_in_training, choices_in_evaluation)
             ]
-            found.append(
-                JobData(
-                    Job(name, seed),
-                    num_shots=len(shots) // wordings,
-                    wordings=wordings,
-                    **parts,
-                    shape=shapes[0],
-                    eval_shape=shapes[1],
-                )
-            )
+            numbers = {"num_shots": len(shots) // wordings, "wordings": wordings}
+            shapes = dict(zip(("shape", "eval_shape"), shapes))
+            found.append(JobData(Job(name, seed), **parts, **numbers, **shapes))
     return found
+
+
+def digest(data: Sequence[JobData]) -> str:
+    """A digest of all examples, as text and as the tokens that the model reads."""
+    found = hashlib.sha256()
+    for one in data:
+        for part in (one.shots, one.validation, one.test):
+            found.update(repr(list(part.examples)).encode())
+            found.update(np.ascontiguousarray(part.features["encoder_input_tokens"]).data)
+    return found.hexdigest()[:16]
 
 
 def _shape(

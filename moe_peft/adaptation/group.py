@@ -55,40 +55,27 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class GroupData:
-    """What the runs of a group see.
+    """What the runs of a group see."""
 
-    Attributes:
-      jobs: of each.
-      tables: feature name to [R, rows, ...], the last row being padding.
-      schedule: steps -> Int[R k b], the rows that each step of each run sees.
-    """
-
-    jobs: Sequence[data.Job]
-    tables: Mapping[str, np.ndarray]
+    jobs: Sequence[data.Job]  # of each
+    tables: Mapping[str, np.ndarray]  # feature name to [R, rows, ...], the last row being padding
+    # Steps -> Int[R k b], the rows that each step of each run sees.
     schedule: Callable[[range], Int[np.ndarray, "R k b"]]
 
 
 @dataclasses.dataclass
 class RunProgress:
-    """Where one run is.
+    """Where one run is."""
 
-    Attributes:
-      steps: updates made.
-      state: "running", "done", "stopped early" or "diverged" (its loss or gradient was not finite:
-        it keeps the parameters before that step).
-      best_step: updates made when the kept parameters were.
-      best_score: theirs on the split that selects; None before any evaluation.
-      best_loss: theirs, which decides between equal scores.
-      stale: evaluations since they were found.
-      curve: one entry an evaluation: step, train_loss, score, loss.
-    """
-
-    steps: int = 0
+    steps: int = 0  # updates made
+    # "running", "done", "stopped early" or "diverged" (its loss or gradient was not finite: it
+    # keeps the parameters before that step).
     state: str = "running"
-    best_step: int = 0
-    best_score: float | None = None
-    best_loss: float | None = None
-    stale: int = 0
+    best_step: int = 0  # updates made when the kept parameters were
+    best_score: float | None = None  # theirs on the split that selects; None before any evaluation
+    best_loss: float | None = None  # theirs, which decides between equal scores
+    stale: int = 0  # evaluations since they were found
+    # One entry an evaluation: step, train_loss, score, loss.
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -106,11 +93,7 @@ class RunProgress:
 
 
 class GroupRun:
-    """Runs of one shape, stacked.
-
-    Attributes:
-      seconds_before: that earlier processes spent on what was saved.
-    """
+    """Runs of one shape, stacked."""
 
     def __init__(
         self,
@@ -126,7 +109,8 @@ class GroupRun:
         self._mapped, self._optimizer, self._data = mapped, optimizer, group_data
         self._scorer, self._settings, self._folder = scorer, settings, folder
         self._progress, self._piece = progress, 1
-        self._started, self.seconds_before = time.monotonic(), 0.0
+        self._started = time.monotonic()
+        self.seconds_before = 0.0  # that earlier processes spent on what was saved
 
     def train(self, trainables: Sequence[PyTree]) -> tuple[PyTree, list[RunProgress]]:
         """Trains every run from its `trainables`; returns (kept ones, stacked; where runs are)."""
@@ -145,13 +129,11 @@ class GroupRun:
                 states, best, step = self._train_period(states, best, runs, step, tables, writer)
                 if time.monotonic() - self._saved >= settings.save_seconds:
                     self._save(states, best, runs, step)
-        if settings.selection == "last":
-            best = states.trainable
         for run in runs:
             if run.is_running:
                 run.state = "done"
             if settings.selection == "last":
-                run.best_step = run.steps
+                best, run.best_step = states.trainable, run.steps
         self._progress.update(jobs, runs)
         return best, runs
 
@@ -159,9 +141,8 @@ class GroupRun:
         """Trains up to the next evaluation and evaluates."""
         settings = self._settings
         count = min(settings.eval_period - step % settings.eval_period, settings.num_steps - step)
-        rows = self._mapped.to_devices(
-            self._data.schedule(range(step, step + settings.eval_period))
-        )
+        rows = self._data.schedule(range(step, step + settings.eval_period))
+        rows = self._mapped.to_devices(rows)
         took_part = [index for index, run in enumerate(runs) if run.is_running]
         states, losses = self._train_steps(states, runs, tables, rows, count)
         step += count
@@ -175,7 +156,12 @@ class GroupRun:
                 is_better[index] = runs[index].consider(score, loss)
             best = self._mapped.keep_better(is_better, states.trainable, best)
         for index in took_part:
-            self._note(runs[index], losses[index], scored[index] if scored else None)
+            run, entry = runs[index], {"step": runs[index].steps, "train_loss": losses[index]}
+            if scored is not None:
+                entry |= dict(zip(("score", "loss"), _finite(scored[index])))
+            run.curve.append(entry)
+            if run.is_running and run.stale >= (settings.patience or np.inf):
+                run.state = "stopped early"
         writer.write(step, _means([runs[index].curve[-1] for index in took_part]))
         self._progress.update(self._data.jobs, runs)
         return states, best, step
@@ -198,15 +184,6 @@ class GroupRun:
             seconds = max(time.monotonic() - started, 1e-6)
             self._piece = max(1, min(2 * piece, round(piece * _SECONDS_A_PIECE / seconds)))
         return states, [_mean(row) for row in losses]
-
-    def _note(self, run: RunProgress, train_loss: float | None, scored: scores.Scored | None):
-        entry = {"step": run.steps, "train_loss": train_loss}
-        if scored is not None:
-            entry |= dict(zip(("score", "loss"), _finite(scored)))
-        run.curve.append(entry)
-        patience = self._settings.patience
-        if run.is_running and patience is not None and run.stale >= patience:
-            run.state = "stopped early"
 
     def _save(self, states, best, runs, step) -> None:
         tree = {"states": _numbered(states), "best": _numbered(best)}
@@ -231,17 +208,14 @@ class GroupRun:
             raise errors.UserError(f"{path} is of other runs. Choose another MODEL_DIR.")
         self.seconds_before = record["seconds"]
         self._progress.say(f"going on from step {record['step']} of {self._folder.name}")
-        return (
-            self._restored(states, tree["states"]),
-            self._restored(best, tree["best"]),
-            [RunProgress(**run) for run in record["standings"]],
-            record["step"],
-        )
 
-    def _restored(self, fresh: PyTree, numbered: dict[str, np.ndarray]) -> PyTree:
-        leaves, structure = jax.tree.flatten(fresh)
-        found = [numbered[f"{i:05}"] for i in range(len(leaves))]
-        return jax.tree.unflatten(structure, self._mapped.to_devices(found))
+        def restored(fresh: PyTree, numbered: dict[str, np.ndarray]) -> PyTree:
+            found = self._mapped.to_devices([numbered[name] for name in sorted(numbered)])
+            return jax.tree.unflatten(jax.tree.structure(fresh), found)
+
+        runs = [RunProgress(**run) for run in record["standings"]]
+        trees = (restored(states, tree["states"]), restored(best, tree["best"]))
+        return *trees, runs, record["step"]
 
     def forget_saved(self) -> None:
         """Removes what was saved for going on, once the group's results are on disk."""

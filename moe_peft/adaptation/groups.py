@@ -36,16 +36,11 @@ Members = Sequence[data_lib.JobData]
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A group whose results are on disk.
+    """A group whose results are on disk."""
 
-    Attributes:
-      folder: of the group.
-      seconds: it took, compiling included.
-      runs: json of each run: task, seed, state, steps, chosen_step, score, curve.
-    """
-
-    folder: pathlib.Path
-    seconds: float
+    folder: pathlib.Path  # of the group
+    seconds: float  # it took, compiling included
+    # Json of each run: task, seed, state, steps, chosen_step, score, curve.
     runs: Sequence[Mapping[str, Any]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -71,12 +66,9 @@ class Groups:
     def run(
         self, data: Members, description: Mapping[str, Any], group_size: int | None
     ) -> list[Finished]:
-        """Runs what is not finished yet; returns all.
+        """Runs what is not finished yet, `group_size` runs at once (None: as many as fit).
 
-        Args:
-          data: of all jobs.
-          description: of the adaptation; one that goes on must have the same.
-          group_size: runs of a group at most; None takes as many as fit the memory.
+        An adaptation that goes on must have the same description.
         """
         by_job = {one.job: one for one in data}
         by_shape: dict[Any, list[data_lib.JobData]] = {}
@@ -108,10 +100,15 @@ class Groups:
         if not path.exists():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        for part in _PARTS:
-            difference = identity.first_difference(
-                record["description"][part], description[part], part
+        saved = record["description"]
+        if "rows" not in saved:
+            self.progress.say(
+                "WARNING: the adaptation that goes on does not say which settings shaped its data "
+                "(version 0.1 did not save them): make sure that they are the same here."
             )
+            saved = {**saved, "rows": description["rows"]}
+        for part in (*_PARTS, "rows"):
+            difference = identity.first_difference(saved[part], description[part], part)
             if difference:
                 raise errors.UserError(
                     f"{self.folder} holds an adaptation with other settings: {difference}. Choose "
@@ -179,9 +176,8 @@ class Groups:
         model = few_shot.FewShotModel(self.network, self.few_shot_loss, num_choices)
         (trainable,) = self.start.trainables([one.job])
         update = step_lib.make_update(model, self.make_optimizer(trainable), patching.merge)
-        score = scores.score_rows(
-            self.network, one.eval_shape.num_choices, self.evaluation.is_length_normalized
-        )
+        num_choices, per_token = one.eval_shape.num_choices, self.evaluation.is_length_normalized
+        score = scores.score_rows(self.network, num_choices, per_token)
         return programs.MappedRuns(update, score, self.start.frozen, width, self.mesh)
 
     def _run_group(self, folder, members: Members, mapped, num_rows) -> None:
@@ -190,19 +186,11 @@ class Groups:
         jobs, size = [one.job for one in members], self.settings.batch_size
         trainables = self.start.trainables(jobs)
         scorer = scores.scorer(self.evaluation, self.network, mapped, members, folder, self.mesh)
-        group = group_lib.GroupRun(
-            mapped,
-            self.make_optimizer(trainables[0]),
-            group_lib.GroupData(
-                jobs,
-                data_lib.tables(members, num_rows),
-                lambda steps: np.stack([one.schedule(size, steps) for one in members]),
-            ),
-            scorer,
-            self.settings,
-            folder,
-            self.progress,
-        )
+        schedule = lambda steps: np.stack([one.schedule(size, steps) for one in members])
+        group_data = group_lib.GroupData(jobs, data_lib.tables(members, num_rows), schedule)
+        optimizer = self.make_optimizer(trainables[0])
+        how = (scorer, self.settings, folder, self.progress)
+        group = group_lib.GroupRun(mapped, optimizer, group_data, *how)
         best, runs = group.train(trainables)
         found = list(zip(members, runs, scorer(best, "test"), strict=True))
         group_lib.write_adapters(folder / ADAPTERS, mapped.to_host(best, len(jobs)), jobs)
@@ -225,9 +213,7 @@ def _num_rows(members: Members) -> int:
     return max(len(one.shots) for one in members)
 
 
-def _run_record(
-    one: data_lib.JobData, run: group_lib.RunProgress, scored: scores.Scored
-) -> dict[str, Any]:
+def _run_record(one, run: group_lib.RunProgress, scored: scores.Scored) -> dict[str, Any]:
     return {
         **dataclasses.asdict(one.job),
         "state": run.state,

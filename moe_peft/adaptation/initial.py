@@ -19,13 +19,7 @@ TaskWeights = Callable[[data.Job], Float[np.ndarray, "n"]]
 
 
 class Start:
-    """The frozen tree and the function from a job to its trainable leaves.
-
-    Attributes:
-      frozen: shared by all runs.
-      fingerprint: of the backbone.
-      source: description of the multi-task run, None without one.
-    """
+    """The frozen tree, shared by all runs, and the function from a job to its trainable leaves."""
 
     def __init__(
         self,
@@ -37,8 +31,7 @@ class Start:
     ):
         """Loads backbone and source; see `adapt.Settings`. Frozen adapters stay float32.
 
-        Raises:
-          UserError: the source is of another method, backbone or model, or does not fit.
+        Raises UserError: the source is of another method, backbone or model, or does not fit.
         """
         self._task_weights = task_weights
         self._method = method = start.method
@@ -46,7 +39,6 @@ class Start:
         self._source = start_lib.Source.load(method, source) if source else None
         loaded = backbone_lib.load(backbone, start.base_shapes(), start.init_base)
         self.fingerprint = loaded.fingerprint
-        self.source = self._source and self._source.description
         self.source_step = self._source and self._source.step
         if self._source is not None:
             self._source.check_backbone(self.fingerprint)
@@ -73,10 +65,8 @@ class Start:
         if self._source is None:
             adapters = self._fresh_adapters(rng)
         else:
-            weights = self._weights(job)
-            found = transfer.initial(
-                self._method, self._source.trainable, self._shapes, rng, weights
-            )
+            trees = (self._source.trainable, self._shapes)
+            found = transfer.initial(self._method, *trees, rng, self._weights(job))
             adapters = patching.flatten(found)
         return self._method.split(patching.trees.unflatten({**self._base, **adapters}))
 

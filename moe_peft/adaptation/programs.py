@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 import numpy as np
-import optax
 
 from moe_peft.partitioning import hlo_cost
 from moe_peft.partitioning import mesh as mesh_lib
@@ -33,37 +32,26 @@ MapRuns = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What `advance` reports about each run.
+    """What `advance` reports about each run."""
 
-    Attributes:
-      steps: updates made, fewer than asked for where a run stopped on its own.
-      losses: objective of every step, [R, count].
-    """
-
-    steps: np.ndarray
-    losses: np.ndarray
+    steps: np.ndarray  # updates made, fewer than asked for where a run stopped on its own
+    losses: np.ndarray  # objective of every step, [R, count]
 
 
 def make_advance(update: step_lib.TrainStep, map_runs: MapRuns) -> Callable[..., Any]:
     """Returns `(states, active, frozen, tables, rows, start, count) -> (states, active, losses)`.
 
-    A pure function. Every run makes `count` steps, k = start, start + 1, ...; step k of run r sees
-    the rows `rows[r, k]` of its table, whose last row, -1, is padding. The state of a run that is
-    not active does not change. A run whose loss or gradient is not finite stops before that step:
-    it is inactive from then on, and the others do not notice.
-
-    Args:
-      update: of one run, as `step.make_update` makes it.
-      map_runs: `jax.vmap` or `one_after_another`, where an inactive run costs nothing.
+    A pure function; `update` is that of one run. Every run makes `count` steps, k = start, ...;
+    step k of run r sees the rows `rows[r, k]` of its table, whose last row, -1, is padding. The
+    state of a run that is not active does not change. A run whose loss or gradient is not finite
+    is inactive from before that step on, and the others do not notice.
     """
 
     def advance(states, active, frozen, tables, rows, start, count):
         def one_run(state, active, table, rows):
             def step(k, state, losses):
-                batch = {
-                    name: jnp.take(values, rows[k], axis=0, mode="wrap")
-                    for name, values in table.items()
-                }
+                take = lambda values: jnp.take(values, rows[k], axis=0, mode="wrap")
+                batch = {name: take(values) for name, values in table.items()}
                 new_state, metrics = update(state, frozen, batch)
                 is_finite = metrics["bad_leaf"] == step_lib.ALL_FINITE
                 loss = metrics["loss_sum"] / jnp.maximum(metrics["normalizer"], 1e-9)
@@ -113,15 +101,11 @@ class MappedRuns:
         mesh: jax.sharding.Mesh,
         map_runs: MapRuns | None = None,
     ):
-        """Compiles nothing yet.
+        """Compiles nothing yet; runs, at most `width`, are split over the mesh's data axes.
 
-        Args:
-          update: (state, frozen, batch) -> (state, metrics), of one run.
-          score: (frozen, trainable, batch) -> arrays [b] about every row, of one run.
-          frozen: the shared tree; moved to every device.
-          width: the largest number of runs of a group.
-          mesh: runs are split over its data axes.
-          map_runs: default: `one_after_another` on a CPU, `jax.vmap` elsewhere.
+        `update` and `score` are of one run; `score` gives arrays [b] about every row. `map_runs` is
+        by default `one_after_another` on a CPU, where an inactive run costs nothing, else
+        `jax.vmap`.
         """
         self._mesh = mesh
         shards = int(np.prod([mesh.shape[axis] for axis in mesh_lib.BATCH_AXES]))
@@ -132,9 +116,8 @@ class MappedRuns:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             map_runs = one_after_another if on_cpu else jax.vmap
         runs, whole = self._by_run.spec, jax.sharding.PartitionSpec()
-        on_every_device = functools.partial(
-            jax.shard_map, mesh=mesh, out_specs=runs, check_vma=False
-        )
+        mapped = {"mesh": mesh, "out_specs": runs, "check_vma": False}
+        on_every_device = functools.partial(jax.shard_map, **mapped)
         advance = make_advance(update, map_runs)
         specs = (runs, runs, whole, runs, runs, whole, whole)
         self._advance = jax.jit(on_every_device(advance, in_specs=specs), donate_argnums=(0, 1))
@@ -163,18 +146,10 @@ class MappedRuns:
         """One run's array of that shape, stacked."""
         return jax.ShapeDtypeStruct((self.width, *shape), dtype, sharding=self._by_run)
 
-    def create_states(
-        self,
-        trainables: Sequence[PyTree],
-        optimizer: optax.GradientTransformation,
-        seeds: Sequence[int],
-    ) -> step_lib.TrainState:
+    def create_states(self, trainables: Sequence[PyTree], optimizer, seeds: Sequence[int]):
         """Stacked states before the first step."""
-        states = [
-            step_lib.create_state(trainable, optimizer, seed)
-            for trainable, seed in zip(trainables, seeds, strict=True)
-        ]
-        return self.to_devices(stack(states))
+        create = lambda trainable, seed: step_lib.create_state(trainable, optimizer, seed)
+        return self.to_devices(stack([*map(create, trainables, seeds)]))
 
     def compile(self, states, tables, rows) -> hlo_cost.Memory:
         """Compiles `advance` for arrays of these shapes; returns what a device then needs."""
@@ -187,13 +162,8 @@ class MappedRuns:
     def advance(self, states, active: Bool[np.ndarray, "R"], tables, rows, start: int, count: int):
         """(states, active on the host, `StepReport`) after `count` steps at most.
 
-        Args:
-          states: stacked; given away.
-          active: runs that take part.
-          tables: feature name to [R, rows, ...] on the devices.
-          rows: Int[R k b] on the devices; steps see its places `start` to `start + count`.
-          start: first place.
-          count: steps.
+        The states are given away. Tables, [R, rows, ...], and rows, [R, k, b], are on the devices;
+        steps see the places k from `start` to `start + count`.
         """
         advance = self._compiled or self._advance
         among = np.zeros(self.width, bool)  # Copies that fill the group up are never active.
@@ -212,9 +182,8 @@ class MappedRuns:
     ) -> tuple[np.ndarray, ...]:
         """What `score` says about all rows of all chunks ([R, c, ...] on the host), each [R, e]."""
         with jax.set_mesh(self._mesh):
-            found = [
-                self._score(self.frozen, trainables, self.to_devices(chunk)) for chunk in chunks
-            ]
+            score = lambda chunk: self._score(self.frozen, trainables, self.to_devices(chunk))
+            found = [*map(score, chunks)]
         parts = zip(*(self.to_host(part, num_runs) for part in found), strict=True)
         return tuple(np.concatenate(part, axis=1) for part in parts)
 

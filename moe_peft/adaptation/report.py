@@ -28,15 +28,10 @@ def run_scores(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
 def summarize_rows(
     rows: Sequence[Row], bootstrap: bootstrap_lib.Bootstrap | None = None
 ) -> dict[str, Any]:
-    """What is reported, from the rows of `predictions.jsonl`.
+    """What is reported, from the rows of `predictions.jsonl` with "group": as `summarize`.
 
-    Args:
-      rows: with "group".
-      bootstrap: how intervals are found; its "templates" are seeds. None for none.
-
-    Returns:
-      As `summarize`; every line also has "metric", None where its tasks have several, and
-      "mean_interval", that of the mean over seeds, None where nothing was resampled.
+    Every line also has "metric", None where its tasks have several, and "mean_interval", that of
+    the mean over seeds, None without `bootstrap`, whose "templates" are seeds.
     """
     found = summarize(run_scores(rows), {row["task"]: row["group"] for row in rows})
     by_seed = ({**row, "template": row["seed"]} for row in rows)
@@ -50,10 +45,7 @@ def summarize_rows(
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median, interquartile range and standard deviation (of the sample, n - 1) of numbers.
-
-    The spread of a single number is None.
-    """
+    """Mean, median, and iqr and std (of the sample, n - 1), which are None for a single number."""
     several = len(values) > 1
     low, high = np.percentile(values, [25, 75])
     return {
@@ -65,17 +57,12 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summarize(scores: Mapping[tuple[str, int], float], groups: Mapping[str, str]) -> dict[str, Any]:
-    """What is reported about the runs of one method.
+    """What is reported about the runs of one method, from the scores of every (task, seed).
 
-    Args:
-      scores: of every (task, seed); every task has every seed.
-      groups: task to what it is reported under.
-
-    Returns:
-      tasks: of each, its scores by seed and their `spread` over seeds.
-      groups: of each group of tasks, as for "overall".
-      overall: "by_seed", for each seed the mean over tasks; "over_seeds", the `spread` of these
-        means; "mean_of_task_medians", the mean over tasks of the median over seeds (MHR's tables).
+    "tasks" have their scores "by_seed" and the `spread` of these "over_seeds". "overall" and the
+    "groups" that tasks are reported under have "by_seed", for each seed the mean over tasks;
+    "over_seeds", the `spread` of these means; "mean_of_task_medians", the mean over tasks of the
+    median over seeds (MHR's tables).
     """
     seeds = sorted({seed for _, seed in scores})
     tasks = list(dict.fromkeys(task for task, _ in scores))
@@ -115,19 +102,18 @@ def markdown(results: Mapping[str, Any]) -> str:
     head = ["", "tasks", "mean", "median", "IQR", "std", *(f"seed {seed}" for seed in seeds)]
     head += ["interval", "metric"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    how = results.get("bootstrap")
+    overall, how = results["overall"], results.get("bootstrap")
 
-    def line(name: str, found: Mapping[str, Any], count: int) -> str:
+    def line(name: str, found: Mapping[str, Any]) -> str:
         over = found["over_seeds"]
         numbers = [over[key] for key in ("mean", "median", "iqr", "std")]
         numbers += [found["by_seed"][seed] for seed in seeds]
         low_high = map(_percent, found.get("mean_interval") or ())
         more = [" to ".join(low_high), (found.get("metric") or "").replace("_", " ")]
-        return "| " + " | ".join([name, str(count), *map(_percent, numbers), *more]) + " |"
+        cells = [name, str(found["num_tasks"]), *map(_percent, numbers), *more]
+        return "| " + " | ".join(cells) + " |"
 
-    overall = results["overall"]
-    lines.append(line("**all tasks**", overall, overall["num_tasks"]))
-    lines += [line(name, found, found["num_tasks"]) for name, found in results["groups"].items()]
+    lines += [line(*each) for each in (("**all tasks**", overall), *results["groups"].items())]
     note = (
         f"Per cent. mean, median, IQR and std are over {len(seeds)} seeds, of each seed's mean "
         "over the tasks of the line; std is that of a sample (n - 1). Mean over tasks of the "

@@ -31,13 +31,9 @@ def score_rows(
 ) -> Callable[[PyTree, PyTree, Mapping[str, Any]], RowScores]:
     """Returns `(frozen, trainable, batch) -> RowScores`, a pure function.
 
-    Without choices a row scores 1 if greedy decoding would give its target, with choices if the
-    right one ranks first. Rows of padding score and lose 0.
-
-    Args:
-      model: with adapters.
-      num_choices: the largest number of them; 0 for tasks without.
-      is_length_normalized: rank by the mean over tokens (T-Few, MHR), not by the sum (T0, MoV).
+    Without choices (`num_choices` 0) a row scores 1 if greedy decoding would give its target, with
+    choices if the right one ranks first, by the mean over tokens or by the sum. Rows of padding
+    score and lose 0.
     """
 
     def by_exact_match(frozen, trainable, batch):
@@ -66,21 +62,15 @@ def score_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Scores of one run's examples.
+    """Scores of one run's examples."""
 
-    Attributes:
-      scores: in [0, 1], one an example; None where the metric has none for one example.
-      loss: mean over examples of the right answer's loss per token; 0 where nobody computed it.
-      predictions: answers in text, None where there is none.
-      metric: name.
-      of_all: score of all examples together; None: the mean.
-    """
-
+    # In [0, 1], one an example; None where the metric has none for one example.
     scores: Sequence[float | None]
+    # Mean over examples of the right answer's loss per token; 0 where nobody computed it.
     loss: float
-    predictions: Sequence[str | None]
-    metric: str = "exact_match"
-    of_all: float | None = None
+    predictions: Sequence[str | None]  # answers in text, None where there is none
+    metric: str = "exact_match"  # name
+    of_all: float | None = None  # score of all examples together; None: the mean
 
     @property
     def score(self) -> float:
@@ -96,9 +86,9 @@ Scorer = Callable[[PyTree, str], Sequence[Scored]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How answers are found and scored; see `adapt.Settings`. `metrics` are by task."""
+    """How answers are found and scored; see `adapt.Settings`."""
 
-    metrics: Mapping[str, metrics.Metric]
+    metrics: Mapping[str, metrics.Metric]  # by task
     decoding: decoding_lib.Strategy | None
     is_length_normalized: bool
     batch_size: int
@@ -107,17 +97,9 @@ class Evaluation:
 
 
 def score_one_run(
-    rows: tuple[np.ndarray, ...],
-    is_cut: np.ndarray,
-    choices: Sequence[Sequence[str]],
+    rows: tuple[np.ndarray, ...], is_cut: np.ndarray, choices: Sequence[Sequence[str]]
 ) -> Scored:
-    """Results of one run without its rows of padding; a target that was cut scores 0.
-
-    Args:
-      rows: `RowScores` of it.
-      is_cut: of each real row.
-      choices: texts of each real row; empty where it has none.
-    """
+    """Results of one run from its `RowScores`, without padding; a target that was cut scores 0."""
     count = len(is_cut)
     scores, row_losses, best = (values[:count] for values in rows)
     answers = [c[int(b)] if c and b >= 0 else None for c, b in zip(choices, best, strict=True)]
@@ -144,11 +126,10 @@ def scorer(
     folder: pathlib.Path,
     mesh: jax.sharding.Mesh,
 ) -> Scorer:
-    """Returns what evaluates the runs of a group.
+    """Returns what evaluates a group: all runs in one pass, or one by one if answers are decoded.
 
-    All at once by a forward pass; one after another if their answers are decoded. The newest
-    decoded answers to the reported examples are kept in `folder`, the group's: a group that goes on
-    after an interruption does not decode them again.
+    The newest decoded answers to the reported examples are kept in `folder`, the group's: a group
+    that goes on after an interruption does not decode them again.
     """
     shape = members[0].eval_shape
     if how.decoding is not None and not shape.num_choices:
@@ -160,26 +141,21 @@ def scorer(
         parts = [getattr(one, split) for one in members]
         chunks = kept.get(split) or chunks_of(parts)
         rows = mapped.score(trainables, chunks, len(members))
-        return [
-            score_one_run(
-                tuple(values[run] for values in rows),
-                part.is_cut,
-                [example.answer_choices for example in part.examples],
-            )
-            for run, part in enumerate(parts)
-        ]
+        choices = [[example.answer_choices for example in part.examples] for part in parts]
+        by_run = zip(zip(*rows), parts, choices, strict=True)
+        return [score_one_run(own, part.is_cut, texts) for own, part, texts in by_run]
 
     return score
 
 
 def _answer_scorer(how, network, frozen, members, folder, mesh) -> Scorer:
-    answerer = inference.Answerer(network, how.batch_size, dict(how.feature_lengths), mesh)
+    answerer = inference.AnsweringModel(network, how.batch_size, dict(how.feature_lengths), mesh)
 
     def decode_answers(trainable, part, seed):
         params = patching.merge(frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
         inputs = part.features["encoder_input_tokens"]
         questions = [inference.Question(row[row > 0]) for row in inputs]
-        answers = answerer.generate(params, questions, how.decoding, progress.Silent(), seed)
+        answers = answerer.generate(params, questions, how.decoding, progress.Progress(), seed)
         return [how.vocabulary.decode(ids.tolist()) for ids in answers]
 
     def score(trainables, split):

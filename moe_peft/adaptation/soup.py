@@ -33,10 +33,7 @@ _ANY_LENGTH = (2**31, 2**31)  # Texts are compared whole.
 def char_ngrams(shortest: int = 2, longest: int = 4, num_buckets: int = 4096) -> EncoderMaker:
     """TF-IDF of hashed character n-grams within words: needs no pretrained encoder.
 
-    Args:
-      shortest: characters of the shortest n-gram.
-      longest: of the longest.
-      num_buckets: width of an embedding.
+    N-grams have `shortest` to `longest` characters; an embedding is `num_buckets` wide.
     """
     if not 1 <= shortest <= longest or num_buckets < 1:
         raise errors.UserError(
@@ -69,24 +66,17 @@ def pretrained(encoder: Encoder) -> EncoderMaker:
 @gin.register(module="soup")
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """How neighbours are found.
+    """How neighbours are found."""
 
-    Attributes:
-      num_neighbours: training tasks whose adapters are averaged.
-      threshold: leave out those with a smaller cosine, but never the nearest one; None for no such
-        limit. What is a small cosine depends on the encoder.
-      encoder: `char_ngrams` or `pretrained`.
-      max_examples: of a training task; a random sample where there are more.
-      with_targets: embed input and answer, not the input alone.
-      seed: of that sample.
-    """
-
-    num_neighbours: int = 5
+    num_neighbours: int = 5  # training tasks whose adapters are averaged
+    # Leave out those with a smaller cosine, but never the nearest one; None for no such limit. What
+    # is a small cosine depends on the encoder.
     threshold: float | None = None
+    # `char_ngrams` or `pretrained`.
     encoder: EncoderMaker = dataclasses.field(default_factory=char_ngrams)
-    max_examples: int = 100
-    with_targets: bool = False
-    seed: int = 0
+    max_examples: int = 100  # of a training task; a random sample where there are more
+    with_targets: bool = False  # embed input and answer, not the input alone
+    seed: int = 0  # of that sample
 
     def __post_init__(self):
         for name in ("num_neighbours", "max_examples"):
@@ -109,17 +99,12 @@ class Neighbours:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbourhood:
-    """Which training tasks are averaged for each new task.
+    """Which training tasks are averaged for each new task."""
 
-    Attributes:
-      sources: name of every task id of the multi-task run; "" where it has no data.
-      similarities: new task -> cosine with each of them, NaN where there is no data.
-      weights: new task -> what each counts in the average.
-    """
-
-    sources: Sequence[str]
+    sources: Sequence[str]  # name of every task id of the multi-task run; "" where it has no data
+    # New task -> cosine with each of them, NaN where there is no data.
     similarities: Mapping[str, Float[np.ndarray, " n"]]
-    weights: Mapping[str, Float[np.ndarray, " n"]]
+    weights: Mapping[str, Float[np.ndarray, " n"]]  # new task -> what each counts in the average
 
     def chosen_for(self, new: str) -> list[tuple[str, float, float]]:
         """(training task, cosine, weight) of the chosen ones, nearest first."""
@@ -148,22 +133,13 @@ class Neighbourhood:
 
 
 class Sources:
-    """Embeddings of the tasks of a multi-task run.
-
-    Attributes:
-      settings: how neighbours are found.
-      names: of every task id.
-    """
+    """Embeddings of the tasks of a multi-task run."""
 
     def __init__(self, mixture: str, num_tasks: int, settings: Neighbours):
-        """Reads and embeds the train split of every task of the mixture.
-
-        Raises:
-          UserError: there is no such mixture, its tasks carry no ids, or an id is out of range.
-        """
+        """Reads and embeds the train split of every task; UserError: their ids do not fit."""
         texts = _source_texts(mixture, num_tasks, settings)
         self.settings = settings
-        self.names = [name for name, _ in texts]
+        self.names = [name for name, _ in texts]  # of every task id
         self._encode = settings.encoder([text for _, own in texts for text in own])
         self._embeddings = [self._embed(own) if own else None for _, own in texts]
 
@@ -190,15 +166,10 @@ def compare(
     settings: Neighbours | None = None,
     rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Neighbourhood:
-    """Returns, for each new task, the weights of the multi-task run's tasks.
+    """Returns, for each new task, the weights of the n tasks that the multi-task run tells apart.
 
-    Args:
-      train_mixture: what the multi-task run was trained on.
-      new_mixture: the new tasks.
-      num_tasks: n, task ids that run tells apart.
-      settings: how neighbours are found.
-      rows: of the train split of each new task: its shots. None takes a sample of all, which a
-        few-shot run does not have.
+    `rows` are those of the train split that are each new task's shots. None takes a sample of all,
+    which a few-shot run does not have.
     """
     from moe_peft.data import lookup
 
@@ -220,14 +191,9 @@ def task_weights(
 ) -> Callable[["data.Job"], Float[np.ndarray, " n"]]:
     """Returns a run's task and seed -> weights of the source's tasks, for `adapt.task_weights`.
 
-    A new task is known by the shots of the run alone, all their wordings.
-
-    Args:
-      source_mixture: what the multi-task run was trained on.
-      num_tasks: task ids that run tells apart.
-      shots: as `adapt` has them.
-      wordings: as `adapt` has them.
-      neighbours: how neighbours are found.
+    A new task is known by the shots of the run alone, all their wordings. The multi-task run was
+    trained on `source_mixture` and tells `num_tasks` ids apart; `shots` and `wordings` are as
+    `adapt` has them.
     """
     from moe_peft.data import fewshot, lookup
 
@@ -258,7 +224,7 @@ def _examples(task, rows, chosen: Sequence[int]) -> list:
 
 
 def _texts(task, settings: Neighbours, chosen: Sequence[int] | None) -> list[str]:
-    """Texts of some rows of the train split, or of a sample."""
+    """Texts of some rows of the train split; None takes a sample."""
     rows = _rows(task, settings.max_examples if chosen is None else None)
     chosen = _sample(len(rows), settings) if chosen is None else chosen
     return [settings.text(example) for example in _examples(task, rows, chosen)]

@@ -4,7 +4,7 @@ Mixture, lengths, batch size, packing and seed are arguments of a run, and descr
 the gin settings that data code reads by itself, and what came of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import hashlib
 import itertools
@@ -56,10 +56,10 @@ def describe(
         batches = map(task_ids.per_template, make(stream, batch_size, lengths, 0))
     seen = {} if stream is None else _count(stream)
     seen["first_batches"] = _digest(itertools.islice(batches, NUM_BATCHES))
-    return {"gin": _settings(lookup.tasks_with(mixture_or_task, split)), "seen": seen}
+    return {"gin": settings_of(lookup.tasks_with(mixture_or_task, split)), "seen": seen}
 
 
-def _settings(tasks: list[seqio.Task]) -> dict[str, Any]:
+def settings_of(tasks: Iterable[seqio.Task]) -> dict[str, Any]:
     """The settings in force of every configurable that some task, or the pipeline, reads."""
     encoder = sentences.configured()
     found = {

@@ -85,13 +85,9 @@ def aggregate(
 ) -> Results:
     """Results of rows that have "task", "group", "template" and "score".
 
-    Args:
-      rows: where "metric" names a metric of all examples together, "prediction" and "references" or
-        "targets" count instead of "score".
-      average: the rule from tasks to groups and to the overall number.
-      bootstrap: how intervals are found; None for none.
-
-    Raises ValueError without rows, or when a task appears under two groups.
+    Where "metric" names a metric of all examples together, "prediction" and "references" or
+    "targets" count instead of "score". `average` is the rule from tasks to groups and to the
+    overall number. Raises ValueError without rows, or when a task appears under two groups.
     """
     errors.check_one_of("average", average, AVERAGES)
     tasks = _tasks(rows)
@@ -151,15 +147,12 @@ def _tasks(rows: Iterable[Row]) -> list[_Task]:
         found.setdefault(task, {}).setdefault(str(row["template"]), []).append(row)
     if not found:
         raise ValueError("There is nothing to aggregate: no predictions.")
+    read = bootstrap_lib.Examples.from_rows
     return [
         _Task(
-            task,
-            groups[task],
-            _only(metrics[task]),
-            sorted(templates),
-            [bootstrap_lib.Examples.from_rows(templates[name]) for name in sorted(templates)],
+            task, groups[task], _only(metrics[task]), sorted(of), [read(of[k]) for k in sorted(of)]
         )
-        for task, templates in sorted(found.items())
+        for task, of in sorted(found.items())
     ]
 
 

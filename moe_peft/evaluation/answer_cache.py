@@ -35,15 +35,7 @@ class Answers:
         run: Mapping[str, Any],
         settings: Mapping[str, Any],
     ):
-        """Reads what is there; writes nothing yet.
-
-        Args:
-          folder: of the mixture's evaluation.
-          mixture: name.
-          num_tasks: that are to be answered.
-          run: what the model is, the digest of its parameters included.
-          settings: of the evaluator.
-        """
+        """Reads what is there; `run` says what the model is, its parameters' digest included."""
         self.folder = folder
         self._record = {
             "moe_peft_version": moe_peft.__version__,
@@ -86,10 +78,7 @@ class Answers:
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The content of `evaluation.json`, None if there is none.
-
-    Raises UserError for a file that cannot be used.
-    """
+    """The content of `evaluation.json`, None if there is none; UserError: it cannot be used."""
     path = folder / RECORD
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -100,10 +89,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def read_all(folder: pathlib.Path, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of these tasks.
-
-    Raises UserError where a file is missing or was changed.
-    """
+    """Rows of these tasks; UserError where a file is missing or was changed."""
     record = read_record(folder)["tasks"]
     for task in tasks:
         path = _path(folder, task)

@@ -56,10 +56,7 @@ class Examples:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Examples":
-        """From rows of predictions.
-
-        Raises UserError where a metric of all examples together is not the only one.
-        """
+        """From rows of predictions; UserError: a metric of all of them is not the only one."""
         names = list(dict.fromkeys(row.get("metric") for row in rows))
         together = [name for name in names if getattr(metrics.METRICS.get(name), "of_pairs", None)]
         if not together:  # Every row has a score of its own, by whatever metric.
@@ -95,18 +92,12 @@ def over_examples(
     generator = how.generator(name)
     are_same = len(set(map(len, templates))) == 1
     together = [templates] if are_same else [[template] for template in templates]
-    return np.concatenate(
-        [
-            np.concatenate(
-                [
-                    [template.resampled(chosen) for template in members]
-                    for chosen in _draws(generator, len(members[0]), how.resamples)
-                ],
-                axis=1,
-            )
-            for members in together
-        ]
-    )
+    found = []
+    for members in together:
+        draws = _draws(generator, len(members[0]), how.resamples)
+        scores = [[template.resampled(chosen) for template in members] for chosen in draws]
+        found.append(np.concatenate(scores, axis=1))
+    return np.concatenate(found)
 
 
 def over_templates(

@@ -6,35 +6,27 @@ import sys
 import time
 from typing import Any
 
-from flax import linen as nn
-import jax
-
-from moe_peft import methods
 from moe_peft.config import settings as settings_lib
-from moe_peft.evaluation import answer_cache, questions, table
+from moe_peft.evaluation import aggregation, answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import restore
 
+# Batches of answers that an interruption loses at most, but for larger tasks.
+_BATCHES_OF_A_PART = 32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(restore.Settings):
     """Of `evaluate`."""
 
-    model: nn.Module  # the network without adapters
-    method: methods.Method  # as trained; `frozen` evaluates the backbone and needs no checkpoint
-    backbone: str  # as trained, such as "embedded:cldr_tiny"
-    model_dir: str  # folder of the run; for `frozen`, where results go
     evaluator: evaluator_lib.Evaluator  # what is asked and how
-    step: int | None = None  # which checkpoint; None for the newest
-    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
     # Folder of a multi-task run that `method` (made by `methods.transferred`) takes its parameters
     # from, to evaluate them before any further step; `model_dir` only gets results. For any other
     # method, a run of it or the file it was exported to.
     start_from: str | None = None
-    mesh: jax.sharding.Mesh | None = None  # devices; default: all, data-parallel
 
 
 @settings_lib.entry_point(Settings, "evaluate", module="evaluation")
@@ -44,38 +36,22 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Into `model_dir`/eval/<mixture> go `results.json` (settings, averages, what the run is),
     `table.md` and, task by task, `predictions/<task>.jsonl` (every example). Each appears when it
     is complete. Tasks that the same model has answered before, with the same settings, are not
-    asked again; other answers are replaced.
+    asked again; other answers are replaced. Returns {mixture: the content of its results.json}.
 
-    Returns:
-      {mixture: the content of its results.json}.
-
-    Raises:
-      UserError: a setting, the run, the data or the folder is wrong.
+    Raises UserError: a setting, the run, the data or the folder is wrong.
     """
     from moe_peft.data import lookup  # Imports TensorFlow.
 
     evaluator = settings.evaluator
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
-    evaluator.check_devices(mesh)
-    folders = {
-        mixture: pathlib.Path(settings.model_dir).expanduser() / "eval" / mixture
-        for mixture in evaluator.mixtures
-    }
+    mesh_lib.check_batch_size(evaluator.batch_size, 1, mesh)
+    root = pathlib.Path(settings.model_dir).expanduser() / "eval"
+    folders = {mixture: root / mixture for mixture in evaluator.mixtures}
     for mixture, folder in folders.items():  # Mistakes show before anything is loaded.
         json_files.check_writable(folder)
         lookup.check_vocabulary(mixture, settings.model.config.vocab_size)
         evaluator.questions_of(mixture)
-    restored = restore.model(
-        settings.model,
-        settings.method,
-        settings.backbone,
-        settings.model_dir,
-        evaluator.batch_shapes(),
-        mesh,
-        step=settings.step,
-        frozen_dtype=settings.frozen_dtype,
-        start_from=settings.start_from,
-    )
+    restored = restore.model(settings, evaluator.batch_shapes(), mesh, settings.start_from)
     # Answers are kept for these very parameters, whatever their folder is called.
     run = {**restored.run, "parameters_sha256": digest.of_tree(restored.params)}
     restored = dataclasses.replace(restored, run=run)
@@ -91,13 +67,14 @@ def _evaluate_mixture(
     """Asks, averages, writes and prints; returns the content of results.json."""
     evaluator, num_cut = settings.evaluator, sum(settings.evaluator.questions_of(mixture).is_cut)
     rows, seconds = _answer(evaluator, restored, mixture, folder)
+    results = aggregation.aggregate(rows, evaluator.average, evaluator.bootstrap)
     found = {
         "mixture": mixture,
         "run": dict(restored.run),
         "settings": evaluator.settings,
         "num_cut_targets": num_cut,
         "seconds": seconds,
-        "results": evaluator.results(rows).to_json(),
+        "results": results.to_json(),
     }
     json_files.write_json(folder / "results.json", found)
     runs = [table.Run(settings.method.name, found)]
@@ -114,18 +91,14 @@ def _evaluate_mixture(
     return found
 
 
-def _answer(
-    evaluator: evaluator_lib.Evaluator,
-    restored: restore.Restored,
-    mixture: str,
-    folder: pathlib.Path,
-) -> tuple[list[questions.Row], float]:
+def _answer(evaluator, restored, mixture, folder) -> tuple[list[questions.Row], float]:
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
     asked, rows, num_known = evaluator.questions_of(mixture), [], 0
     num_tasks = len(asked.tasks())
     kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
     with progress_lib.shown(mixture, len(asked.rows)) as progress:
-        for part in evaluator.parts(mixture):
+        # Whole tasks, so many that batches of similar length are mostly full.
+        for part in asked.parts(_BATCHES_OF_A_PART * evaluator.batch_size):
             started = time.monotonic()
             digests = {task: asked.digest(places) for task, places in part.items()}
             known = {task: kept.read(task, digest) for task, digest in digests.items()}

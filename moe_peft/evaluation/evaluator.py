@@ -19,11 +19,7 @@ from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import questions as questions_lib
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder
-from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
-
-# Batches of answers that an interruption loses at most, but for larger tasks.
-_BATCHES_OF_A_PART = 32
 
 
 @gin.register(module="evaluation")
@@ -110,34 +106,14 @@ class Evaluator:
         question = self.questions_of(self.mixtures[0]).questions[0]
         return inference.batch_shapes(self.batch_size, self.feature_lengths, question)
 
-    def check_devices(self, mesh: jax.sharding.Mesh) -> None:
-        """Raises UserError unless a batch divides among the devices; nothing is loaded for that."""
-        mesh_lib.check_batch_size(self.batch_size, 1, mesh)
-
     def questions_of(self, mixture: str) -> questions_lib.MixtureQuestions:
         """The questions of a mixture, read once."""
         if mixture not in self._questions:
-            self._questions[mixture] = questions_lib.read(
-                mixture,
-                self.feature_lengths,
-                self._group,
-                split=self.split,
-                max_examples_per_task=self.max_examples_per_task,
-                with_choices=self.rank_choices,
-            )
+            names = (mixture, self.feature_lengths, self._group, self.split)
+            limit, with_choices = self.max_examples_per_task, self.rank_choices
+            self._questions[mixture] = questions_lib.read(*names, limit, with_choices)
             metrics.of_tasks(self.metric, self._questions[mixture].own_metrics)
         return self._questions[mixture]
-
-    def parts(self, mixture: str) -> list[dict[str, range]]:
-        """Tasks of a mixture that are asked together: {task: places of its questions}.
-
-        Whole tasks, and enough of them that batches of similar length are mostly full.
-        """
-        return list(self.questions_of(mixture).parts(_BATCHES_OF_A_PART * self.batch_size))
-
-    def results(self, rows: Sequence[questions_lib.Row]) -> aggregation.Results:
-        """Averages and intervals."""
-        return aggregation.aggregate(rows, self.average, self.bootstrap)
 
     def predict(
         self,
@@ -153,7 +129,7 @@ class Evaluator:
         None where nothing was decoded. Rows with choices also get "log_likelihoods" and
         "num_tokens", a number for each choice. `places` are of the questions to ask; None for all.
         """
-        asked, progress = self.questions_of(mixture), progress or progress_lib.Silent()
+        asked, progress = self.questions_of(mixture), progress or progress_lib.Progress()
         _check_task_ids(asked, model.method, mixture)
         places = range(len(asked.rows)) if places is None else places
         answers = self._answering_model(model, params).answer(
@@ -171,13 +147,7 @@ class Evaluator:
             for i, answer in zip(places, answers, strict=True)
         ]
 
-    def _score(
-        self,
-        asked: questions_lib.MixtureQuestions,
-        place: int,
-        answer: Any,
-        metric_of: Mapping[str, metrics.Metric],
-    ) -> questions_lib.Row:
+    def _score(self, asked, place: int, answer: Any, metric_of) -> questions_lib.Row:
         """What an answer adds to the row of its question."""
         row = asked.rows[place]
         if isinstance(answer, inference.ChoiceScore):
@@ -206,13 +176,10 @@ def _check_task_ids(
     asked: questions_lib.MixtureQuestions, method: methods.Method | None, mixture: str
 ) -> None:
     """Raises UserError if `method` routes by task and the questions' tasks are not its own."""
-    if method is None or method.num_tasks is None:
-        return
-    from moe_peft.data import task_ids  # Imports TensorFlow.
+    if method is not None and method.num_tasks is not None:
+        from moe_peft.data import task_ids  # Imports TensorFlow.
 
-    if any("task_ids" not in question.features for question in asked.questions):
-        raise errors.UserError(
-            f"{method.name!r} routes by task, but {mixture!r} has no feature 'task_ids'."
-        )
-    ids = np.array([int(question.features["task_ids"]) for question in asked.questions])
-    task_ids.check_ids(ids, method.num_tasks, repr(mixture))
+        ids = [question.features.get("task_ids") for question in asked.questions]
+        has_ids = all(each is not None for each in ids)
+        batch = {"task_ids": np.array(ids, int)} if has_ids else {}
+        next(task_ids.checked_batches(iter([batch]), method, mixture))

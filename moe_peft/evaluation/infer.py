@@ -6,11 +6,9 @@ import pathlib
 import sys
 from typing import Any
 
-from flax import linen as nn
-import jax
 import numpy as np
 
-from moe_peft import errors, methods
+from moe_peft import errors
 from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import inference
 from moe_peft.models import decoding as decoding_lib
@@ -23,13 +21,9 @@ _Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(restore.Settings):
     """Of `infer`."""
 
-    model: nn.Module  # the network without adapters
-    method: methods.Method  # as trained; `frozen` asks the backbone and needs no checkpoint
-    backbone: str  # as trained
-    model_dir: str  # folder of the run
     mixture: str  # whose vocabulary is used
     # Tokens of "inputs" (longer questions are cut, with a warning) and "targets".
     feature_lengths: Mapping[str, int]
@@ -38,10 +32,7 @@ class Settings:
     decoding: decoding_lib.Strategy  # how answers in free text are found, such as `Greedy()`
     batch_size: int = 64  # rows of a batch, over all devices
     length_normalized_choices: bool = False  # rank by log-likelihood per token, not by its sum
-    step: int | None = None  # which checkpoint; None for the newest
-    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
     seed: int = 0  # of random decoding
-    mesh: jax.sharding.Mesh | None = None  # devices; default: all, data-parallel
 
 
 @settings_lib.entry_point(Settings, "infer", module="evaluation")
@@ -53,39 +44,24 @@ def infer(settings: Settings) -> list[_Row]:
     whatever else it holds is copied. Blank lines are skipped. Each output line holds the input's
     fields and "prediction"; with choices also "log_likelihoods" and "num_tokens" of each.
 
-    Raises:
-      UserError: a file, a line of it, the run or a setting is wrong.
+    Raises UserError: a file, a line of it, the run or a setting is wrong.
     """
     from moe_peft.data import lookup  # Imports TensorFlow.
 
-    lengths = lookup.check_lengths(settings.feature_lengths)
-    limits = dict(zip(("inputs", "targets"), lengths, strict=True))
+    lookup.check_lengths(settings.feature_lengths)
+    limits = dict(settings.feature_lengths)
     lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
     vocabulary = lookup.vocabulary(settings.mixture)
     rows = _read(pathlib.Path(settings.inputs))
     questions = _questions(rows, vocabulary, limits)
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
     shapes = inference.batch_shapes(settings.batch_size, limits, questions[0])
-    restored = restore.model(
-        settings.model,
-        settings.method,
-        settings.backbone,
-        settings.model_dir,
-        shapes,
-        mesh,
-        step=settings.step,
-        frozen_dtype=settings.frozen_dtype,
-    )
+    restored = restore.model(settings, shapes, mesh)
     model = inference.AnsweringModel(restored.model, settings.batch_size, limits, mesh)
     with progress_lib.shown("infer", len(rows)) as progress:
-        answers = model.answer(
-            restored.params,
-            questions,
-            inference.limited(settings.decoding, limits["targets"]),
-            progress,
-            seed=settings.seed,
-            is_length_normalized=settings.length_normalized_choices,
-        )
+        decoding = inference.limited(settings.decoding, limits["targets"])
+        how = {"is_length_normalized": settings.length_normalized_choices, "seed": settings.seed}
+        answers = model.answer(restored.params, questions, decoding, progress, **how)
     for row, answer in zip(rows, answers, strict=True):
         if isinstance(answer, inference.ChoiceScore):
             row["prediction"] = row["choices"][answer.best]
@@ -142,12 +118,8 @@ def _questions(
         # Of what the model reads: a question that is cut has the embedding of its beginning.
         embeddings = sentence_encoder([vocabulary.decode(ids.tolist()) for ids in inputs])
         features = [{"sentence_embeddings": embedding} for embedding in embeddings]
-    choices = [
-        tuple(
-            encoding.with_end(encode(text), limits["targets"]) for text in row.get("choices") or ()
-        )
-        for row in rows
-    ]
+    choice = lambda text: encoding.with_end(encode(text), limits["targets"])
+    choices = [tuple(map(choice, row.get("choices") or ())) for row in rows]
     return [
         inference.Question(ids, choices=texts, features=own)
         for ids, texts, own in zip(inputs, choices, features, strict=True)

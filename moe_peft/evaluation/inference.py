@@ -188,14 +188,14 @@ class AnsweringModel:
         ask_batch = lambda batch, number: self._programs.rank_choices(
             params, batch, most, is_length_normalized
         )
+        found = []
         rows = self._ask_batches(questions, decoder, ask_batch, progress)
-        counts = [len(question.choices) for question in questions]
-        return [
-            ChoiceScore(
-                int(best), likelihoods[:count].tolist(), num_tokens[:count].astype(int).tolist()
+        for question, (best, *numbers) in zip(questions, rows, strict=True):
+            likelihoods, num_tokens = (values[: len(question.choices)] for values in numbers)
+            found.append(
+                ChoiceScore(int(best), likelihoods.tolist(), num_tokens.astype(int).tolist())
             )
-            for count, (best, likelihoods, num_tokens) in zip(counts, rows, strict=True)
-        ]
+        return found
 
     def _ask_batches(
         self,

@@ -145,10 +145,8 @@ def rouge_l_crossfit(prediction: str, references: Sequence[str]) -> float:
 def macro_f1(labels: Pairs) -> float:
     """F1 of each label that is predicted or right anywhere, averaged over these labels.
 
-    A label that is never right, such as a text nobody asked for, counts with F1 0.
-
-    Args:
-      labels: numbers of (predicted, right) labels.
+    Rows are numbers of (predicted, right) labels. A label that is never right, such as a text
+    nobody asked for, counts with F1 0.
     """
     predicted, right = labels.astype(int).T
     size = int(labels.max()) + 1
@@ -224,12 +222,7 @@ def get(name: str) -> Metric:
 
 
 def of_tasks(name: str, own: Mapping[str, str | None]) -> dict[str, Metric]:
-    """The metric of each task.
-
-    Args:
-      name: of one metric for all, or "task".
-      own: task to the name of the metric that its benchmark reports, None where nobody says.
-    """
+    """The metric of each task: the one of that name, or for "task" its benchmark's `own`."""
     if name != OF_TASK:
         return dict.fromkeys(own, get(name))
     unknown = [task for task, metric in own.items() if metric is None]

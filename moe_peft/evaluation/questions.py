@@ -31,11 +31,11 @@ class MixtureQuestions:
 
     def tasks(self) -> dict[str, range]:
         """Places of each task's questions."""
-        starts = [
-            i for i, row in enumerate(self.rows) if not i or row["task"] != self.rows[i - 1]["task"]
-        ]
-        ends = [*starts[1:], len(self.rows)]
-        return {self.rows[i]["task"]: range(i, end) for i, end in zip(starts, ends, strict=True)}
+        found: dict[str, range] = {}
+        for i, row in enumerate(self.rows):
+            start = found[row["task"]].start if row["task"] in found else i
+            found[row["task"]] = range(start, i + 1)
+        return found
 
     def parts(self, size: int) -> Iterator[dict[str, range]]:
         """Tasks in order, so many together that they have at least `size` questions."""
@@ -70,7 +70,6 @@ def read(
     mixture: str,
     feature_lengths: Mapping[str, int],
     group: re.Pattern | None,
-    *,
     split: str,
     max_examples_per_task: int | None = None,
     with_choices: bool = False,
@@ -87,13 +86,10 @@ def read(
 
     vocabulary, limit = lookup.vocabulary(mixture), feature_lengths["targets"]
     reporting = {task.name: lookup.reporting(task) for task in lookup.tasks_with(mixture, split)}
-    groups = {
-        task: own.group or task if group is None else group_of(task, group)
-        for task, own in reporting.items()
-    }
-    asked = MixtureQuestions(
-        [], [], [], vocabulary, {task: own.metric for task, own in reporting.items()}
-    )
+    own_group = lambda task: reporting[task].group or task
+    groups = {t: own_group(t) if group is None else group_of(t, group) for t in reporting}
+    own_metrics = {task: own.metric for task, own in reporting.items()}
+    asked = MixtureQuestions([], [], [], vocabulary, own_metrics)
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     batches = evaluation_data.eval_examples(
         mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
@@ -143,14 +139,8 @@ def group_of(task: str, group: re.Pattern) -> str:
 
 
 def _row(example: Any, index: int, group: str, choices: list[str]) -> Row:
-    row = {
-        "task": example.task,
-        "group": group,
-        "template": example.template_id,
-        "index": index,
-        "inputs": example.inputs,
-        "targets": example.targets,
-    }
+    row = {"task": example.task, "group": group, "template": example.template_id, "index": index}
+    row |= {"inputs": example.inputs, "targets": example.targets}
     if example.references:
         row["references"] = list(example.references)
     if not choices:

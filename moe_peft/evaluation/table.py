@@ -30,16 +30,11 @@ class Run:
         """Number of trainable parameters."""
         return self.content["run"]["trainable_parameters"]
 
-    @property
-    def trainable_share(self) -> float:
-        """Trainable parameters as a share of all parameters."""
-        return self.trainable / self.content["run"]["total_parameters"]
-
     def size(self) -> str:
         """The trainable parameters for a person: "74,880 (1.2 %)"."""
         if not self.trainable:
             return "0"
-        percent = 100 * self.trainable_share
+        percent = 100 * self.trainable / self.content["run"]["total_parameters"]
         return f"{self.trainable:,} ({percent:.{2 if percent < 1 else 1}f} %)"
 
 

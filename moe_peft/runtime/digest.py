@@ -19,19 +19,15 @@ def of_tree(tree: PyTree) -> str:
     >>> of_tree({"a": np.zeros(2)}) == of_tree({"a": np.zeros(2, np.float32)})
     False
     """
+    items = jax.tree_util.tree_leaves_with_path(tree)
+    called = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return of_leaves(pool.map(_of_leaf, jax.tree_util.tree_leaves_with_path(tree)))
+        return of_leaves(pool.map(lambda item: of_leaf(called(item[0]), item[1]), items))
 
 
 def of_leaves(digests: Iterable[str]) -> str:
     """Returns the digest of a tree from those of its leaves, in any order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
-def _of_leaf(item: tuple[Any, Any]) -> str:
-    path, leaf = item
-    name = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-    return of_leaf(name, leaf)
 
 
 def of_leaf(name: str, leaf: Any) -> str:

@@ -27,10 +27,9 @@ def run_programs_inline() -> None:
 
 
 def keep() -> bool:
-    """Stops glibc from returning memory, for good, if jax computes on a CPU; says whether.
+    """Stops glibc, on Linux, from returning memory if jax computes on a CPU; says whether.
 
-    Only glibc on Linux can do that. Call it after loading the weights, so that the memory of
-    loading is still returned.
+    Call it after loading the weights, so that the memory of loading is still returned.
     """
     if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False

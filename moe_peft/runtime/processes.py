@@ -37,15 +37,10 @@ class Cluster:
 def find(flag: str | None, environ: Mapping[str, str]) -> Cluster | None:
     """Returns the processes that this one is to join; None if it is alone.
 
-    Args:
-      flag: "HOST:PORT,COUNT,INDEX"; "auto" for jax's own detection (TPU pods, Slurm, Open MPI);
-        "off"; None looks at the environment: the same in MOE_PEFT_DISTRIBUTED; several tasks of a
-        Slurm step; several workers of a TPU slice; an indexed Kubernetes job with
-        MOE_PEFT_COORDINATOR and MOE_PEFT_NUM_PROCESSES.
-      environ: variables by name.
-
-    Raises:
-      UserError: the flag has another form, or the index is not below the count.
+    The flag is "HOST:PORT,COUNT,INDEX"; "auto" for jax's own detection (TPU pods, Slurm, Open MPI);
+    or "off". None looks at the environment: the same in MOE_PEFT_DISTRIBUTED; several tasks of a
+    Slurm step; several workers of a TPU slice; an indexed Kubernetes job with MOE_PEFT_COORDINATOR
+    and MOE_PEFT_NUM_PROCESSES. UserError: it has another form, or the index is not below the count.
     """
     where = "--distributed"
     if flag is None and environ.get(VARIABLE):
@@ -108,12 +103,8 @@ def join(cluster: Cluster, timeout: int = TIMEOUT) -> None:
     watch.daemon = True
     watch.start()
     try:
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.num_processes,
-            cluster.process_id,
-            initialization_timeout=timeout + _LATER,
-        )
+        place = (cluster.coordinator, cluster.num_processes, cluster.process_id)
+        jax.distributed.initialize(*place, initialization_timeout=timeout + _LATER)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise errors.UserError(f"{could_not}: {reason}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import rich.box
 import rich.console
@@ -15,19 +15,11 @@ import rich.text
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 
 
-class Progress(Protocol):
-    """Counts what is done."""
+class Progress:
+    """Counts what is done; this one shows nothing."""
 
     def advance(self, count: int) -> None:
         """`count` more are done."""
-        ...
-
-
-class Silent:
-    """A `Progress` that shows nothing."""
-
-    def advance(self, count: int) -> None:
-        """Counts for nobody."""
 
 
 class _Display:
@@ -122,7 +114,7 @@ class Steps(_Display):
         return line
 
 
-class _Counter(_Display):
+class _Counter(_Display, Progress):
     def __init__(self, what: str, total: int, **kwargs: Any):
         super().__init__(total, **kwargs)
         self._what = what
@@ -200,10 +192,8 @@ class Runs(_Display):
     def update(self, jobs: Sequence[Any], runs: Sequence[Any], losses: Any = None) -> None:
         """To be called every few seconds and after every evaluation.
 
-        Args:
-          jobs: have `task` and `seed`.
-          runs: where each is, see `adaptation.group.RunProgress`.
-          losses: training loss of each; None for the last one of its curve.
+        Jobs have `task` and `seed`; where runs are, see `adaptation.group.RunProgress`. `losses`
+        are those of training; None for the last ones of the curves.
         """
         for job, run, loss in zip(jobs, runs, losses or [None] * len(jobs), strict=True):
             self._rows[job] = self._row(job, run, loss)
@@ -214,10 +204,8 @@ class Runs(_Display):
                 score = f"  best {best}" if best else ""
                 self.say(f"{task}  seed {seed}  step {step}  loss {loss}{score}  {state}")
         steps = [run.steps for run in runs if run.is_running]
-        self._summary = (
-            f"step {max(steps, default=0)}/{self._num_steps}  {len(steps)} of {len(jobs)} runs "
-            "running"
-        )
+        step, running = max(steps, default=0), f"{len(steps)} of {len(jobs)} runs running"
+        self._summary = f"step {step}/{self._num_steps}  {running}"
         self._show(is_due=self._live is not None)
 
     def text(self) -> str:

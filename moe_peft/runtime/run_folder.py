@@ -21,9 +21,8 @@ def locked(model_dir: pathlib.Path | str) -> Iterator[pathlib.Path]:
 
     Where several processes share a run, the first one holds the lock.
 
-    Raises:
-      UserError: it is not a path of a file system, cannot be made or written, or another process
-        trains in it.
+    Raises UserError: it is not a path of a file system, cannot be made or written, or another
+    process trains in it.
     """
     if "://" in str(model_dir):
         raise errors.UserError(

@@ -7,14 +7,10 @@ _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is only noted; a second one acts as usual.
-
-    Attributes:
-      received: the signal that came, or None.
-    """
+    """While entered, the first SIGTERM or SIGINT is only noted; a second one acts as usual."""
 
     def __init__(self):
-        self.received: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # what came
         self._previous = {}
 
     def __enter__(self):

@@ -60,8 +60,7 @@ class Checkpoints:
     def save(self, state: step_lib.TrainState, record: Mapping[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
 
-        Raises:
-          UserError: this save or the one before it failed; earlier checkpoints are intact.
+        Raises UserError: this save or the one before it failed; earlier checkpoints are intact.
         """
         trees = _to_host(state)
         record = {**record, "digests": {name: digest.of_tree(trees[name]) for name in _ITEMS}}
@@ -108,8 +107,7 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
 
     Damaged newer ones are reported on standard error and moved to `model_dir`/checkpoints_damaged.
 
-    Raises:
-      UserError: there are checkpoints, but every one is damaged.
+    Raises UserError: there are checkpoints, but every one is damaged.
     """
     damaged = {}
     for step in reversed(saved_run.steps(model_dir)):
@@ -119,7 +117,10 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
             damaged[step] = saved_run.reason(error)
             continue
         for bad_step, reason in damaged.items():
-            moved = _move_aside(pathlib.Path(model_dir), bad_step)
+            aside = pathlib.Path(model_dir) / DAMAGED_FOLDER
+            aside.mkdir(exist_ok=True)
+            moved = aside / f"{bad_step}-{len(list(aside.glob(f'{bad_step}-*')))}"
+            (pathlib.Path(model_dir) / saved_run.FOLDER / str(bad_step)).rename(moved)
             print(
                 f"WARNING: the checkpoint of step {bad_step} is damaged ({reason}); it was moved "
                 f"to {moved} and training goes back to step {step}.",
@@ -140,15 +141,12 @@ def load_newest(model_dir: pathlib.Path | str) -> saved_run.Saved | None:
 def restore(saved: saved_run.Saved, fresh: step_lib.TrainState) -> step_lib.TrainState:
     """Returns `fresh` with the saved values, on the same devices.
 
-    Raises:
-      UserError: the leaves are not those of `fresh` (another optimiser, say).
+    Raises UserError: the leaves are not those of `fresh` (another optimiser, say).
     """
     tree = {"opt_state": _numbered(fresh.opt_state), "trainable": dict(fresh.trainable)}
     have = {"opt_state": saved.position["opt_state"], "trainable": saved.trainable}
-    kinds = lambda tree: {
-        name: (leaf.shape, np.dtype(leaf.dtype).name)
-        for name, leaf in patching.flatten(tree).items()
-    }
+    kind = lambda leaf: (leaf.shape, np.dtype(leaf.dtype).name)
+    kinds = lambda tree: {name: kind(leaf) for name, leaf in patching.flatten(tree).items()}
     shapes, saved_shapes = kinds(tree), kinds(have)
     names = sorted({*shapes, *saved_shapes})
     differing = [name for name in names if shapes.get(name) != saved_shapes.get(name)]
@@ -159,9 +157,7 @@ def restore(saved: saved_run.Saved, fresh: step_lib.TrainState) -> step_lib.Trai
             f"{shapes.get(differing[0])}). Was it trained with another optimiser?"
         )
 
-    def place(like, value):
-        return processes.put_on_devices(np.asarray(value), like.sharding)
-
+    place = lambda like, value: processes.put_on_devices(np.asarray(value), like.sharding)
     opt_leaves, opt_structure = jax.tree.flatten(fresh.opt_state)
     saved_leaves = [saved.position["opt_state"][name] for name in _numbered(fresh.opt_state)]
     return step_lib.TrainState(
@@ -174,22 +170,11 @@ def restore(saved: saved_run.Saved, fresh: step_lib.TrainState) -> step_lib.Trai
 
 def _to_host(state: step_lib.TrainState) -> dict[str, Any]:
     """Copies that later steps, to which the state is donated, cannot overwrite."""
-    trees = {
-        "trainable": state.trainable,
-        "position": {"opt_state": _numbered(state.opt_state), "rng": state.rng},
-    }
+    position = {"opt_state": _numbered(state.opt_state), "rng": state.rng}
+    trees = {"trainable": state.trainable, "position": position}
     return jax.tree.map(processes.fetch_to_host, trees)
 
 
 def _numbered(opt_state: PyTree) -> dict[str, Any]:
     """Leaves by number: optax's nested tuples, some of them empty, survive no file format."""
     return {f"{index:04d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
-
-
-def _move_aside(model_dir: pathlib.Path, step: int) -> pathlib.Path:
-    folder = model_dir / DAMAGED_FOLDER
-    folder.mkdir(exist_ok=True)
-    number = sum(1 for _ in folder.glob(f"{step}-*"))
-    target = folder / f"{step}-{number}"
-    (model_dir / saved_run.FOLDER / str(step)).rename(target)
-    return target

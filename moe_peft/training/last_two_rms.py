@@ -11,14 +11,10 @@ from moe_peft import methods, patching, routing
 
 
 class LastTwoState(NamedTuple):
-    """Running means of squared gradients.
+    """Running means of squared gradients."""
 
-    Attributes:
-      count: updates made.
-      v: per leaf {"row": [..., m], "column": [..., n]}, or {"all": the leaf's shape} unfactored.
-    """
-
-    count: Array
+    count: Array  # updates made
+    # Per leaf {"row": [..., m], "column": [..., n]}, or {"all": the leaf's shape} unfactored.
     v: PyTree
 
 
@@ -29,13 +25,9 @@ def scale_by_last_two_rms(
 
     v is approximated by row * column / mean(row), separately for every index of the dimensions
     before the last two (Shazeer and Stern 2018, algorithm 4, as `transformers.Adafactor` and
-    fairseq have it). Leaves of one dimension are not factored.
-
-    Args:
-      decay_rate: at update t = 1, 2, ... the decay is 1 - (t - step_offset)^-decay_rate.
-      step_offset: as in `optax.scale_by_factored_rms`.
-      min_dim_size_to_factor: both dimensions must have this size at least.
-      epsilon: added to squared gradients.
+    fairseq have it). Leaves of one dimension, or with one below `min_dim_size_to_factor`, are not
+    factored. At update t = 1, 2, ... the decay is 1 - (t - step_offset)^-decay_rate; `epsilon` is
+    added to squared gradients.
     """
 
     def is_factored(shape):
@@ -44,10 +36,7 @@ def scale_by_last_two_rms(
     def init(params):
         def zeros(leaf):
             if is_factored(leaf.shape):
-                shapes = {
-                    "row": leaf.shape[:-1],
-                    "column": (*leaf.shape[:-2], leaf.shape[-1]),
-                }
+                shapes = {"row": leaf.shape[:-1], "column": (*leaf.shape[:-2], leaf.shape[-1])}
             else:
                 shapes = {"all": leaf.shape}
             return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
@@ -71,9 +60,8 @@ def scale_by_last_two_rms(
             if "all" in v:
                 return grad * jax.lax.rsqrt(v["all"])
             row = v["row"] / jnp.mean(v["row"], axis=-1, keepdims=True)
-            return (
-                grad * jax.lax.rsqrt(row)[..., :, None] * jax.lax.rsqrt(v["column"])[..., None, :]
-            )
+            row, column = jax.lax.rsqrt(row), jax.lax.rsqrt(v["column"])
+            return grad * row[..., :, None] * column[..., None, :]
 
         matrices = as_published(updates)
         v = jax.tree.map(moments, matrices, state.v)

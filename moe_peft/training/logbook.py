@@ -35,9 +35,7 @@ class Logbook:
         leaf_names: Sequence[str],
         unwritten: Sequence[Mapping[str, float]] = (),
     ):
-        self._writer = writer
-        self._progress = progress
-        self._leaf_names = leaf_names
+        self._writer, self._progress, self._leaf_names = writer, progress, leaf_names
         self._on_device: list[tuple[int, Mapping[str, Array]]] = []
         self._on_host = [dict(metrics) for metrics in unwritten]
         self._clock = _Clock()
@@ -55,14 +53,14 @@ class Logbook:
         self._on_device.append((step, metrics))
         self._progress.update(step)
         if self._clock.is_time_to_report():
-            self._report_newest_ready()
+            for ready_step, newest in reversed(self._on_device):
+                if newest["loss_sum"].is_ready():
+                    loss = float(newest["loss_sum"]) / max(float(newest["normalizer"]), 1e-9)
+                    self._progress.report(ready_step, loss, self._clock.rate(ready_step))
+                    break
 
     def collect(self) -> None:
-        """Waits for all metrics so far.
-
-        Raises:
-          NonFiniteError: at one of the steps the loss or a gradient was not finite.
-        """
+        """Waits for all metrics so far; NonFiniteError: a loss or a gradient was not finite."""
         fetched = jax.device_get(self._on_device)
         self._on_device = []
         for step, metrics in fetched:
@@ -94,13 +92,6 @@ class Logbook:
         """Starts the clock: what came before, such as compiling, is not training."""
         self._clock.start(step)
 
-    def _report_newest_ready(self) -> None:
-        for step, metrics in reversed(self._on_device):
-            if metrics["loss_sum"].is_ready():
-                loss = float(metrics["loss_sum"]) / max(float(metrics["normalizer"]), 1e-9)
-                self._progress.report(step, loss, self._clock.rate(step))
-                return
-
     def _check_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         index = int(numbers["bad_leaf"])
         if index == step_lib.ALL_FINITE:
@@ -122,9 +113,7 @@ def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     those of the last step.
     """
 
-    def total(name: str) -> float:
-        return sum(metrics[name] for metrics in steps)
-
+    total = lambda name: sum(metrics[name] for metrics in steps)
     last = steps[-1]
     names = [name for name in last if name.startswith("sums/")]
     sums = {name.removeprefix("sums/"): jnp.float32(total(name)) for name in names}

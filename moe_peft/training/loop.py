@@ -71,7 +71,7 @@ class Run:
         self._train_step, self._frozen = train_step, frozen
         self._stop, self._monitors = stop, monitors
 
-    def make_steps(self, folder, state, saved, batches, changed_optimizer) -> Result:
+    def make_steps(self, folder, state, saved, batches, warnings=()) -> Result:
         """Makes the steps that are left."""
         settings = self._settings
         first_step = saved.step if saved else 0
@@ -85,16 +85,13 @@ class Run:
             base.drop_after(folder, first_step)
             saver = checkpoints.Checkpoints(folder, settings.keep)
             self._checkpoints = stack.enter_context(saver)
-            self._logbook = logbook_lib.Logbook(
-                self._writer,
-                self._progress,
-                step_lib.leaf_names(state.trainable),
-                saved.record["unwritten_metrics"] if saved else (),
-            )
+            names = step_lib.leaf_names(state.trainable)
+            unwritten = saved.record["unwritten_metrics"] if saved else ()
+            self._logbook = logbook_lib.Logbook(self._writer, self._progress, names, unwritten)
             if is_first:
                 gin_files.write_config(folder)
-            if changed_optimizer:
-                self._progress.say(f"WARNING: the optimiser was changed: {changed_optimizer}.")
+            for warning in warnings:
+                self._progress.say(f"WARNING: {warning}")
             if saved:
                 self._progress.say(f"going on from step {first_step} in {folder}")
             try:
@@ -136,9 +133,8 @@ class Run:
 
     def _is_stopping(self, step) -> bool:
         """Whether a signal came, in any process: all have to stop at the same step."""
-        if jax.process_count() == 1:
-            return self._stop.received is not None
-        return step % _AGREEMENT_PERIOD == 0 and processes.anywhere(self._stop.received is not None)
+        is_due = jax.process_count() == 1 or step % _AGREEMENT_PERIOD == 0
+        return is_due and processes.anywhere(self._stop.received is not None)
 
     def _save(self, step, state):
         self._logbook.collect()
@@ -162,9 +158,8 @@ class Run:
     def _exit(self, step):
         self._checkpoints.wait()
         received = self._stop.received or signal.SIGTERM  # Another process's, in this one unseen.
-        self._progress.say(
-            f"{received.name}: saved step {step}; the same command goes on from there."
-        )
+        name = received.name
+        self._progress.say(f"{name}: saved step {step}; the same command goes on from there.")
         raise SystemExit(128 + received)  # As shells report it.
 
 

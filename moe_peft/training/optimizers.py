@@ -23,7 +23,7 @@ GROUPS = ("adapters", "routers", "base")
 
 # What `adafactor.factoring` names, with the size from which dimensions are factored by default.
 _FACTORINGS = {
-    "two_largest": (optax.scale_by_factored_rms, 128),
+    "two_largest": (functools.partial(optax.scale_by_factored_rms, True), 128),
     "last_two": (last_two_rms.scale_by_last_two_rms, 1),
 }
 _NO_DECAY = ("routers",)
@@ -33,23 +33,17 @@ _SAMPLED_STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optimiser before it has seen the tree it is to train.
+    """An optimiser before it has seen the tree it is to train."""
 
-    Attributes:
-      name: as users write it.
-      settings: plain numbers, stored in checkpoints.
-      precondition: (trainable tree, group of every path) -> the transformation from gradients to
-        steps of learning rate 1, sign not yet flipped.
-      learning_rate: rate of every group that `groups` does not name.
-      groups: group name -> a multiplier of `learning_rate`, or a schedule of its own.
-      clip_norm: global norm over all gradients above which they are scaled down; None for never.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
+    name: str  # as users write it
+    settings: Mapping[str, Any]  # plain numbers, stored in checkpoints
+    # (trainable tree, group of every path) -> the transformation from gradients to steps of
+    # learning rate 1, sign not yet flipped.
     precondition: Callable[[PyTree, GroupOf], optax.GradientTransformation]
-    learning_rate: LearningRate
+    learning_rate: LearningRate  # rate of every group that `groups` does not name
+    # Group name -> a multiplier of `learning_rate`, or a schedule of its own.
     groups: Mapping[str, LearningRate] = dataclasses.field(default_factory=dict)
+    # Global norm over all gradients above which they are scaled down; None for never.
     clip_norm: float | None = None
 
     def __post_init__(self):
@@ -83,12 +77,8 @@ class Optimizer:
         """Returns name, settings and sampled learning rates, as json can hold them."""
         groups = ("", *sorted(self.groups))
         rates = {name: [float(self.schedule(name)(s)) for s in _SAMPLED_STEPS] for name in groups}
-        return {
-            "name": self.name,
-            **self.settings,
-            "clip_norm": self.clip_norm,
-            "learning_rates": rates,
-        }
+        found = {"name": self.name, **self.settings}
+        return {**found, "clip_norm": self.clip_norm, "learning_rates": rates}
 
 
 @gin.register(module="optimizers")
@@ -120,9 +110,7 @@ def adafactor(
 
     Args:
       learning_rate: a number or a schedule. MoV and MoLoRA: 3e-4, constant.
-      decay_rate: exponent of the second moment's decay.
       clipping_threshold: RMS above which a leaf's update is scaled down; None for never.
-      epsilon: added to squared gradients.
       multiply_by_parameter_scale: scale steps by the RMS of the parameter, at least 1e-3.
       factoring: the dimensions of a leaf for which v is kept as a row and a column. "two_largest",
         as T5X does. "last_two", as Hugging Face does: dimensions before them are a batch of
@@ -133,10 +121,8 @@ def adafactor(
         The released MoV code continues the step count of the backbone's checkpoint (1,100,000),
         so v acts like a running sum and the RMS clip stays active for some 68,000 steps. 0 is the
         textbook optimiser.
-      groups: learning-rate groups, see `Optimizer.groups`.
-      clip_norm: see `Optimizer.clip_norm`. MHR on T0: 1.0.
+      groups, clip_norm: see `Optimizer`. MHR on T0 has clip_norm 1.0.
     """
-
     errors.check_one_of("adafactor.factoring", factoring, _FACTORINGS)
     scale_by_factored_rms, default_size = _FACTORINGS[factoring]
     min_size = default_size if min_dim_size_to_factor is None else min_dim_size_to_factor
@@ -149,30 +135,13 @@ def adafactor(
         "min_dim_size_to_factor": min_size,
         "resumed_step_offset": resumed_step_offset,
     }
-    steps = functools.partial(_adafactor_steps, scale_by_factored_rms, settings)
-    return Optimizer("adafactor", settings, steps, learning_rate, groups or {}, clip_norm)
-
-
-def _adafactor_steps(
-    scale_by_factored_rms: Callable[..., optax.GradientTransformation],
-    settings: Mapping[str, Any],
-    trainable: PyTree,
-    group_of: GroupOf,
-) -> optax.GradientTransformation:
-    del group_of
-    parts = [
-        scale_by_factored_rms(
-            decay_rate=settings["decay_rate"],
-            step_offset=-settings["resumed_step_offset"],
-            min_dim_size_to_factor=settings["min_dim_size_to_factor"],
-            epsilon=settings["epsilon"],
-        )
-    ]
-    if settings["clipping_threshold"] is not None:
-        parts.append(optax.clip_by_block_rms(settings["clipping_threshold"]))
-    if settings["multiply_by_parameter_scale"]:
+    parts = [scale_by_factored_rms(decay_rate, -resumed_step_offset, min_size, epsilon)]
+    if clipping_threshold is not None:
+        parts.append(optax.clip_by_block_rms(clipping_threshold))
+    if multiply_by_parameter_scale:
         parts.append(optax.scale_by_param_block_rms())
-    return _per_layer(optax.chain(*parts), trainable)
+    steps = lambda trainable, group_of: _per_layer(optax.chain(*parts), trainable)
+    return Optimizer("adafactor", settings, steps, learning_rate, groups or {}, clip_norm)
 
 
 @gin.register(module="optimizers")
@@ -190,14 +159,12 @@ def adamw(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of squared gradients.
+      b1, b2: decay of the means of gradients and of squared gradients.
       epsilon: added to the root of the second moment.
       weight_decay: MHR on SuperNI and CrossFit: 0.01.
-      groups: learning-rate groups, see `Optimizer.groups`.
       no_decay_groups: groups without weight decay. Routers by default: at their learning rate of
         0.1 even a small decay would pull task logits to 0 (the papers' code has that slip).
-      clip_norm: see `Optimizer.clip_norm`. MHR on SuperNI and CrossFit: 0.1.
+      groups, clip_norm: see `Optimizer`. MHR on SuperNI and CrossFit has clip_norm 0.1.
     """
 
     def precondition(trainable, group_of):
@@ -243,18 +210,11 @@ def _per_layer(
     labels = {path: patching.trees.stack(path) or "single" for path in patching.flatten(trainable)}
     if set(labels.values()) <= {"single"}:
         return inner
-    transforms = {
-        label: inner if label == "single" else _over_layers(inner) for label in labels.values()
-    }
+    axes = (patching.trees.LAYER_AXIS, 0, patching.trees.LAYER_AXIS)
+    over_layers = optax.GradientTransformation(
+        jax.vmap(inner.init, in_axes=axes[0]),
+        jax.vmap(inner.update, in_axes=axes, out_axes=axes[:2]),
+    )
+    pick = lambda label: inner if label == "single" else over_layers
+    transforms = {label: pick(label) for label in labels.values()}
     return optax.multi_transform(transforms, patching.trees.unflatten(labels))
-
-
-def _over_layers(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    def init(params):
-        return jax.vmap(inner.init, in_axes=patching.trees.LAYER_AXIS)(params)
-
-    def update(updates, state, params):
-        axes = (patching.trees.LAYER_AXIS, 0, patching.trees.LAYER_AXIS)
-        return jax.vmap(inner.update, in_axes=axes, out_axes=axes[:2])(updates, state, params)
-
-    return optax.GradientTransformation(init, update)

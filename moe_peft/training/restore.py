@@ -19,53 +19,48 @@ from moe_peft.weights import identity, saved_run
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A model ready to be asked.
+    """A model ready to be asked."""
 
-    Attributes:
-      model: patched.
-      params: on the devices of the mesh, split by `partitioning.Layout`.
-      run: what a report says about it, as JSON types.
-    """
+    model: encoder_decoder.EncoderDecoder  # patched
+    params: PyTree  # on the devices of the mesh, split by `partitioning.Layout`
+    run: Mapping[str, Any]  # what a report says about it, as JSON types
 
-    model: encoder_decoder.EncoderDecoder
-    params: PyTree
-    run: Mapping[str, Any]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which run is asked."""
+
+    model: nn.Module  # the network without adapters
+    method: methods.Method  # as trained; `frozen` asks the backbone and needs no checkpoint
+    backbone: str  # as trained, such as "embedded:cldr_tiny"
+    model_dir: str  # folder of the run; an evaluation of `frozen` writes its results there too
+    step: int | None = None  # which checkpoint; None for the newest
+    frozen_dtype: str = "float32"  # or "bfloat16" for half the memory
+    mesh: jax.sharding.Mesh | None = None  # devices; default: all, data-parallel
 
 
 def model(
-    module: nn.Module,
-    method: methods.Method,
-    backbone: str,
-    model_dir: str,
+    settings: Settings,
     batch_shapes: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
-    *,
-    step: int | None = None,
-    frozen_dtype: str = "float32",
     start_from: str | None = None,
 ) -> Restored:
-    """Returns the model that a run of `method` left in `model_dir`, on the devices of the mesh.
+    """Returns the model that a run left in its folder, on the devices of the mesh.
 
-    Args, besides those of `params`:
-      module: the network without adapters.
-      method: as trained; one that trains nothing needs no checkpoint.
-      batch_shapes: feature name to shape, as the model will see them.
-      mesh: devices.
-
-    Raises:
-      UserError: the checkpoint is missing or damaged, or is of another method, backbone or model.
+    Raises UserError: the checkpoint is missing or damaged, or is of another method, backbone or
+    model.
     """
-    start = start_lib.Start.of_network(module, method, batch_shapes)
+    method, backbone, folder = settings.method, settings.backbone, settings.model_dir
+    start = start_lib.Start.of_network(settings.model, method, batch_shapes)
     shapes = jax.eval_shape(lambda rng: start.model.init(rng, batch_shapes), jax.random.key(0))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     frozen, trainable = map(count, method.split(shapes))
-    found, step = params(
-        start, backbone, model_dir if trainable else None, step, frozen_dtype, start_from
-    )
+    how = (settings.step, settings.frozen_dtype, start_from)
+    found, step = params(start, backbone, folder if trainable else None, *how)
     run = {
         "method": identity.as_json(method.describe()),
         "backbone": backbone,
-        "model_dir": str(model_dir),
+        "model_dir": str(folder),
         "step": step,
         "trainable_parameters": trainable,
         "total_parameters": trainable + frozen,
@@ -88,8 +83,7 @@ def params(
     Args:
       start: models, method and batch shapes (any batch shapes will do).
       backbone: the spec the run was trained with, or another name of the same weights.
-      model_dir: folder of the run, or the file it was exported to; None gives the backbone with
-        fresh adapters and step 0.
+      model_dir: folder of the run, or the file it was exported to; None: fresh adapters, step 0.
       step: which checkpoint; None takes the newest.
       frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16".
       start_from: folder of a run that a transferred method starts from: its parameters, transferred
@@ -97,8 +91,7 @@ def params(
         takes them as they are, from a run of its own or from its exported file.
       member: which run of an adaptation `model_dir` means, "TASK:SEED".
 
-    Raises:
-      UserError: no such checkpoint, or the run had another method, backbone or model config.
+    Raises UserError: no such checkpoint, or the run had another method, backbone or model config.
     """
     if start_from is not None and start.method.transfer is None:
         model_dir, start_from = start_from, None
@@ -113,20 +106,11 @@ def params(
 
 
 def params_of(
-    start: start_lib.Start,
-    backbone: str,
-    saved: saved_run.Saved,
-    where: str,
-    frozen_dtype: str = "float32",
+    start: start_lib.Start, backbone: str, saved: saved_run.Saved, where: str, frozen_dtype: str
 ) -> PyTree:
-    """Returns the backbone and what `saved` holds, merged.
+    """Returns the backbone and what `saved` holds, merged; `where` it is from is for messages.
 
-    Args, besides those of `params`:
-      saved: what was trained.
-      where: it is from, for messages.
-
-    Raises:
-      UserError: it is of another method, backbone or model config.
+    Raises UserError: it is of another method, backbone or model config.
     """
     source, transfer = None, start.method.transfer
     if transfer is not None and transfer.variant == "z":  # Its modules were not trained.

@@ -20,19 +20,12 @@ from moe_peft.weights import identity, leaves, saved_run
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run is made from; only shapes are known until `trees` is called.
+    """What a run is made from; only shapes are known until `trees` is called."""
 
-    Attributes:
-      model: with adapters; `init(rng, batch_shapes)` returns its params.
-      base_model: the same without adapters.
-      method: says what trains.
-      batch_shapes: feature name to shape.
-    """
-
-    model: Any
-    base_model: Any
-    method: methods.Method
-    batch_shapes: Mapping[str, tuple[int, ...]]
+    model: Any  # with adapters; `init(rng, batch_shapes)` returns its params
+    base_model: Any  # the same without adapters
+    method: methods.Method  # says what trains
+    batch_shapes: Mapping[str, tuple[int, ...]]  # feature name to shape
 
     @classmethod
     def of_network(
@@ -51,11 +44,7 @@ class Start:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def trainable_shapes(self) -> PyTree:
-        """Returns the abstract trainable tree.
-
-        Raises:
-          UserError: it is empty, or a rule of the method does not fit the model.
-        """
+        """Returns the abstract trainable tree; UserError: it is empty, or a rule does not fit."""
         trainable = self.method.split(self.shapes())[1]
         if not trainable:
             raise errors.UserError(
@@ -77,12 +66,8 @@ class Start:
     ) -> "Trees":
         """Returns the backbone that the spec names with its adapters, split by the method.
 
-        Args:
-          backbone: see `backbone.load`.
-          seed: of the fresh adapters.
-          frozen_dtype: how frozen leaves are stored, "float32" or "bfloat16". Trainable leaves are
-            float32, also where they are the backbone's (method `full`).
-          source: the run whose parameters the adapters start from; None for fresh ones.
+        Adapters start from `source`, or fresh by the seed. Trainable leaves are float32, also where
+        they are the backbone's (method `full`); `frozen_dtype` is how the others are stored.
         """
         stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
         loaded = backbone_lib.load(backbone, self.base_shapes(), self.init_base, stored_as)
@@ -109,11 +94,8 @@ class Start:
         Only these are returned, so the compiler leaves out the base's random weights.
         """
 
-        def fresh(rng):
-            flat = patching.flatten(self.init(rng))
-            return {path: leaf for path, leaf in flat.items() if path not in base}
-
-        return jax.jit(fresh)
+        wanted = lambda flat: {path: leaf for path, leaf in flat.items() if path not in base}
+        return jax.jit(lambda rng: wanted(patching.flatten(self.init(rng))))
 
     def init(self, rng: Array) -> PyTree:
         """Returns fresh params of the model with adapters."""
@@ -126,27 +108,16 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run of another method (or of the same), whose parameters one starts from.
+    """A run of another method (or of the same), whose parameters one starts from."""
 
-    Attributes:
-      folder: of that run, or the file it was exported to.
-      step: of its checkpoint.
-      trainable: what it trained.
-      description: what it is, see `describe`.
-    """
-
-    folder: str
-    step: int
-    trainable: PyTree
-    description: Mapping[str, Any]
+    folder: str  # of that run, or the file it was exported to
+    step: int  # of its checkpoint
+    trainable: PyTree  # what it trained
+    description: Mapping[str, Any]  # what it is, see `describe`
 
     @classmethod
     def load(cls, method: methods.Method, folder: str, step: int | None = None) -> "Source":
-        """Reads a run's newest checkpoint, or that of `step`.
-
-        Raises:
-          UserError: there is none, or it is of another method than `method` starts from.
-        """
+        """Reads a checkpoint, the newest by default; UserError: none, or of another method."""
         saved = saved_run.load(folder, step)
         identity.check_source(method, saved.description, folder)
         return cls(str(folder), saved.step, saved.trainable, saved.description)
@@ -191,9 +162,15 @@ def describe(
     return identity.as_json(description)
 
 
-def optimizer_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Returns what changed in the optimiser's settings, "" for nothing.
-
-    A change is not refused: to train longer, or on at a lower rate, is legitimate.
-    """
-    return identity.first_difference(saved["optimizer"], current["optimizer"])
+def warnings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns what is worth a line, but not refused, where a run goes on."""
+    found = []
+    # To train longer, or on at a lower rate, is legitimate.
+    if changed := identity.first_difference(saved["optimizer"], current["optimizer"]):
+        found.append(f"the optimiser was changed: {changed}.")
+    if "rows" in current and "rows" not in saved:
+        found.append(
+            "the checkpoint does not say which settings shaped its data (version 0.1 did not save "
+            "them): make sure that they are the same here."
+        )
+    return found

@@ -20,19 +20,13 @@ LOSS_IS_BAD = -2
 
 @flax.struct.dataclass
 class TrainState:
-    """The trainable tree, its optimiser state and the position in the run.
+    """The trainable tree, its optimiser state and the position in the run."""
 
-    Attributes:
-      step: number of updates made so far.
-      trainable: nested dict of the leaves that learn.
-      opt_state: the optimiser's state for exactly those leaves.
-      rng: raw key of the run. Step s uses `fold_in(rng, s)`, so that a resumed run draws what the
-        uninterrupted one would have drawn.
-    """
-
-    step: Int[Array, ""]
-    trainable: PyTree
-    opt_state: PyTree
+    step: Int[Array, ""]  # number of updates made so far
+    trainable: PyTree  # nested dict of the leaves that learn
+    opt_state: PyTree  # the optimiser's state for exactly those leaves
+    # Raw key of the run. Step s uses `fold_in(rng, s)`, so that a resumed run draws what the
+    # uninterrupted one would have drawn.
     rng: UInt32[Array, "2"]
 
 
@@ -78,16 +72,10 @@ def make_train_step(
     out_shardings: Any = None,
     **kwargs: Any,
 ) -> TrainStep:
-    """Returns `make_update(*args, **kwargs)`, jitted.
+    """Returns `make_update(*args, **kwargs)`, jitted; the layout splits activations.
 
     The state is donated, the frozen tree is not: it is never differentiated and stays as it is.
     Metrics are device arrays; nothing waits for them.
-
-    Args:
-      *args: of `make_update`.
-      layout: how activations are split.
-      out_shardings: of the new state and the metrics.
-      **kwargs: of `make_update`.
     """
     update = make_update(*args, **kwargs)
     if layout is not None:

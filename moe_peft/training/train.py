@@ -86,6 +86,7 @@ def train(settings: Settings) -> loop.Result:
         optimizer=settings.optimizer,
         model_dir=settings.model_dir,
         described=_describe(settings, loss),
+        describe_rows=functools.partial(_describe_rows, settings),
         settings=settings,
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
         start_from=settings.start_from,
@@ -98,32 +99,29 @@ def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int)
     """Returns this process's rows of all batches from `start_batch` on."""
     from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
 
-    shard_index, shard_count = mesh_lib.host_shard(mesh)
-    batches = pipeline.train_batches(
-        settings.mixture,
-        settings.batch_size,
-        dict(settings.feature_lengths),
-        settings.seed,
-        pack=settings.pack,
-        start_batch=start_batch,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
-    return task_ids.checked(batches, settings.method, settings.mixture)
+    lengths = dict(settings.feature_lengths)
+    what = (settings.mixture, settings.batch_size, lengths, settings.seed, settings.pack)
+    batches = pipeline.train_batches(*what, start_batch, *mesh_lib.host_shard(mesh))
+    return task_ids.checked_batches(batches, settings.method, settings.mixture)
 
 
 def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
     """Returns what must stay the same when a run goes on."""
+    names = ("mixture", "batch_size", "pack", "seed")
+    data = {name: getattr(settings, name) for name in names}
     return {
         "model": {**identity.describe_model(settings.model), "loss": dataclasses.asdict(loss)},
-        "data": {
-            "mixture": settings.mixture,
-            "batch_size": settings.batch_size,
-            "feature_lengths": dict(settings.feature_lengths),
-            "pack": settings.pack,
-            "seed": settings.seed,
-        },
+        "data": {**data, "feature_lengths": dict(settings.feature_lengths)},
     }
+
+
+def _describe_rows(settings: Settings) -> dict[str, Any]:
+    """Returns what shapes the rows besides the settings of the run; the same in every process."""
+    from moe_peft.data import identity as data_identity  # Imports TensorFlow.
+
+    lengths = dict(settings.feature_lengths)
+    numbers = (settings.batch_size, settings.seed, settings.pack)
+    return data_identity.describe(settings.mixture, lengths, *numbers)
 
 
 def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
@@ -155,6 +153,7 @@ def fit(
     model_dir: str | pathlib.Path,
     described: Mapping[str, Any],
     settings: loop.Settings,
+    describe_rows: Callable[[], Mapping[str, Any]] | None = None,
     eval_hook: loop.EvalHook | None = None,
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
@@ -167,6 +166,7 @@ def fit(
       open_batches: number of batches already consumed -> iterator over the following ones.
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
       settings: numbers and periods.
+      describe_rows: what shapes the rows besides, json types, compared in the same way.
       eval_hook: (step, params) -> metrics.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
@@ -180,6 +180,8 @@ def fit(
         place = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         batches = stack.enter_context(prefetch.Prefetch(open_batches(first_step), place))
         first_batch = loop.next_batch(batches, 1 + first_step)
+        if describe_rows is not None:  # The data has been read and found good.
+            described = {**described, "rows": describe_rows()}
 
         begin = start({name: rows.shape for name, rows in first_batch.items()})
         program = _Program(begin, optimizer, settings, mesh)
@@ -194,30 +196,25 @@ def fit(
             active = [monitors_lib.Active("eval", settings.eval_period, watch), *active]
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
-        changed = ""
+        warnings = []
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
-            changed = start_lib.optimizer_changes(saved.description, description)
+            warnings = start_lib.warnings(saved.description, description)
         run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
-        return run.make_steps(folder, state, saved, batches, changed)
+        return run.make_steps(folder, state, saved, batches, warnings)
 
 
 class _Program:
-    """The step of a run, and where its arrays lie on the devices.
-
-    Attributes:
-      trainable: shapes of what trains.
-      state: shapes of the whole state.
-    """
+    """The step of a run, and where its arrays lie on the devices."""
 
     def __init__(self, begin, optimizer, settings, mesh):
         self._begin, self._optimizer, self._settings = begin, optimizer, settings
         self._group_of = begin.method.learning_rate_group
-        self.trainable = begin.trainable_shapes()
+        self.trainable = begin.trainable_shapes()  # what trains
         self._transform = optimizer.build(self.trainable, self._group_of)
-        self.state = jax.eval_shape(self._create_state, self.trainable)
+        self.state = jax.eval_shape(self._create_state, self.trainable)  # shapes, too
         self._layout, self._axes = layout_lib.Layout(mesh), begin.logical_axes()
         places = self._layout.shardings(self.trainable, self._axes)
         self._places = self._layout.optimizer_shardings(self.state, places, self.trainable)
@@ -230,25 +227,21 @@ class _Program:
         if source is not None:
             source.check_backbone(trees.fingerprint)
             described = {**described, "source": source.describe()}
-        description = start_lib.describe(
-            begin.method, backbone, trees.fingerprint, dtype, self._optimizer, described
-        )
-        frozen = processes.put_on_devices(
-            trees.frozen, self._layout.shardings(trees.frozen, self._axes)
-        )
+        weights = (backbone, trees.fingerprint, dtype)
+        description = start_lib.describe(begin.method, *weights, self._optimizer, described)
+        places = self._layout.shardings(trees.frozen, self._axes)
+        frozen = processes.put_on_devices(trees.frozen, places)
         state = processes.put_on_devices(self._create_state(trees.trainable), self._places)
         return frozen, state, description
 
     def make_step(self) -> step_lib.TrainStep:
         """Returns the step, jitted; it compiles at its first call."""
+        rates = self._optimizer.learning_rates(self.trainable, self._group_of)
         return step_lib.make_train_step(
-            self._begin.model,
-            self._transform,
-            patching.merge,
-            self._settings.num_microbatches,
-            self._optimizer.learning_rates(self.trainable, self._group_of),
+            *(self._begin.model, self._transform, patching.merge),
+            *(self._settings.num_microbatches, rates),
             layout=self._layout,
-            out_shardings=(self._places, self._layout.everywhere),
+            out_shardings=(self._places, self._layout.replicated),
         )
 
     def _create_state(self, trainable: PyTree) -> step_lib.TrainState:

@@ -10,11 +10,12 @@ from moe_peft import errors, methods
 
 # Parts of the description that must agree with a checkpoint's, and what a person calls them.
 _MUST_AGREE = {
-    "method": "method",
-    "backbone": "backbone",
-    "model": "model config",
-    "data": "data",
-    "source": "source run",
+    "method": "another method",
+    "backbone": "another backbone",
+    "model": "another model config",
+    "data": "other data",
+    "rows": "other data settings",
+    "source": "another source run",
 }
 
 
@@ -58,13 +59,16 @@ def check_same_run(
       saved: description in the checkpoint.
       current: description of this run, at least its `parts`.
       model_dir: for the message.
-      parts: what must agree: "method", "backbone", "model", "data", "source".
+      parts: what must agree: "method", "backbone", "model", "data", "rows", "source". Version 0.1
+        did not save "rows"; where they were not saved, they are not compared.
     """
     for part in parts:
+        if part == "rows" and part not in saved:
+            continue
         difference = first_difference(saved.get(part), current.get(part))
         if difference:
             raise errors.UserError(
-                f"The checkpoints in {model_dir} are of a run with another {_MUST_AGREE[part]}: "
+                f"The checkpoints in {model_dir} are of a run with {_MUST_AGREE[part]}: "
                 f"{difference}. Choose another MODEL_DIR, or go back to the settings of that run."
             )
 

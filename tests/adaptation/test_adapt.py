@@ -1,6 +1,7 @@
 """Adapting to CLDR tasks: files, averages, refusals, going on."""
 
 import json
+import pathlib
 import shutil
 
 import gin
@@ -142,6 +143,15 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
         adapt(folder, **two_tasks, seeds=(0, 2))
 
 
+def test_an_adaptation_of_version_0_1_goes_on_with_a_warning(folder, two_tasks, tmp_path, capsys):
+    again = pathlib.Path(shutil.copytree(folder, tmp_path / "again"))
+    plan = json.loads((again / "groups" / "plan.json").read_text())
+    del plan["description"]["rows"]
+    json_files.write_json(again / "groups" / "plan.json", plan)
+    adapt(again, **two_tasks)
+    assert "does not say which settings shaped its data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -155,7 +165,10 @@ def test_other_settings_in_the_same_folder_are_refused(folder, two_tasks):
         ({"task_group": "p3_(.*)"}, "does not match task_group"),
         ({"mixture": "cldr_weekday_gk"}, "Did you mean"),
         ({"group_size": 0}, "group_size is 0; expected 1 or more"),
-        ({"source": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        (
+            {"source": "/nowhere/at/all"},
+            "no training checkpoint in /nowhere/at/all. The folder /nowhere/at does not exist",
+        ),
         ({"method": methods.poly(num_tasks=3)}, "routes by the ids of its 3 training tasks"),
         (
             {"method": transfer.transferred(methods.poly(num_tasks=3), "z")},

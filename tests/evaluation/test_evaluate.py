@@ -15,7 +15,7 @@ from sklearn import metrics as sklearn_metrics
 from moe_peft import errors, methods
 from moe_peft.data import registration
 from moe_peft.data import rows as rows_lib
-from moe_peft.evaluation import evaluate, evaluator, infer, inference
+from moe_peft.evaluation import aggregation, evaluate, evaluator, infer, inference
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.models import encoder_decoder, losses, scoring, t5
 from moe_peft.partitioning import mesh as mesh_lib
@@ -288,7 +288,7 @@ def test_a_run_is_restored_checked_and_written_down(suite, backbone, tmp_path, c
 @pytest.fixture
 def in_two_parts(suite, monkeypatch):
     """Evaluates the bare backbone, a task at a time; {tasks asked: how often}."""
-    monkeypatch.setattr(evaluator, "_BATCHES_OF_A_PART", 1)
+    monkeypatch.setattr(evaluate, "_BATCHES_OF_A_PART", 1)
     asked = []
 
     def run(backbone, folder, kill_after=99, **kwargs):
@@ -351,7 +351,7 @@ def test_every_accepted_answer_counts_and_tasks_have_their_own_metrics(asked, mo
     assert [row["metric"] for row in rows] == ["exact_match_squad"] * 4 + ["macro_f1"] * 4
     assert [row["references"] for row in rows] == 2 * [list(texts) for texts in references]
     assert [row["score"] for row in rows] == [1, 0, 1, 1, None, None, None, None]
-    found = own.results(rows)
+    found = aggregation.aggregate(rows, own.average, own.bootstrap)
     assert found.tasks["toy_r_1"].mean == 0.75
     first = [texts[0] for texts in references]  # F1 looks at the first; templates alternate
     want = [

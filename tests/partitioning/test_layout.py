@@ -285,9 +285,9 @@ def test_answers_do_not_depend_on_the_mesh(method):
         placed = jax.device_put(params, layout_lib.Layout(mesh).shardings(params, axes))
         answerer = inference.AnsweringModel(model, 4, {"inputs": INPUTS, "targets": TARGETS}, mesh)
         texts = answerer.generate(
-            placed, questions, decoding_lib.Greedy(TARGETS), progress.Silent()
+            placed, questions, decoding_lib.Greedy(TARGETS), progress.Progress()
         )
-        scores = answerer.score_choices(placed, questions, progress.Silent())
+        scores = answerer.score_choices(placed, questions, progress.Progress())
         found.append((texts, scores))
     (texts, scores), (other_texts, other_scores) = found
     np.testing.assert_array_equal(np.stack(texts), np.stack(other_texts))

@@ -134,7 +134,7 @@ OTHER_METHOD = methods.Method("other", trainable=".*/lora_a")
         ),
         (
             {"described": {"model": {"width": 6}, "data": {"seed": 1}}},
-            "another data: seed is 0 in the checkpoint and 1 here",
+            "other data: seed is 0 in the checkpoint and 1 here",
         ),
     ],
 )

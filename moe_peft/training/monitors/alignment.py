@@ -36,34 +36,23 @@ class GradientAlignment:
     batch 48 every 100 steps. Metrics: `alignment/mean_cosine` over pairs of different tasks, and
     `alignment/conflicting`, the share of pairs with a negative cosine. Records: task names, the
     matrix, and the norm of each task's gradient.
-
-    Attributes:
-      period: steps between records.
-      num_tasks: how many tasks of the mixture, drawn once; all of them if there are fewer.
-      batch_size: examples of each task, over all devices.
-      seed: of the draw of tasks and of their batches.
     """
 
-    period: int = 100
-    num_tasks: int = 16
-    batch_size: int = 16
-    seed: int = 0
+    period: int = 100  # steps between records
+    num_tasks: int = 16  # how many tasks of the mixture, drawn once; all of them if there are fewer
+    batch_size: int = 16  # examples of each task, over all devices
+    seed: int = 0  # of the draw of tasks and of their batches
 
     name = NAME
 
     def start(self, run: base.Watched) -> base.Watch:
-        """Draws the tasks and their batches.
-
-        Raises:
-          UserError: nothing but routers trains, or there are fewer than two tasks.
-        """
+        """Draws tasks and batches; UserError: only routers train, or there are under two tasks."""
         select(run.trainable, run.method)
         mesh_lib.check_batch_size(self.batch_size, 1, run.mesh)
         found = task_batches(run.data, self.num_tasks, self.batch_size, self.seed)
         sharding = mesh_lib.batch_sharding(run.mesh)
-        batches = {
-            task: processes.put_on_devices(dict(batch), sharding) for task, batch in found.items()
-        }
+        place = lambda batch: processes.put_on_devices(dict(batch), sharding)
+        batches = {task: place(batch) for task, batch in found.items()}
         gradient = task_gradient(run.model, run.method)
 
         def watch(step, frozen, trainable):
@@ -82,11 +71,7 @@ class GradientAlignment:
 
 
 def select(trainable: PyTree, method: methods.Method) -> list[str]:
-    """Returns the paths of the leaves whose gradients are compared: all but the routers'.
-
-    Raises:
-      UserError: there are none.
-    """
+    """Returns the paths of the leaves to compare, all but the routers'; UserError: none."""
     group_of = method.learning_rate_group
     paths = [path for path in patching.flatten(trainable) if group_of(path) != "routers"]
     if not paths:
@@ -116,9 +101,8 @@ def task_gradient(
             return loss_sum / jnp.maximum(normalizer, 1e-9)
 
         leaves = jax.grad(mean_loss)(chosen)
-        return jnp.concatenate(
-            [leaves[path].astype(jnp.float32).ravel() for path in sorted(leaves)]
-        )
+        parts = [leaves[path].astype(jnp.float32).ravel() for path in sorted(leaves)]
+        return jnp.concatenate(parts)
 
     return jax.jit(gradient)
 
@@ -146,16 +130,10 @@ def summarize(matrix: Float[np.ndarray, "n n"]) -> dict[str, float]:
 def task_batches(
     data: Mapping[str, object], num_tasks: int, batch_size: int, seed: int
 ) -> dict[str, Mapping[str, np.ndarray]]:
-    """Returns one batch of each of some tasks of a mixture, by task name, unpacked.
+    """Returns one unpacked batch of each of `num_tasks` drawn tasks, in the mixture's order.
 
-    Args:
-      data: of a run's description; its mixture and feature_lengths are used.
-      num_tasks: how many are drawn, without repetition; in the mixture's order.
-      batch_size: examples of each, from its train split; a smaller task repeats examples.
-      seed: of both draws.
-
-    Raises:
-      UserError: fewer than two tasks are asked for or there.
+    `data` is of a run's description: mixture and feature_lengths count. Examples are of the train
+    split; a smaller task repeats some. Raises UserError below two tasks.
     """
     from moe_peft.data import lookup, pipeline  # Imports TensorFlow.
 
@@ -173,10 +151,8 @@ def task_batches(
 
 def records(folder) -> list[dict]:
     """Returns the records of a run, oldest first, with `cosines` as an array [n, n]."""
-    return [
-        {**record, "cosines": np.array(record["cosines"], float)}
-        for record in base.read(folder, NAME)
-    ]
+    found = base.read(folder, NAME)
+    return [{**record, "cosines": np.array(record["cosines"], float)} for record in found]
 
 
 def _as_json(matrix: Float[np.ndarray, "n n"]) -> Sequence[Sequence[float | None]]:

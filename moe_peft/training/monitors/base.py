@@ -25,35 +25,22 @@ Watch = Callable[[int, PyTree, PyTree], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """The run that a monitor is to look at.
+    """The run that a monitor is to look at."""
 
-    Attributes:
-      model: computes the loss, adapters included.
-      method: says what trains.
-      trainable: abstract trainable tree.
-      data: what the run's description says of its data: mixture, feature_lengths, ...
-      folder: of the run.
-      mesh: the devices.
-    """
-
-    model: step_lib.Model
-    method: methods.Method
-    trainable: PyTree
+    model: step_lib.Model  # computes the loss, adapters included
+    method: methods.Method  # says what trains
+    trainable: PyTree  # abstract trainable tree
+    # What the run's description says of its data: mixture, feature_lengths, ...
     data: Mapping[str, Any]
-    folder: pathlib.Path
-    mesh: jax.sharding.Mesh
+    folder: pathlib.Path  # of the run
+    mesh: jax.sharding.Mesh  # the devices
 
 
 class Monitor(Protocol):
-    """A gin-configurable object in `train.monitors`.
+    """A gin-configurable object in `train.monitors`."""
 
-    Attributes:
-      name: prefix of its metrics and name of its file.
-      period: steps between calls; there is always one at the last step.
-    """
-
-    name: str
-    period: int
+    name: str  # prefix of its metrics and name of its file
+    period: int  # steps between calls; there is always one at the last step
 
     def start(self, run: Watched) -> Watch:
         """Returns (step, frozen, trainable) -> scalars, to be called between steps.
@@ -72,11 +59,7 @@ class Active(NamedTuple):
 
 
 def start(monitors: Sequence[Monitor], run: Watched) -> list[Active]:
-    """Starts all monitors.
-
-    Raises:
-      UserError: two share a name, a period is below 1, or one has nothing to watch.
-    """
+    """Starts all; UserError: two share a name, a period is below 1, one has nothing to watch."""
     names = [monitor.name for monitor in monitors]
     for monitor in monitors:
         if names.count(monitor.name) > 1:
@@ -93,11 +76,7 @@ def drop_after(folder: pathlib.Path, step: int) -> None:
 
 
 def append(folder: pathlib.Path, name: str, step: int, record: Mapping[str, Any]) -> None:
-    """Adds one line to the file of a monitor; of several hosts the first one writes.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Adds a line to a monitor's file, on the first host; UserError: it cannot be written."""
     if jax.process_index() != 0:
         return
     path = folder / FOLDER / f"{name}.jsonl"
@@ -108,10 +87,7 @@ def append(folder: pathlib.Path, name: str, step: int, record: Mapping[str, Any]
 
 
 def read(folder: pathlib.Path | str, name: str) -> list[dict[str, Any]]:
-    """Returns the records of a monitor in order; none if it never ran.
-
-    A last line that is still being written is left out.
-    """
+    """Returns the records of a monitor in order, whole lines only; none if it never ran."""
     path = pathlib.Path(folder) / FOLDER / f"{name}.jsonl"
     if not path.exists():
         return []

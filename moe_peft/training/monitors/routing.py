@@ -22,12 +22,9 @@ class RoutingCourse:
 
     Metrics: `routing/entropy`, `routing/sparsity` and `routing/max_weight`, see
     `task_routing.statistics`, as means over selectors. Records: the same for each selector.
-
-    Attributes:
-      period: steps between records.
     """
 
-    period: int = 100
+    period: int = 100  # steps between records
 
     name = NAME
 

@@ -35,8 +35,7 @@ def logits(trainable: PyTree) -> dict[str, Float[Array, "n p s"]]:
     The selectors of a scanned stack, [n, layers, p, s], come one by one, named as in an unscanned
     one: "encoder/layers_0/...".
 
-    Raises:
-      UserError: there is no task routing in the tree.
+    Raises UserError: there is no task routing in the tree.
     """
     found = {}
     for path, leaf in patching.flatten(trainable).items():
@@ -59,15 +58,9 @@ def logits(trainable: PyTree) -> dict[str, Float[Array, "n p s"]]:
 
 def weights(logits: Float[Array, "n p s"], straight_through: bool = False) -> Float[Array, "n p s"]:
     """Returns the weights of all tasks in evaluation, see `routing.TaskRouter`."""
-    num_tasks, num_splits, num_skills = logits.shape
-    router = task_routers.TaskRouter(
-        num_skills=num_skills,
-        num_splits=num_splits,
-        num_tasks=num_tasks,
-        straight_through=straight_through,
-        parent=None,
-    )
-    one_of_each = routing.RoutingContext(task_ids=jnp.arange(num_tasks))
+    sizes = dict(zip(("num_tasks", "num_splits", "num_skills"), logits.shape, strict=True))
+    router = task_routers.TaskRouter(**sizes, straight_through=straight_through, parent=None)
+    one_of_each = routing.RoutingContext(task_ids=jnp.arange(len(logits)))
     return router.weights(jnp.asarray(logits), one_of_each)
 
 
