@@ -111,10 +111,8 @@ COMMANDS = {
 
 # Verbs of `moe-peft data` that take settings.
 _DATA_MODULES = ("moe_peft.models", "moe_peft.methods")  # what files of an experiment name
-_DATA_DEFAULTS = (
-    "include 'data/files.gin'",
-    *("MIXTURE = None", "TARGET_MIXTURE = None", "EVAL_MIXTURES = ()"),
-)
+_DATA_DEFAULTS = ("include 'data/files.gin'", "MIXTURE = None", "TARGET_MIXTURE = None")
+_DATA_DEFAULTS += ("EVAL_MIXTURES = ()",)
 DATA_COMMANDS = {
     "data prepare": entry.Command(
         entry_point="data_prepare",
@@ -159,9 +157,6 @@ def configure(
     gin_bindings: Sequence[str] = (),
     gin_search_paths: str = "",
 ):
-    """Reads and checks the settings of the command `name`; returns its entry point, to be called.
-
-    Raises UserError for the first mistake, before anything is computed.
-    """
+    """Returns a command's entry point, to be called; a UserError for the first wrong setting."""
     folders = [path for path in gin_search_paths.split(",") if path]
     return entry.configure(ALL[name], gin_files, gin_bindings, folders, ALL.values())

@@ -156,14 +156,9 @@ def run(
     tokens = sum(each.tokens for each in done)
     skipped = [row for each in done for row in each.skipped]
     if as_json:
-        record = {
-            "tasks": [dataclasses.asdict(each) for each in done],
-            "rows": rows,
-            "tokens": tokens,
-            "skipped": [dict(zip(("file", "reason", "rows"), row)) for row in skipped],
-            "seconds": seconds,
-        }
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        record = {"tasks": list(map(dataclasses.asdict, done)), "rows": rows, "tokens": tokens}
+        record["skipped"] = [dict(zip(("file", "reason", "rows"), row)) for row in skipped]
+        print(json.dumps({**record, "seconds": seconds}, indent=2, ensure_ascii=False))
         return
     print(f"{len(done)} tasks are ready: {rows:,} rows, {tokens:,} tokens, {seconds:.1f} s")
     for file, reason, count in skipped:

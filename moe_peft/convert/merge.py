@@ -85,18 +85,11 @@ def merge_saved(
     frozen_dtype: str = "float32",
     seed: int = 0,
 ) -> tuple[PyTree, merging.Gap, dict]:
-    """Merges what a run has trained, and compares logits on a random batch.
+    """Merges what a run has trained into a network without adapters; arguments are as of `merge`.
 
-    Args, besides those of `merge`:
-      network: without adapters.
-      saved: what was trained.
-      where: it is from, for messages.
-
-    Returns:
-      Weights without adapters, float32; the gap between logits; what was merged, as JSON types.
-
-    Raises:
-      UserError: the method cannot be merged, the run does not fit, or the logits differ.
+    Returns the merged weights, float32; the gap between logits on a random batch; and what was
+    merged, as JSON types. It is a UserError if the method cannot be merged, the run, which messages
+    call `where`, does not fit, or the logits differ.
     """
     check_method(method, task)
     start = start_lib.Start.of_network(network, method, adapter_trees.BATCH_SHAPES)

@@ -26,12 +26,9 @@ class Place:
 
 
 def source(spec: str) -> Place:
-    """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME".
+    """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME"; a UserError if it is unknown.
 
     The format is detected where it is not given.
-
-    Raises:
-      UserError: nothing is there, or nothing that is known.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "embedded":
@@ -54,14 +51,11 @@ def target(spec: str, default: str | None) -> Place:
     is_file = path.suffix == _SUFFIX
     kind = kind or (formats.ADAPTERS if is_file else default)
     if kind is None:
-        raise errors.UserError(
-            f"--to {spec} does not say in which format; write hf:{spec}, t5x:{spec} or "
-            f"FILE{_SUFFIX}."
-        )
+        ways = f"write hf:{spec}, t5x:{spec} or FILE{_SUFFIX}"
+        raise errors.UserError(f"--to {spec} does not say in which format; {ways}.")
     if kind == RUN or (kind == formats.ADAPTERS) != is_file:
-        raise errors.UserError(
-            f"--to {spec}: our own format is a file *{_SUFFIX}, any other a folder."
-        )
+        expected = f"our own format is a file *{_SUFFIX}, any other a folder"
+        raise errors.UserError(f"--to {spec}: {expected}.")
     return Place(kind, path)
 
 

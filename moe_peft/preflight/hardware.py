@@ -21,9 +21,7 @@ class Chip:
     """One device of a kind, by its data sheet."""
 
     name: str  # as people write it
-    # bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one; data
-    # sheets say more.
-    memory: float
+    memory: float  # bytes for programs: TPUs' by libtpu's refusals, where data sheets say more
     flops: float  # bfloat16 operations per second
     bandwidth: float  # of the memory, bytes per second
     link: float  # bytes per second that a chip can send to others
@@ -71,24 +69,19 @@ class Target:
     slices: int = 1  # of so many chips together, joined by the data centre's network
 
     def devices(self) -> Sequence[Any]:
-        """Descriptions of the devices, for a mesh.
-
-        Raises:
-          UserError: the plugin that knows them is not installed, or there is no such topology.
-        """
+        """Descriptions of the devices, for a mesh; a UserError if no plugin here knows them."""
         import jax
         from jax.experimental import topologies
 
         try:
             if self.shape:
-                name = f"{self.chip.name}:{self.shape}"
+                name, platform = f"{self.chip.name}:{self.shape}", "tpu"
                 options = dict(_ONE_DEVICE_A_CHIP.get(self.chip.name, {}))
                 options |= {"num_slices": self.slices} if self.slices > 1 else {}
-                found = topologies.get_topology_desc(name, platform="tpu", **options)
             else:
-                name = f"1x1x{self.count}"
+                name, platform = f"1x1x{self.count}", "cuda"
                 options = {"topology": name, "target_config": _H100}
-                found = topologies.get_topology_desc(name, platform="cuda", **options)
+            found = topologies.get_topology_desc(name, platform=platform, **options)
         except Exception as error:
             reason = str(error).splitlines()[0][:160]
             wanted = "libtpu" if self.shape else "--no-deps jax-cuda12-plugin jax-cuda12-pjrt"
@@ -101,11 +94,7 @@ class Target:
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices.
-
-    Raises:
-      UserError: there is no such chip or number.
-    """
+    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices."""
     form = re.fullmatch(r"(\w+)[:-](\d+(?:x\d+)*)", name)
     if not form:
         raise errors.UserError(
@@ -142,10 +131,7 @@ def _size(shape: str) -> int:
 
 
 def without_devices(environ: MutableMapping[str, str]) -> None:
-    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for.
-
-    It has to come before jax is imported.
-    """
+    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for."""
     environ.setdefault("JAX_PLATFORMS", "cpu")
     environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It compiles, next to whoever trains.
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

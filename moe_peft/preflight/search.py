@@ -17,11 +17,7 @@ def meshes(count: int) -> list[tuple[int, int, int]]:
 
 
 def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
-    """Reads "data=4,model=4"; data is what the others leave over unless it is given.
-
-    Raises:
-      UserError: another form, or the product is not the number of devices.
-    """
+    """Reads the mesh "data=4,model=4" of so many devices; data is what is left unless given."""
     sizes = {"fsdp": 1, "model": 1}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
@@ -31,10 +27,8 @@ def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
         sizes[name.strip()] = int(size)
     data = sizes.get("data", max(count // (sizes["fsdp"] * sizes["model"]), 1))
     if data * sizes["fsdp"] * sizes["model"] != count:
-        raise errors.UserError(
-            f"--mesh {text!r} is {data} x {sizes['fsdp']} x {sizes['model']}, but the target has "
-            f"{count} devices."
-        )
+        product = f"{data} x {sizes['fsdp']} x {sizes['model']}"
+        raise errors.UserError(f"--mesh {text!r} is {product}, but the target has {count} devices.")
     return data, sizes["fsdp"], sizes["model"]
 
 

@@ -35,9 +35,8 @@ def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
     for folder in map(pathlib.Path, folders):
         paths = sorted(folder.glob("eval/*/results.json"))
         if not paths:
-            raise errors.UserError(
-                f"{folder} holds no results (eval/*/results.json); make them with `moe-peft eval`."
-            )
+            hint = "(eval/*/results.json); make them with `moe-peft eval`"
+            raise errors.UserError(f"{folder} holds no results {hint}.")
         for content in map(read, paths):
             found.setdefault(content["mixture"], []).append((folder, content))
     runs = {}
@@ -62,21 +61,17 @@ def check_alike(names: Sequence[object], facts: Sequence[Mapping[str, Any]]) -> 
     for name, found in zip(names, facts, strict=True):
         for part, value in facts[0].items():
             if value != found[part]:
-                raise errors.UserError(
-                    f"{names[0]} and {name} cannot be compared: {part} is {value} and "
-                    f"{found[part]}."
-                )
+                difference = f"{part} is {value} and {found[part]}"
+                raise errors.UserError(f"{names[0]} and {name} cannot be compared: {difference}.")
 
 
 def labels(folders: Sequence[pathlib.Path], methods: Sequence[str]) -> list[str]:
     """Returns what runs are called: by method; where two share it, by folder; else by path."""
     paths = [folder.absolute() for folder in folders]
     by_path = ["-".join(path.parts[1:]) for path in paths]
-    candidates = (methods, [path.name for path in paths], by_path)
-    return [
-        next((names[i] for names in candidates if names.count(names[i]) == 1), by_path[i])
-        for i in range(len(paths))
-    ]
+    candidates = (list(methods), [path.name for path in paths], by_path)
+    first = lambda i: (names[i] for names in candidates if names.count(names[i]) == 1)
+    return [next(first(i), by_path[i]) for i in range(len(paths))]
 
 
 def to_json(runs: Sequence[table.Run]) -> dict[str, Any]:

@@ -37,10 +37,8 @@ def is_adaptation(folder: pathlib.Path | str) -> bool:
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[pareto.Row]]]:
     """Returns {mixture: (title, rows)} of the adaptations in some folders, in their order.
 
-    Rows are called as `compare.labels` says.
-
-    Raises:
-      UserError: results cannot be read, or those of a mixture were not made alike.
+    Rows are called as `compare.labels` says. It is a UserError if results cannot be read, or if
+    those of a mixture were not made alike.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):
@@ -81,14 +79,11 @@ def show(
 
 def markdown(rows: Sequence[pareto.Row], title: str) -> str:
     """The same table for a document."""
-    note = (
-        "Mean, sample standard deviation, median and interquartile range are over seeds, in per "
-        "cent. The Pareto front is in bold."
-    )
+    note = "Mean, sample standard deviation, median and interquartile range are over seeds, in per "
+    note += "cent. The Pareto front is in bold."
     best = pareto.front(rows)
-    body = [cells(row) for row in _sorted(rows)]
-    for row, shown in zip(_sorted(rows), body, strict=True):
-        shown[0] = f"**{row.name}**" if row in best else row.name
+    name = lambda row: f"**{row.name}**" if row in best else row.name
+    body = [[name(row), *cells(row)[1:]] for row in _sorted(rows)]
     return tables.markdown_table(title, note, _COLUMNS, body)
 
 

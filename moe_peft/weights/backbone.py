@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.resources
 import pathlib
+import re
 import sys
 
 import gin
@@ -23,30 +24,18 @@ from moe_peft.weights import (
     t5_sizes,
 )
 
-KINDS = (
-    "random:SEED",
-    "embedded:NAME",
-    "run:FOLDER[@STEP]",
-    "file:PATH.safetensors",
-    "hf:FOLDER",
-    "t5x:FOLDER",
-)
+KINDS = ("random:SEED", "embedded:NAME", "run:FOLDER[@STEP]")
+KINDS += ("file:PATH.safetensors", "hf:FOLDER", "t5x:FOLDER")
 _CONVERTED = (formats.HUGGING_FACE, formats.T5X)
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A model's own weights.
+    """A model's own weights."""
 
-    Attributes:
-      spec: where they came from, as the user wrote it.
-      params: nested dict of arrays, without adapters.
-      fingerprint: hexadecimal digest of names, shapes, dtypes and bytes.
-    """
-
-    spec: str
-    params: PyTree
-    fingerprint: str
+    spec: str  # where they came from, as the user wrote it
+    params: PyTree  # nested dict of arrays, without adapters
+    fingerprint: str  # hexadecimal digest of names, shapes, dtypes and bytes
 
 
 def load(
@@ -79,7 +68,9 @@ def load(
     if kind in _CONVERTED:
         return _streamed(spec, abstract_params, init, stored_as)
     if kind == "random":
-        params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
+        if not re.fullmatch(r"[+-]?\d+", rest):
+            raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.")
+        params = jax.jit(init)(jax.random.key(int(rest)))
     elif kind == "embedded":
         params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":
@@ -114,11 +105,7 @@ def allowed(
 
 
 def check_headers(spec: str, abstract_params: PyTree) -> None:
-    """Compares the headers of a backbone "hf:" or "t5x:" with the model; others are not looked at.
-
-    Raises:
-      UserError: there is no such checkpoint, or it does not fit.
-    """
+    """Raises UserError if a backbone "hf:" or "t5x:" is not there or its headers do not fit."""
     if str(spec).partition(":")[0] in _CONVERTED:
         _open(spec, abstract_params).report().check(*allowed())
 
@@ -129,15 +116,12 @@ def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
     found = formats.open_backbone(folder, kind)
     shapes = {path: leaf.shape for path, leaf in patching.flatten(abstract_params).items()}
     model = t5_sizes.recognise(shapes, "The model config")
-    differing = t5_sizes.differences(model, found.config)
-    if differing:
-        each = (
-            f"{name} {getattr(found.config, name)} (model config: {getattr(model, name)})"
-            for name in differing
-        )
-        fitting = t5_sizes.name_of(found.config)
+    own = found.config
+    if differing := t5_sizes.differences(model, own):
+        sizes = (f"{n} {getattr(own, n)} (model config: {getattr(model, n)})" for n in differing)
+        fitting = t5_sizes.name_of(own)
         raise errors.UserError(
-            f"Backbone {spec!r} has another size than the model: {', '.join(each)}. "
+            f"Backbone {spec!r} has another size than the model: {', '.join(sizes)}. "
             + (f"Take models/{fitting}.gin." if fitting else "Set T5Config to its sizes.")
         )
     return found.scanned(model.scan_layers)
@@ -183,13 +167,6 @@ def _check_shapes(params: PyTree, abstract_params: PyTree, spec: str) -> None:
             )
 
 
-def _seed(spec: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.") from None
-
-
 def embedded_path(spec: str, name: str) -> pathlib.Path:
     """Returns the file of a backbone that comes with the package; `spec` is for the message."""
     folder = pathlib.Path(str(importlib.resources.files("moe_peft.models") / "embedded"))
@@ -207,9 +184,9 @@ def _from_run(spec: str, text: str) -> PyTree:
     if step and not step.isdigit():
         raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
     saved = saved_run.load(folder, int(step) if step else None)
-    if saved.description["method"].get("name") != "full":
+    if (name := saved.description["method"].get("name")) != "full":
         raise errors.UserError(
-            f"Backbone {spec!r} is a run of the method {saved.description['method'].get('name')!r}"
-            " and holds only its adapters; a backbone comes from a run of the method 'full'."
+            f"Backbone {spec!r} is a run of the method {name!r} and holds only its adapters; a "
+            "backbone comes from a run of the method 'full'."
         )
     return saved.trainable

@@ -85,6 +85,7 @@ def test_scanned_and_back(cfg, flat, folder, tmp_path):
     assert_same(flat(cfg), hugging_face.read(again)[1])
 
 
+@pytest.mark.eight_devices
 def test_onto_a_mesh_in_bfloat16(cfg, flat, folder):
     mesh = mesh_lib.make_mesh(fsdp=2, model=2)
     _, params = hugging_face.read(folder, "bfloat16", sharding=leaves.spread(mesh))
