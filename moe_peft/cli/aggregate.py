@@ -3,8 +3,7 @@
     moe-peft aggregate results/mov --average groups --group 'p3_(.*?)(?:_r[123])?'
     moe-peft aggregate results/superni --metric exact_match_normalized --bootstrap tasks
 
-reads what `moe-peft eval` or `moe-peft adapt` left in a folder. An evaluation that was interrupted
-is averaged over the tasks that are finished.
+An evaluation that was interrupted is averaged over the tasks that are finished.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,10 +48,7 @@ class Changes:
         return {**own, **{name: value for name, value in changed.items() if value is not None}}
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of predictions with these changes.
-
-        Raises UserError for a row without answer in text, if it should be scored again.
-        """
+        """A row of predictions with these changes; a UserError if there is no text to score."""
         if self.group is not None:
             group = questions.group_of(row["task"], questions.compile_group(self.group))
             row = {**row, "group": group}

@@ -65,10 +65,9 @@ def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | N
     there = {name: folder for name, folder in found.items() if folder.is_dir()}
     if not there or (benchmarks and len(there) < len(found)):
         name = next(name for name in found if name not in there)
-        raise errors.UserError(
-            f"There is no folder {found[name]}; expected {roots.LAYOUT[name]}. A data folder "
-            f"holds {', '.join(f'{name}/' for name in roots.LAYOUT)}, or some of them."
-        )
+        known = f"A data folder holds {', '.join(f'{n}/' for n in roots.LAYOUT)}, or some of them."
+        expected = f"expected {roots.LAYOUT[name]}"
+        raise errors.UserError(f"There is no folder {found[name]}; {expected}. {known}")
     return there
 
 

@@ -87,9 +87,8 @@ def data_show(settings: Settings) -> list[Shown] | Packed:
         places = mixing.Stream(sources, pipeline.rates(name, tasks), settings.seed).places(0)
     chosen = list(itertools.islice(places, start, end))
     if not chosen:
-        raise errors.UserError(
-            f"{name!r} has {len(sources[0])} examples in its split {split!r}; --start is {start}."
-        )
+        there = f"{len(sources[0])} examples in its split {split!r}"
+        raise errors.UserError(f"{name!r} has {there}; --start is {start}.")
     return [_shown(tasks[task], sources[task], row, lengths) for task, row in chosen]
 
 

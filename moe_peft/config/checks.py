@@ -113,10 +113,8 @@ def _check_required(config: bindings_lib.Config, root: str) -> None:
             is_needed = any(parameter.default is each for each in needed)
             if is_needed and (name not in own or own[name].is_missing):
                 full = f"{registry.short_name(selector)}.{name}"
-                raise errors.UserError(
-                    f"{full} is required and has no value."
-                    f" Set it in a gin file or with --gin.{full}=VALUE."
-                )
+                how = f"Set it in a gin file or with --gin.{full}=VALUE."
+                raise errors.UserError(f"{full} is required and has no value. {how}")
 
 
 def _check_used(config: bindings_lib.Config, roots: Sequence[str], is_partial: bool) -> None:

@@ -45,9 +45,8 @@ def _checked_weights(number: int, weights: Sequence[float] | None) -> list[float
     if len(weights) != number:
         raise errors.UserError(f"There are {len(weights)} weights for {number} adapters.")
     if not np.isfinite(weights).all() or abs(sum(weights) - 1.0) > 1e-6:
-        raise errors.UserError(
-            f"The weights {', '.join(map(str, weights))} add up to {sum(weights):g}; expected 1."
-        )
+        named = f"The weights {', '.join(map(str, weights))}"
+        raise errors.UserError(f"{named} add up to {sum(weights):g}; expected 1.")
     return list(weights)
 
 

@@ -124,10 +124,8 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
         saved = single_task.of_task(saved, options.task, name)
     place = targets.target(to, formats.PEFT)
     if place.kind not in (formats.PEFT, formats.ADAPTERS):
-        raise errors.UserError(
-            f"{name} is an adapter, which the format {place.kind!r} cannot hold; --merge folds it "
-            "into its backbone first."
-        )
+        why = f"the format {place.kind!r} cannot hold; --merge folds it into its backbone first"
+        raise errors.UserError(f"{name} is an adapter, which {why}.")
     targets.check_free(place, options.overwrite)
     with locations.created(place.path, replace=True) as partial:
         if place.kind == formats.PEFT:

@@ -36,8 +36,8 @@ def merge(
 
     The file is a backbone, `BACKBONE = "file:PATH"`, for `METHOD = @methods.frozen()` or as the
     start of another adaptation; `moe-peft convert` writes it, or the run itself, for Hugging Face
-    and T5X. Before it is written, the logits of both networks are compared on a
-    random batch; the largest and the mean difference are printed.
+    and T5X. Before it is written, the logits of both networks on a random batch are compared; the
+    largest and the mean difference are printed.
 
     Args:
       model: the network without adapters.
@@ -102,11 +102,5 @@ def merge_saved(
             f"Merged logits differ by {gap.relative:.2g} of the largest logit, more than "
             f"{allowed:g}; nothing was written. Are the run's weights finite?"
         )
-    record = {
-        "merged": identity.as_json(method.describe()),
-        "task": task,
-        "step": saved.step,
-        "model_dir": where,
-        "backbone_spec": backbone,
-    }
-    return merged, gap, record
+    record = {"merged": identity.as_json(method.describe()), "task": task, "step": saved.step}
+    return merged, gap, {**record, "model_dir": where, "backbone_spec": backbone}

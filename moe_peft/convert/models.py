@@ -33,8 +33,8 @@ def write(
 ) -> None:
     """Writes a model as "hf", "t5x" or "ours", leaf by leaf, in the layout of layers that it has.
 
-    Nothing may be at the path. `metadata` is of a file in our format, besides its network; `like`
-    is a Hugging Face model whose tokenizer and settings go along.
+    Nothing may be at the path; `dtype` None keeps each leaf's own. A file in our format also gets
+    `metadata`, one for Hugging Face the tokenizer and settings of the model `like`.
     """
     model.report().check()
     if kind == formats.HUGGING_FACE:

@@ -45,12 +45,8 @@ def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
             weights = _weights(rule.adapter_factory(parent=None), own, path, task, context)
         layers[layer] = _mixed(own, weights)
     plain = _plain(modules[0], method)
-    description = {
-        **saved.description,
-        "method": identity.as_json(plain.describe()),
-        "task": task,
-        "task_of": saved.description["method"],
-    }
+    described = {"method": identity.as_json(plain.describe()), "task": task}
+    description = {**saved.description, **described, "task_of": saved.description["method"]}
     tree = adapter_trees.assemble(layers, adapter_trees.shapes_of(plain, network))
     return saved_run.Saved(saved.step, tree, {}, {"description": description})
 

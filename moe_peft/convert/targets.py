@@ -1,5 +1,6 @@
 """What `--from`, `--to` and `--base` name, and putting a finished conversion in its place."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -65,15 +66,12 @@ def check_free(place: Place, overwrite: bool) -> None:
         return
     if not overwrite:
         raise errors.UserError(f"{place} exists; --overwrite replaces it.")
-    try:
+    found = "unknown"
+    with contextlib.suppress(errors.UserError):
         found = formats.detect(place.path)
-    except errors.UserError:
-        found = "unknown"
     if found != place.kind:
-        raise errors.UserError(
-            f"{place} exists and is {found}, not {place.kind}; it is not replaced. Choose another "
-            "path or remove it."
-        )
+        what = f"{place} exists and is {found}, not {place.kind}; it is not replaced"
+        raise errors.UserError(f"{what}. Choose another path or remove it.")
 
 
 def _split(spec: str) -> tuple[str | None, str]:

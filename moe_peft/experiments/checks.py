@@ -110,7 +110,7 @@ def parse(experiment: files.Experiment, configure: Configure) -> None:
 
 
 def plan(experiment: files.Experiment, configure: Configure):
-    """Returns the plan at full size; UserError if the head counts other parameters or operations."""
+    """Returns the plan at full size; a UserError if the head counts something else."""
     from moe_peft.preflight import operations
 
     found = configure("plan", [experiment.gin_file], ["T5Config.scan_layers=True"])()

@@ -73,7 +73,7 @@ class Experiment:
     sample: str  # the gin file of its two-minute version
     trainable: tuple[int | None, int | None]  # parameters on many tasks, and afterwards; or None
     is_full: bool  # all weights train, which the head counts to three digits
-    operations: float | None  # floating-point ones of the training; None where nothing trains
+    operations: float | None  # floating-point operations of training; None where nothing trains
     size: str  # of the backbone
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -58,14 +59,11 @@ class Row:
         """The score at full size; else the highest level reached, or the first that failed."""
         if self.score:
             return str(self.score)
-        state = "not checked"
-        for level in LEVELS:
-            if level not in self.record:
-                break
-            if self.record[level] != OK:
-                return f"{level} fails: {self.record[level]}"
-            state = REACHED[level]
-        return state
+        done = list(itertools.takewhile(self.record.__contains__, LEVELS))
+        failed = next((level for level in done if self.record[level] != OK), None)
+        if failed:
+            return f"{failed} fails: {self.record[failed]}"
+        return REACHED[done[-1]] if done else "not checked"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

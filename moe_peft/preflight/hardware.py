@@ -94,13 +94,12 @@ class Target:
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices."""
+    """Returns "v5e:4x4", "v5e-16" (as many chips) or "h100:8", TPUs in slices; or a UserError."""
+    wrong = lambda what: errors.UserError(f"--target is {name!r}; {what}.")
     form = re.fullmatch(r"(\w+)[:-](\d+(?:x\d+)*)", name)
     if not form:
-        raise errors.UserError(
-            f"--target is {name!r}; expected a chip and its topology or number, such as v5e:4x4, "
-            "v5e-256 or h100:8."
-        )
+        examples = "such as v5e:4x4, v5e-256 or h100:8"
+        raise wrong(f"expected a chip and its topology or number, {examples}")
     kind, shape = form.groups()
     errors.check_one_of("The chip of --target", kind, CHIPS)
     if slices < 1 or (slices > 1 and kind == "h100"):
@@ -109,15 +108,14 @@ def find_target(name: str, slices: int = 1) -> Target:
         )
     if kind == "h100":
         if "x" in shape:
-            raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
+            raise wrong("expected a number, such as h100:8")
         return Target(name, CHIPS[kind], int(shape), "")
     if "x" not in shape:
         sizes = {_size(each): each for each in _SHAPES[kind]}
         if int(shape) not in sizes:
-            raise errors.UserError(
-                f"--target is {name!r}; slices of {kind} have {', '.join(map(str, sizes))} chips, "
-                f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
-            )
+            example = f"{kind}:{next(iter(sizes.values()))}"
+            known = f"slices of {kind} have {', '.join(map(str, sizes))} chips"
+            raise wrong(f"{known}, or name a topology as in {example}")
         shape = sizes[int(shape)]
     return Target(name, CHIPS[kind], _size(shape) * slices, shape, slices)
 

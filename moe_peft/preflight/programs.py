@@ -66,7 +66,7 @@ class Experiment:
         return compiled.compile_program(made, target, choice, is_quick=is_quick)
 
     def rows(self, program: str) -> int:
-        """Rows of a batch of a program."""
+        """Rows of a batch."""
         return self.batch_size if program == "train" else self.eval_batch_size
 
     def describe(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def meshes(count: int) -> list[tuple[int, int, int]]:
 
 
 def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
-    """Reads the mesh "data=4,model=4" of so many devices; data is what is left unless given."""
+    """Reads "data=4,model=4" (data: what is left) for so many devices; a UserError if it is not."""
     sizes = {"fsdp": 1, "model": 1}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
@@ -33,13 +33,12 @@ def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
 
 
 def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Choice:
-    """A mesh and micro-batches to begin with, without compiling anything.
+    """A mesh and micro-batches to begin with, without compiling; weights: bytes frozen, trained.
 
     As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
     are along `data`, or inside a slice along `fsdp` where a copy of the weights, and of the
     gradients of what trains, would fill more than half of a chip. At a time a chip takes one row
-    for every two gigabytes that it has, rounded down to a power of two. Weights are the bytes that
-    are frozen and the bytes that train.
+    for every two gigabytes that it has, rounded down to a power of two.
     """
     shards = math.gcd(batch_size, target.count)
     model = target.count // shards

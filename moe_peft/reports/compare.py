@@ -1,9 +1,7 @@
 """Results of several runs side by side: a table, Markdown, JSON and a picture.
 
-    moe-peft compare results/frozen results/ia3 results/mov --out results
-
-reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's folder. Numbers are
-per cent; mean and median are over the templates of a task, then averaged over tasks.
+`moe-peft compare` reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's
+folder. Numbers are per cent; mean and median are over a task's templates, then over tasks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +24,9 @@ _MUST_AGREE = {
 
 
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
-    """The evaluations found in folders of runs, by mixture, in the order of the folders.
+    """The evaluations in folders of runs, by mixture, in order; runs are called as `labels` says.
 
-    Runs are called as `labels` says. Raises UserError for a folder without results, or results
-    that cannot be read.
+    It is a UserError if a folder has no results, or if they cannot be read.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):

@@ -1,10 +1,8 @@
 """Adaptations to new tasks side by side: a table, and parameters against score.
 
-    moe-peft compare results/lora_few results/mhr_z_few --out results
-
-reads the `results.json` that `moe-peft adapt` left in each folder. A row is a variant: how many
-parameters it trains for a new task, and its score with each seed. The Pareto front is made of the
-variants that no other one beats with as few parameters.
+`moe-peft compare` reads the `results.json` that `moe-peft adapt` left in each folder. A row is a
+variant: how many parameters it trains for a new task, and its score with each seed. The Pareto
+front is made of the variants that no other one beats with as few parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,8 +114,7 @@ def _row(name: str, content: Mapping[str, Any]) -> pareto.Row:
 def _facts(content: Mapping[str, Any]) -> dict[str, Any]:
     """What adaptations have in common if they answer the same question."""
     settings, tasks = content["settings"], sorted(content["tasks"])
-    parts = [(part, name) for part, names in _MUST_AGREE.items() for name in names]
-    facts = {name: settings[part][name] for part, name in parts}
+    facts = {n: settings[part][n] for part, names in _MUST_AGREE.items() for n in names}
     return {**facts, "number of tasks": len(tasks), "tasks": tasks}
 
 

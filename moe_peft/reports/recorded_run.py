@@ -1,4 +1,4 @@
-"""What a picture needs to know of a run: its name, its parameters, what its tasks are called."""
+"""What a picture needs to know of a run: what its tasks are called, and their groups."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses

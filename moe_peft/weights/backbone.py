@@ -56,13 +56,11 @@ def load(
         "file:PATH" (a safetensors file as `moe-peft export` writes it), "hf:FOLDER" (a T5 as
         transformers saves it) or "t5x:FOLDER" (a T5X checkpoint, also "t5x:gs://...").
       abstract_params: shapes of the model's own parameters, without adapters.
-      init: rng -> fresh parameters, called for random backbones and for leaves that `allowed` lets
-        be missing.
+      init: rng -> fresh parameters, for random backbones and leaves that `allowed` lets be missing.
       stored_as: path -> "float32" or "bfloat16"; None leaves weights as they are. The fingerprint
         is of the weights before.
 
-    Raises:
-      UserError: the spec cannot be read, or a leaf is missing, unused or of another shape.
+    It is a UserError if the spec cannot be read, or a leaf is missing, unused or of another shape.
     """
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
@@ -161,10 +159,8 @@ def _check_shapes(params: PyTree, abstract_params: PyTree, spec: str) -> None:
         if have[name] != want[name]:
             # The embedding tells most plainly that the vocabulary is another one.
             what = "vocabulary or width" if "embedder" in name or "logits" in name else "shape"
-            raise errors.UserError(
-                f"Backbone {spec!r} has another {what} than the model: {name} is {have[name]} in "
-                f"the backbone and {want[name]} in the model config."
-            )
+            sizes = f"{have[name]} in the backbone and {want[name]} in the model config"
+            raise errors.UserError(f"{where} has another {what} than the model: {name} is {sizes}.")
 
 
 def embedded_path(spec: str, name: str) -> pathlib.Path:
@@ -172,10 +168,8 @@ def embedded_path(spec: str, name: str) -> pathlib.Path:
     folder = pathlib.Path(str(importlib.resources.files("moe_peft.models") / "embedded"))
     shipped = sorted(path.stem for path in folder.glob("*.safetensors"))
     if name not in shipped:
-        raise errors.UserError(
-            f"Backbone {spec!r} is not shipped; there is {', '.join(shipped) or 'none'}."
-            f"{errors.near(name, shipped)}"
-        )
+        known = f"{', '.join(shipped) or 'none'}.{errors.near(name, shipped)}"
+        raise errors.UserError(f"Backbone {spec!r} is not shipped; there is {known}")
     return folder / f"{name}.safetensors"
 
 

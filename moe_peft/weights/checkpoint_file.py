@@ -71,11 +71,11 @@ class CheckpointFile:
                 shapes = f"the shape {leaf.shape}; the config says {expected[path]}."
                 raise errors.UserError(f"{leaf.source} gives {path} {shapes}")
         extra = [leaf.source for path, leaf in self.leaves.items() if path not in expected]
-        cast = {p: leaf.dtype.name for p, leaf in loaded.items() if leaves.is_cast(leaf, dtype)}
+        cast = [path for path, leaf in loaded.items() if leaves.is_cast(leaf, dtype)]
         return Report(
             path=self.path,
             loaded=tuple(loaded),
-            cast={path: (own, dtype) for path, own in cast.items()},
+            cast={path: (loaded[path].dtype.name, dtype) for path in cast},
             missing=tuple(path for path in expected if path not in self.leaves),
             unused=(*self.unused, *extra),
             known=self.known,

@@ -55,9 +55,8 @@ def load(source: pathlib.Path | str, step: int | None = None, member: str | None
 def steps(model_dir: pathlib.Path | str) -> list[int]:
     """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
     folder = pathlib.Path(model_dir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
@@ -123,18 +122,15 @@ def _load_checkpoint(folder: pathlib.Path, step: int | None) -> Saved:
     try:
         return read(folder, chosen, ("trainable",))
     except Exception as error:
-        raise errors.UserError(
-            f"The checkpoint of step {chosen} in {folder} is damaged ({reason(error)}). "
-            f"Checkpoints there: steps {known}."
-        ) from error
+        damage = f"is damaged ({reason(error)}). Checkpoints there: steps {known}."
+        raise errors.UserError(f"The checkpoint of step {chosen} in {folder} {damage}") from error
 
 
 def _load_file(path: pathlib.Path, step: int | None) -> Saved:
     description = safetensors_files.read_metadata(path)
     if "name" not in description.get("method", {}):
-        raise errors.UserError(
-            f"{path} has no 'method' in its header's 'moe_peft', so it is not an exported adapter."
-        )
+        lacks = "no 'method' in its header's 'moe_peft', so it is not an exported adapter"
+        raise errors.UserError(f"{path} has {lacks}.")
     saved_step = description.pop("step", 0)
     if step not in (None, saved_step):
         raise errors.UserError(f"{path} holds step {saved_step}, not step {step}.")

@@ -125,10 +125,8 @@ def _checkpoint(path: epath.Path) -> epath.Path:
     found = steps(path)
     if not found:
         locations.refuse_pickle(path)
-        raise errors.UserError(
-            f"{path} is not a T5X checkpoint: it has no {INDEX!r}, no {STATE}/{METADATA} and no "
-            f"{_PREFIX}N folder."
-        )
+        lacks = f"no {INDEX!r}, no {STATE}/{METADATA} and no {_PREFIX}N folder"
+        raise errors.UserError(f"{path} is not a T5X checkpoint: it has {lacks}.")
     return path / f"{_PREFIX}{found[-1]}"
 
 

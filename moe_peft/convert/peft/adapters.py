@@ -206,7 +206,7 @@ def _feature_shapes(own: tensors_lib.Arrays) -> tuple[tuple[int, ...], tuple[int
     if "vectors" in own:
         return own["vectors"].shape, own["vectors"].shape
     a, b = own["lora_a"], own["lora_b"]
-    if any(name.startswith("router/") for name in own):
+    if any(name.startswith("router/") for name in own):  # skills and splits
         return (a.shape[0] * a.shape[2],), (b.shape[0] * b.shape[3],)
     return a.shape[:-1], b.shape[1:]
 
