@@ -68,7 +68,7 @@ def aggregate(folder: pathlib.Path, changes: Changes, out: pathlib.Path | None) 
     """Prints the tables of a folder: of a run that was evaluated, or of an adaptation.
 
     The folder `out` gets results.json and table.md, laid out as in `folder`, so that `moe-peft
-    compare` reads it; None writes nothing. It is a UserError if there are no answers, or they do
+    compare` reads it; None writes nothing. Raises UserError if there are no answers, or they do
     not allow a change.
     """
     is_adaptation = compare_adapted.is_adaptation(folder)

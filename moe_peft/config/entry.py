@@ -37,8 +37,8 @@ def configure(
 ) -> Callable[..., Any]:
     """Reads and checks the settings of a command; returns its entry point, to be called.
 
-    Arguments are as in `gin_files.load`; `others` are commands that the same files may serve. It is
-    a UserError for the first mistake, before anything is computed.
+    Arguments are as in `gin_files.load`; `others` are commands that the same files may serve.
+    Raises UserError for the first mistake, before anything is computed.
     """
     import gin
 

@@ -14,7 +14,7 @@ def average(
     """Returns `sum_i w_i leaf_i` of every leaf, in float32.
 
     There are two members or more, by the names that the user gave; weights add up to one, None for
-    equal ones. It is a UserError if methods, backbones or shapes differ, or weights do not fit.
+    equal ones. Raises UserError if methods, backbones or shapes differ, or weights do not fit.
     """
     weights = _checked_weights(len(members), weights)
     (first_name, first), *others = members.items()

@@ -88,7 +88,7 @@ def merge_saved(
     """Merges what a run has trained into a network without adapters; arguments are as of `merge`.
 
     Returns the merged weights, float32; the gap between logits on a random batch; and what was
-    merged, as JSON types. It is a UserError if the method cannot be merged, the run, which messages
+    merged, as JSON types. Raises UserError if the method cannot be merged, the run, which messages
     call `where`, does not fit, or the logits differ.
     """
     check_method(method, task)

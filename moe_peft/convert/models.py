@@ -56,7 +56,7 @@ def check_written(
 ) -> merging.Gap | None:
     """Returns the gap between two models' logits on a random batch; None if they are too large.
 
-    It is a UserError if a leaf is missing, left over, or not what it was, cast to `dtype`.
+    Raises UserError if a leaf is missing, left over, or not what it was, cast to `dtype`.
     """
     written = written.scanned(model.config.scan_layers)
     for path in sorted(model.leaves.keys() ^ written.leaves.keys()):

@@ -115,8 +115,7 @@ def plan(
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
     num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())
-    names = patching.flatten(variables.get("params_axes", {}))
-    axes = {path.removesuffix("_axes"): tuple(meta.names) for path, meta in names.items()}
+    axes = patching.flatten(variables.get("params_axes", {}))
     return Plan(
         method=method.describe(),
         rules=_rules(found, in_adapters),
@@ -165,9 +164,10 @@ def _parts(sizes: dict[str, int]) -> dict[str, int]:
 
 def _leaves(leaves: dict[str, Any], axes: dict[str, Any]) -> tuple[LeafPlan, ...]:
     """Leaves that differ in the number of their layer only, counted once."""
+    names = lambda path: tuple(axes[path].names) if path in axes else ()
     starred = lambda path: re.sub(r"(?<=layers_)\d+", "*", path)
     kinds = collections.Counter(
-        (starred(path), leaf.shape, axes.get(path, ()), leaf.size) for path, leaf in leaves.items()
+        (starred(path), leaf.shape, names(f"{path}_axes"), leaf.size) for path, leaf in leaves.items()
     )
     return tuple(LeafPlan(*kind, count, count * size) for (*kind, size), count in kinds.items())
 

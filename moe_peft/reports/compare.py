@@ -26,7 +26,7 @@ _MUST_AGREE = {
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
     """The evaluations in folders of runs, by mixture, in order; runs are called as `labels` says.
 
-    It is a UserError if a folder has no results, or if they cannot be read.
+    Raises UserError if a folder has no results, or if they cannot be read.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):

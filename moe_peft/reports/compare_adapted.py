@@ -35,7 +35,7 @@ def is_adaptation(folder: pathlib.Path | str) -> bool:
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[pareto.Row]]]:
     """Returns {mixture: (title, rows)} of the adaptations in some folders, in their order.
 
-    Rows are called as `compare.labels` says. It is a UserError if results cannot be read, or if
+    Rows are called as `compare.labels` says. Raises UserError if results cannot be read, or if
     those of a mixture were not made alike.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}

@@ -29,7 +29,7 @@ class Source:
 def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list[Source]:
     """Reads runs and of each the checkpoint of a step, or the newest.
 
-    It is a UserError if a folder has no such checkpoint, or nothing that could be drawn.
+    Raises UserError if a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
     saved = [saved_run.load(folder, step) for folder in folders]
@@ -60,8 +60,8 @@ def write(
 
     Runs with a course of training share its pictures. Routing is drawn at the checkpoint `step`,
     None for the newest, and by `group`, as `Evaluator.task_group`, None for that of each run;
-    `layers` and `splits` are as in `routing_pictures.choose_selectors`, and a UserError if no run
-    has them, as is all that `load` refuses.
+    `layers` and `splits` are as in `routing_pictures.choose_selectors`. Raises UserError if no run
+    has them, and for what `load` refuses.
     """
     from moe_peft.reports import alignment_pictures, routing_pictures  # Import matplotlib.
 

@@ -60,7 +60,7 @@ def load(
       stored_as: path -> "float32" or "bfloat16"; None leaves weights as they are. The fingerprint
         is of the weights before.
 
-    It is a UserError if the spec cannot be read, or a leaf is missing, unused or of another shape.
+    Raises UserError if the spec cannot be read, or a leaf is missing, unused or of another shape.
     """
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:

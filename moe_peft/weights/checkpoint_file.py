@@ -105,7 +105,7 @@ class CheckpointFile:
           allow_missing: regular expressions of paths that may be missing; they are left out.
           allow_unused: regular expressions of keys that may have no place.
 
-        It is a UserError if another leaf is missing or left over, one has another shape, or a file
+        Raises UserError if another leaf is missing or left over, one has another shape, or a file
         is damaged.
         """
         found = self.scanned(scan_layers)

@@ -22,7 +22,7 @@ def detect(path: epath.PathLike) -> str:
 
     "hf": a folder that transformers wrote. "t5x": a checkpoint, or a run's folder with some.
     "peft": a folder of PEFT. "ours": a single safetensors file, as `moe-peft export` writes it.
-    It is a UserError if nothing is there, a pickle is, or nothing that is known.
+    Raises UserError if nothing is there, a pickle is, or nothing that is known.
     """
     found = locations.existing(path)
     if found.is_file():

@@ -97,8 +97,10 @@ def write(
 ) -> pathlib.Path:
     """Writes a folder that transformers loads; leaf by leaf, and whole or not at all.
 
+    Raises UserError if the folder exists or cannot be written, or if a leaf does not fit.
+
     Args:
-      folder: must not exist, or it is a UserError, as is a leaf that does not fit.
+      folder: must not exist.
       config: of `params`, scanned or not.
       params: arrays or `leaves.Leaf`, nested or by path.
       dtype: "float32", "bfloat16", or None for each leaf's own.

@@ -26,7 +26,7 @@ class Leaf:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]  # returns values of that shape and dtype, always from the file
+    read: Callable[[], np.ndarray]  # returns the values, from the file every time
     source: str  # file and key, for messages
 
     @property

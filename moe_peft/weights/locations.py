@@ -60,7 +60,7 @@ def refuse_pickle(path: epath.Path) -> None:
 def created(path: pathlib.Path | str, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yields a path next to `path` for a file or folder, which takes that name at the end.
 
-    After an error what was written is gone, and what was there before is there again. It is a
+    After an error what was written is gone, and what was there before is there again. Raises
     UserError if something is there that may not be replaced, or if it cannot be written.
     """
     path = pathlib.Path(path).expanduser()

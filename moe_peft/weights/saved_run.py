@@ -42,7 +42,7 @@ def load(source: pathlib.Path | str, step: int | None = None, member: str | None
 
     `source` is the folder of a run, of which step None takes the newest checkpoint; or of an
     adaptation, of which `member` names the run "TASK:SEED"; or a file that `moe-peft export` wrote.
-    It is a UserError if that is not there, is damaged, or has no record of a method.
+    Raises UserError if that is not there, is damaged, or has no record of a method.
     """
     path = pathlib.Path(source).expanduser()
     if is_adaptation(path):

@@ -49,7 +49,7 @@ def read(
 def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     """Reads the index and the headers of the arrays, local or in a bucket (gs://).
 
-    It is a UserError if there is no checkpoint, it is damaged, or its leaves are not those of a T5.
+    Raises UserError if there is no checkpoint, it is damaged, or its leaves are not those of a T5.
     """
     folder, tensors = _open(path)
     shapes = {name: leaf.shape for name, leaf in tensors.items()}
@@ -94,9 +94,10 @@ def write(
 ) -> pathlib.Path:
     """Writes `folder/checkpoint_STEP`, which T5X restores, and returns its path.
 
+    Raises UserError if it exists or cannot be written, or if a leaf does not fit the config.
+
     Args:
-      folder: of the run; a checkpoint that exists in it is a UserError, as is a leaf that does
-        not fit the config.
+      folder: of the run; the checkpoint must not exist in it.
       config: of `params`, scanned or not; T5X's network needs the same layout.
       params: arrays or `leaves.Leaf`, nested or by path.
       dtype: "float32", "bfloat16", or None for each leaf's own.

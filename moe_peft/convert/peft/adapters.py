@@ -45,7 +45,7 @@ class Base:
 def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pathlib.Path:
     """Writes what was trained as PEFT's folder; messages say that it is from `where`.
 
-    It is a UserError if PEFT cannot express the method, or if the folder exists.
+    Raises UserError if PEFT cannot express the method, or if the folder exists.
     """
     method = records.method(saved.description["method"], where)
     methods_lib.check_expressible(method, where)

@@ -45,7 +45,7 @@ _WHY_NOT = {
 def read(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the settings of an adapter folder.
 
-    It is a UserError if it is not a LoRA, (IA)3 or Poly for a T5, or an option cannot be expressed.
+    Raises UserError if it is not a LoRA, (IA)3 or Poly for a T5, or an option cannot be expressed.
     """
     path = folder / NAME
     config = safetensors_files.read_json(path)
