@@ -5,6 +5,7 @@ Nothing is allocated and nothing is compiled, so an 11B network is planned on a 
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -166,9 +167,8 @@ def _leaves(leaves: dict[str, Any], axes: dict[str, Any]) -> tuple[LeafPlan, ...
     """Leaves that differ in the number of their layer only, counted once."""
     names = lambda path: tuple(axes[path].names) if path in axes else ()
     starred = lambda path: re.sub(r"(?<=layers_)\d+", "*", path)
-    kinds = collections.Counter(
-        (starred(path), leaf.shape, names(f"{path}_axes"), leaf.size) for path, leaf in leaves.items()
-    )
+    kind = lambda path, leaf: (starred(path), leaf.shape, names(f"{path}_axes"), leaf.size)
+    kinds = collections.Counter(itertools.starmap(kind, leaves.items()))
     return tuple(LeafPlan(*kind, count, count * size) for (*kind, size), count in kinds.items())
 
 
