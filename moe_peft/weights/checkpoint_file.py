@@ -1,4 +1,4 @@
-"""A checkpoint whose headers have been read, whatever its format, and what loading it will do."""
+"""A checkpoint of any format whose headers have been read, and what loading it will do."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -100,7 +100,7 @@ class CheckpointFile:
 
         Args:
           dtype: "float32", "bfloat16", or None for that of the file.
-          scan_layers: the layout of the tree, whatever that of the file.
+          scan_layers: the layout of the tree; the file may have the other one.
           sharding: where leaves go, such as `leaves.spread(mesh)`; None gives NumPy arrays.
           allow_missing: regular expressions of paths that may be missing; they are left out.
           allow_unused: regular expressions of keys that may have no place.

@@ -32,7 +32,7 @@ def merge_into_base(
 ) -> dict:
     """Returns the parameters of the network `module`, without adapters, that answer as `params` do.
 
-    They are NumPy arrays in float32, whatever the frozen weights are stored in. `params` has frozen
+    They are NumPy arrays in float32, even where frozen weights are not. `params` has frozen
     and trained leaves, nested, with layers stacked by a scan or not. Dropout of adapters is left
     out, as in any evaluation. Raises what `check` raises for the method and the id of a task.
     """
@@ -73,7 +73,7 @@ def check(method: methods.Method, task: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """How far logits before and after lie apart."""
+    """How far logits before and after differ."""
 
     largest: float  # difference, over all examples, places and words
     mean: float  # of the absolute differences
@@ -92,7 +92,7 @@ class Gap:
 
 
 def gap(before: Float[Array, "..."], after: Float[Array, "..."]) -> Gap:
-    """Returns how far two arrays lie apart."""
+    """Returns how far two arrays differ."""
     before, after = np.asarray(before), np.asarray(after)
     difference = np.abs(before - after)
     return Gap(float(difference.max()), float(difference.mean()), float(np.abs(before).max()))

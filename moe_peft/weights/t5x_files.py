@@ -58,7 +58,7 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
 
 
 def dtypes(path: epath.PathLike) -> dict[str, np.dtype]:
-    """How a checkpoint stores each leaf of a model, whatever network that is."""
+    """How a checkpoint stores each leaf of a model, of any network."""
     return {path: np.dtype(leaf.dtype) for path, leaf in _open(path)[1].items()}
 
 
