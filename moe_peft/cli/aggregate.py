@@ -3,8 +3,7 @@
     moe-peft aggregate results/mov --average groups --group 'p3_(.*?)(?:_r[123])?'
     moe-peft aggregate results/superni --metric exact_match_normalized --bootstrap tasks
 
-reads what `moe-peft eval` or `moe-peft adapt` left in a folder. An evaluation that was interrupted
-is averaged over the tasks that are finished.
+An evaluation that was interrupted is averaged over the tasks that are finished.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,10 +48,7 @@ class Changes:
         return {**own, **{name: value for name, value in changed.items() if value is not None}}
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of predictions with these changes.
-
-        Raises UserError for a row without answer in text, if it should be scored again.
-        """
+        """A row of predictions with these changes; a UserError if there is no text to score."""
         if self.group is not None:
             group = questions.group_of(row["task"], questions.compile_group(self.group))
             row = {**row, "group": group}
@@ -69,26 +65,19 @@ class Changes:
 
 
 def aggregate(folder: pathlib.Path, changes: Changes, out: pathlib.Path | None) -> None:
-    """Prints the tables of a folder.
+    """Prints the tables of a folder: of a run that was evaluated, or of an adaptation.
 
-    Args:
-      folder: of a run that was evaluated, or of an adaptation.
-      changes: of its settings.
-      out: folder for results.json and table.md, laid out as in `folder`, so that
-        `moe-peft compare` reads it; None writes nothing.
-
-    Raises:
-      UserError: there are no answers, or they do not allow a change.
+    The folder `out` gets results.json and table.md, laid out as in `folder`, so that `moe-peft
+    compare` reads it; None writes nothing. Raises UserError if there are no answers, or they do
+    not allow a change.
     """
-    if compare_adapted.is_adaptation(folder):
-        tables = [_adaptation(folder, changes)]
-    else:
-        tables = list(_evaluations(folder, changes))
-        if not tables:
-            raise errors.UserError(
-                f"{folder} holds no answers (eval/*/{answer_cache.RECORD}, or {RESULTS} and "
-                f"{PREDICTIONS}); make them with `moe-peft eval` or `moe-peft adapt`."
-            )
+    is_adaptation = compare_adapted.is_adaptation(folder)
+    tables = [_adaptation(folder, changes)] if is_adaptation else [*_evaluations(folder, changes)]
+    if not tables:
+        raise errors.UserError(
+            f"{folder} holds no answers (eval/*/{answer_cache.RECORD}, or {RESULTS} and "
+            f"{PREDICTIONS}); make them with `moe-peft eval` or `moe-peft adapt`."
+        )
     for place, content, text in tables:
         print(text)
         if out is not None:
@@ -106,33 +95,23 @@ def _evaluations(folder: pathlib.Path, changes: Changes) -> Iterator[_Table]:
         rows = [changes.row(row) for row in answer_cache.read_all(path.parent, record["tasks"])]
         settings = changes.settings(record["settings"])
         how = settings["bootstrap"] and bootstrap_lib.Bootstrap(**settings["bootstrap"])
-        num_left = record["num_tasks"] - len(record["tasks"])
-        if num_left:
-            print(
-                f"WARNING: {num_left} of {record['num_tasks']} tasks of {record['mixture']} are "
-                "not answered yet.",
-                file=sys.stderr,
-            )
-        content = {
-            "mixture": record["mixture"],
-            "run": record["run"],
-            "settings": settings,
-            "results": aggregation.aggregate(rows, settings["average"], how).to_json(),
-        }
+        if num_left := record["num_tasks"] - len(record["tasks"]):
+            what = f"{num_left} of {record['num_tasks']} tasks of {record['mixture']}"
+            print(f"WARNING: {what} are not answered yet.", file=sys.stderr)
+        content = {"mixture": record["mixture"], "run": record["run"], "settings": settings}
+        content["results"] = aggregation.aggregate(rows, settings["average"], how).to_json()
         run = table.Run(record["run"]["method"]["name"], content)
         yield path.parent.relative_to(folder), content, table.markdown([run])
 
 
 def _adaptation(folder: pathlib.Path, changes: Changes) -> _Table:
     if changes.average not in (None, "tasks"):
-        raise errors.UserError(
-            f"--average is {changes.average!r}, but {folder} is an adaptation: there, tasks count "
-            "equally."
-        )
+        why = f"but {folder} is an adaptation: there, tasks count equally"
+        raise errors.UserError(f"--average is {changes.average!r}, {why}.")
     content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     rows = [changes.row(row) for row in json_files.read_jsonl(folder / PREDICTIONS)]
-    how = changes.bootstrap and dataclasses.asdict(changes.bootstrap)
-    how = how or content.get("bootstrap")
+    asked = changes.bootstrap and dataclasses.asdict(changes.bootstrap)
+    how = asked or content.get("bootstrap")
     evaluation = content["settings"]["evaluation"]
     evaluation["metric"] = changes.metric or evaluation["metric"]
     found = report_lib.summarize_rows(rows, how and bootstrap_lib.Bootstrap(**how))

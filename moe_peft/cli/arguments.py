@@ -37,19 +37,9 @@ def parser() -> argparse.ArgumentParser:
     more = {"plan": _add_json, "train": _add_distributed, "preflight": _add_preflight}
     for name, command in commands_lib.COMMANDS.items():
         sub = _add_settings(commands, name, command)
-        if name in more:
-            more[name](sub)
-    comparison = commands.add_parser(
-        "compare",
-        help="show evaluated or adapted runs side by side, as a table and a picture",
-        description="Shows runs that `moe-peft eval` evaluated, or adaptations by `moe-peft "
-        "adapt`, side by side.",
-    )
-    _add_folders(comparison, "where to write table and picture", "results")
-    _add_report(commands)
-    _add_convert(commands)
-    _add_aggregate(commands)
-    _add_data(commands)
+        more.get(name, lambda sub: None)(sub)
+    for add in (_add_compare, _add_report, _add_convert, _add_aggregate, _add_data):
+        add(commands)
     _add_experiments(commands)
     files = commands.add_parser("files", help="list the gin files that come with the package")
     files.add_argument("--folder", action="store_true", help="print where they are instead")
@@ -80,45 +70,33 @@ def _add_settings(commands, name: str, command: entry.Command) -> argparse.Argum
 
 
 def _add_distributed(sub: argparse.ArgumentParser) -> None:
-    flag = sub.add_argument
-    flag(
-        "--distributed",
-        metavar="HOST:PORT,COUNT,INDEX",
-        help="train in COUNT processes, of which this is the INDEX-th, from 0; 'auto' asks the "
+    what = (
+        "train in COUNT processes, of which this is the INDEX-th, from 0; 'auto' asks the "
         "surroundings (TPU pods, Slurm, Open MPI), 'off' trains alone. Default: the same in "
-        "MOE_PEFT_DISTRIBUTED, else what a Slurm step, a TPU slice or a Kubernetes job says",
+        "MOE_PEFT_DISTRIBUTED, else what a Slurm step, a TPU slice or a Kubernetes job says"
     )
+    sub.add_argument("--distributed", metavar="HOST:PORT,COUNT,INDEX", help=what)
     wait = "how long to wait for the other processes (default: 300)"
-    flag("--distributed_timeout", type=int, default=300, metavar="SECONDS", help=wait)
+    sub.add_argument("--distributed_timeout", type=int, default=300, metavar="SECONDS", help=wait)
 
 
 def _add_preflight(sub: argparse.ArgumentParser) -> None:
     flag = sub.add_argument
     flag("--target", required=True, help="a TPU topology (v5e:4x4), slice (v4-256) or h100:COUNT")
     flag("--slices", type=int, default=1, help="so many of the TPU slices together (default: 1)")
-    flag(
-        "--mesh",
-        default="",
-        metavar="AXIS=N,...",
-        help="sizes of data, fsdp and model (default: all devices along data), or auto: a rule "
-        "chooses them, and micro-batches",
-    )
-    flag(
-        "--program",
-        default="train",
-        help="train (default), eval (scores choices, or exact match) or decode (answers in text, "
-        "greedily unless --gin.preflight.decoding=@decoding.BeamSearch())",
-    )
+    mesh = "sizes of data, fsdp and model (default: all devices along data), or auto: a rule "
+    mesh += "chooses them, and micro-batches"
+    flag("--mesh", default="", metavar="AXIS=N,...", help=mesh)
+    program = "train (default), eval (scores choices, or exact match) or decode (answers in text, "
+    program += "greedily unless --gin.preflight.decoding=@decoding.BeamSearch())"
+    flag("--program", default="train", help=program)
     flag("--microbatches", type=int, default=1, help="parts of a batch (default: 1)")
     flag("--remat", default="full", help="computed again backwards: none, minimal, full (default)")
     flag("--price", type=float, help="of a chip and hour, to tell the cost of steps")
     flag("--search", action="store_true", help="try meshes, micro-batches, remat; rank what fits")
-    flag(
-        "--quick",
-        action="store_true",
-        help="compile with a TPU compiler's least effort: a third of the time or less, figures "
-        "some per cent higher",
-    )
+    quick = "compile with a TPU compiler's least effort: a third of the time or less, figures "
+    quick += "some per cent higher"
+    flag("--quick", action="store_true", help=quick)
     _add_json(sub)
 
 
@@ -154,14 +132,21 @@ def _add_convert(commands) -> None:
     flag("--step", type=int, help="checkpoint of a run; default: the newest")
     flag("--base", metavar="PLACE", help="backbone of an adapter that names none")
     flag("--dtype", choices=("float32", "bfloat16"), help="of what is written")
-    flag(
-        "--scan_layers",
-        action=argparse.BooleanOptionalAction,
-        help="layout of a model's layers in T5X and in our own files; default: as it is",
-    )
+    layout = "layout of a model's layers in T5X and in our own files; default: as it is"
+    flag("--scan_layers", action=argparse.BooleanOptionalAction, help=layout)
     flag("--t5x_layout", choices=("legacy", "orbax"), default="legacy", help="default: legacy")
     flag("--overwrite", action="store_true", help="replace what is at --to")
     flag("--seed", type=int, default=0, help="of the random batch")
+
+
+def _add_compare(commands) -> None:
+    sub = commands.add_parser(
+        "compare",
+        help="show evaluated or adapted runs side by side, as a table and a picture",
+        description="Shows runs that `moe-peft eval` evaluated, or adaptations by `moe-peft "
+        "adapt`, side by side.",
+    )
+    _add_folders(sub, "where to write table and picture", "results")
 
 
 def _add_report(commands) -> None:
@@ -176,19 +161,12 @@ def _add_report(commands) -> None:
     flag = sub.add_argument
     _add_folders(sub, "where to write pictures", "results")
     flag("--step", type=int, help="checkpoint to draw; default: the newest")
-    flag(
-        "--group",
-        metavar="REGEX",
-        help="its first parenthesis is what a task is grouped by; default: the run's TASK_GROUP",
-    )
-    flag(
-        "--layers",
-        metavar="REGEX",
-        help="layers whose weights are drawn, such as 'decoder/layers_0/'; default: a few",
-    )
-    flag(
-        "--splits", metavar="0,1,...", help="splits (heads) whose weights are drawn; default: four"
-    )
+    group = "its first parenthesis is what a task is grouped by; default: the run's TASK_GROUP"
+    flag("--group", metavar="REGEX", help=group)
+    layers = "layers whose weights are drawn, such as 'decoder/layers_0/'; default: a few"
+    flag("--layers", metavar="REGEX", help=layers)
+    splits = "splits (heads) whose weights are drawn; default: four"
+    flag("--splits", metavar="0,1,...", help=splits)
 
 
 def _add_data(commands) -> None:
@@ -208,9 +186,8 @@ def _add_data(commands) -> None:
         ),
     )
     flag = check.add_argument
-    flag(
-        "folder", metavar="DIR", help="as DATA_DIR: holds superni/, crossfit/, p3/, or some of them"
-    )
+    folder = "as DATA_DIR: holds superni/, crossfit/, p3/, or some of them"
+    flag("folder", metavar="DIR", help=folder)
     several: dict[str, Any] = {"action": "append", "default": []}
     flag("--benchmark", metavar="NAME", help="only this; may be repeated", **several)
     flag("--ignore", metavar="RULE", help="do not fail by this rule; may be repeated", **several)
@@ -219,12 +196,8 @@ def _add_data(commands) -> None:
 
     prepare = _add_settings(verbs, "data prepare", commands_lib.DATA_COMMANDS["data prepare"])
     flag = prepare.add_argument
-    flag(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="mixture or task; default: MIXTURE, TARGET_MIXTURE and EVAL_MIXTURES",
-    )
+    names = "mixture or task; default: MIXTURE, TARGET_MIXTURE and EVAL_MIXTURES"
+    flag("names", nargs="*", metavar="NAME", help=names)
     flag("--splits", default="", metavar="A,B", help="default: all")
     flag("--processes", type=int, default=1, metavar="N")
     _add_json(prepare, "JSON")
@@ -253,11 +226,8 @@ def _add_experiments(commands) -> None:
     flag("--size", action="append", default=[], help="770M, 3B or 11B")
     _add_json(sub, "JSON instead of a table")
     flag("--markdown", action="store_true", help="print the tables of the docs")
-    flag(
-        "--check",
-        choices=("parse", "plan", "run"),
-        help="read all settings; count parameters at full size; run the two-minute versions",
-    )
+    check = "read all settings; count parameters at full size; run the two-minute versions"
+    flag("--check", choices=("parse", "plan", "run"), help=check)
     flag("--shard", metavar="I/N", help="check part I of N only")
     flag("--again", action="store_true", help="repeat what was checked before")
     flag("--record", metavar="FILE", help="where outcomes are kept")

@@ -25,18 +25,15 @@ def run(
     ignored: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
-    """Checks the benchmarks in a folder, prints what was found, returns the exit code.
+    """Checks benchmarks and prints what was found; 1 if a rule that is not ignored fails, else 0.
 
     Args:
       root: as DATA_DIR: holds superni/, crossfit/ or p3/; "embedded:samples"; or "embedded:cldr"
         for the suite.
       benchmarks: names of those that must be there; default: all that are.
       with_hashes: hash every file.
-      ignored: rules that do not count as a failure.
+      ignored: rules of `check.FAILING` that do not count as a failure.
       as_json: print JSON and no tables.
-
-    Returns:
-      1 if a rule of `check.FAILING` that is not ignored found something, otherwise 0.
     """
     for rule in ignored:
         errors.check_one_of("--ignore", rule, check.FAILING)
@@ -68,10 +65,9 @@ def _folders(root: str, benchmarks: Sequence[str]) -> dict[str, pathlib.Path | N
     there = {name: folder for name, folder in found.items() if folder.is_dir()}
     if not there or (benchmarks and len(there) < len(found)):
         name = next(name for name in found if name not in there)
-        raise errors.UserError(
-            f"There is no folder {found[name]}; expected {roots.LAYOUT[name]}. A data folder "
-            f"holds {', '.join(f'{name}/' for name in roots.LAYOUT)}, or some of them."
-        )
+        known = f"A data folder holds {', '.join(f'{n}/' for n in roots.LAYOUT)}, or some of them."
+        expected = f"expected {roots.LAYOUT[name]}"
+        raise errors.UserError(f"There is no folder {found[name]}; {expected}. {known}")
     return there
 
 
@@ -79,9 +75,8 @@ def show(found: Sequence[check.Benchmark], ignored: Sequence[str] = ()) -> None:
     """Prints what is there, then what is wrong."""
     console = tables.wide_console(140)
     for benchmark in found:
-        table = _table(benchmark.name, "examples of", "tasks", "missing", "examples", "duplicates")
-        for name in ("files", "MB", "SHA-256 of all"):
-            table.add_column(name, justify="right")
+        counted = ("tasks", "missing", "examples", "duplicates", "files", "MB", "SHA-256 of all")
+        table = _table(benchmark.name, "examples of", *counted)
         for group in benchmark.groups.values():
             counts = (len(group.tasks), group.missing, group.examples, group.duplicates)
             size = f"{group.size / 1e6:.1f}"
@@ -97,13 +92,12 @@ def _show_findings(console, benchmark: check.Benchmark, ignored: Sequence[str]) 
         if not of_rule:
             continue
         fails = rule in check.FAILING and rule not in ignored
-        table = _table(f"{rule}: {meaning} ({'fails' if fails else 'for information'})", "where")
-        table.add_column("count", justify="right")
+        title = f"{rule}: {meaning} ({'fails' if fails else 'for information'})"
+        table = _table(title, "where", "count")
         table.add_column("what", overflow="fold")
         for finding in of_rule[:_SHOWN]:
             table.add_row(finding.where, f"{finding.count:,}", finding.message)
-        if len(of_rule) > _SHOWN:
-            rest = of_rule[_SHOWN:]
+        if rest := of_rule[_SHOWN:]:
             count = sum(finding.count for finding in rest)
             table.add_row(f"and {len(rest)} more", f"{count:,}", "all of them with --json")
         console.print(table)

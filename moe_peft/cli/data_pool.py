@@ -22,12 +22,9 @@ _counts: multiprocessing.queues.Queue | None = None
 def start_pool(
     processes: int, config: str, wanted: Sequence[str]
 ) -> tuple[concurrent.futures.ProcessPoolExecutor, multiprocessing.queues.Queue]:
-    """A pool, and the queue on which its processes count rows.
+    """A pool of so many processes, and the queue on which they count rows.
 
-    Args:
-      processes: how many.
-      config: gin settings; what no reader of data knows is left out.
-      wanted: mixtures and tasks whose tasks are registered.
+    They have the gin settings that readers of data know, and register the tasks of `wanted`.
     """
     context = multiprocessing.get_context("spawn")
     counts = context.Queue()

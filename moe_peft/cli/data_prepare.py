@@ -48,19 +48,16 @@ class Settings:
     def tasks(self) -> dict[str, seqio.Task]:
         """The tasks to prepare, by name; raises UserError where a setting is wrong."""
         if not self.wanted:
-            raise errors.UserError(
-                "Nothing to prepare: name mixtures or tasks, such as p3_t0, or give a gin file "
-                "that sets MIXTURE, EVAL_MIXTURES or TARGET_MIXTURE."
-            )
+            file = "a gin file that sets MIXTURE, EVAL_MIXTURES or TARGET_MIXTURE"
+            example = "name mixtures or tasks, such as p3_t0"
+            raise errors.UserError(f"Nothing to prepare: {example}, or give {file}.")
         errors.check_at_least("--processes", self.processes, 1)
         tasks = {task.name: task for name in self.wanted for task in lookup.tasks_of(name)}
         known = {split for task in tasks.values() for split in task.splits}
         for split in self.splits:
             if split not in known:
-                raise errors.UserError(
-                    f"No task has a split {split!r}; they have {', '.join(sorted(known))}."
-                    f"{errors.near(split, known)}"
-                )
+                others = f"they have {', '.join(sorted(known))}.{errors.near(split, known)}"
+                raise errors.UserError(f"No task has a split {split!r}; {others}")
         return tasks
 
     @property
@@ -71,10 +68,8 @@ class Settings:
 
 @settings_lib.entry_point(Settings, "data_prepare", module="commands")
 def data_prepare(settings: Settings) -> list[PreparedTask]:
-    """Reads every split of every task once. What an earlier call has done is not done again.
-
-    Rows go to disk as they are read, so memory does not grow with them.
-    """
+    """Reads every split of every task once. What an earlier call has done is not done again."""
+    # Rows go to disk as they are read, so memory does not grow with them.
     tasks = settings.tasks()
     run = _run_here if settings.processes == 1 else _run_in_processes
     done = []
@@ -156,14 +151,9 @@ def run(
     tokens = sum(each.tokens for each in done)
     skipped = [row for each in done for row in each.skipped]
     if as_json:
-        record = {
-            "tasks": [dataclasses.asdict(each) for each in done],
-            "rows": rows,
-            "tokens": tokens,
-            "skipped": [dict(zip(("file", "reason", "rows"), row)) for row in skipped],
-            "seconds": seconds,
-        }
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        record = {"tasks": list(map(dataclasses.asdict, done)), "rows": rows, "tokens": tokens}
+        record["skipped"] = [dict(zip(("file", "reason", "rows"), row)) for row in skipped]
+        print(json.dumps({**record, "seconds": seconds}, indent=2, ensure_ascii=False))
         return
     print(f"{len(done)} tasks are ready: {rows:,} rows, {tokens:,} tokens, {seconds:.1f} s")
     for file, reason, count in skipped:

@@ -87,17 +87,16 @@ def data_show(settings: Settings) -> list[Shown] | Packed:
         places = mixing.Stream(sources, pipeline.rates(name, tasks), settings.seed).places(0)
     chosen = list(itertools.islice(places, start, end))
     if not chosen:
-        raise errors.UserError(
-            f"{name!r} has {len(sources[0])} examples in its split {split!r}; --start is {start}."
-        )
+        there = f"{len(sources[0])} examples in its split {split!r}"
+        raise errors.UserError(f"{name!r} has {there}; --start is {start}.")
     return [_shown(tasks[task], sources[task], row, lengths) for task, row in chosen]
 
 
 def find(name: str) -> seqio.Task | seqio.Mixture:
     """The task or mixture of that name, be it one that only the user's files name."""
-    if name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-        benchmark = name.split("_")[0]
-        for mixture in [n for n in seqio.MixtureRegistry.names() if n.startswith(f"{benchmark}_")]:
+    mixtures = list(seqio.MixtureRegistry.names())
+    if name not in {*seqio.TaskRegistry.names(), *mixtures}:
+        for mixture in [m for m in mixtures if m.startswith(name.split("_")[0] + "_")]:
             with contextlib.suppress(errors.UserError):
                 lookup.tasks_of(mixture)  # registers them
     return lookup.get(name)
@@ -115,12 +114,9 @@ def _shown(task: seqio.Task, source: rows.Rows, row: int, lengths: tuple[int, in
         _tokens(vocabulary, batch[name][0].tolist(), length)
         for name, length in zip(("encoder_input_tokens", "decoder_target_tokens"), whole)
     ]
-    choices = tuple(
-        (text, len(vocabulary.encode(text)) + 1, text == found.targets)
-        for text in found.answer_choices
-    )
-    ids = scalar("task_ids"), scalar("template_ids")
-    return Shown(task.name, row, len(source), *ids, *sides, choices, found.references)
+    choice = lambda text: (text, len(vocabulary.encode(text)) + 1, text == found.targets)
+    ids, choices = map(scalar, ("task_ids", "template_ids")), map(choice, found.answer_choices)
+    return Shown(task.name, row, len(source), *ids, *sides, tuple(choices), found.references)
 
 
 def _tokens(vocabulary: seqio.Vocabulary, ids: list[int], whole: int) -> Tokens:
@@ -130,13 +126,10 @@ def _tokens(vocabulary: seqio.Vocabulary, ids: list[int], whole: int) -> Tokens:
 def _packed(settings: Settings) -> Packed:
     name, lengths = settings.name, settings.feature_lengths
     if lengths is None:
-        raise errors.UserError(
-            "Packing needs the length of a row, such as "
-            """--gin.FEATURE_LENGTHS='{"inputs": 256, "targets": 64}'."""
-        )
-    batches = pipeline.train_batches(
-        name, 1, lengths, settings.seed, pack=True, split=settings.split
-    )
+        example = """--gin.FEATURE_LENGTHS='{"inputs": 256, "targets": 64}'"""
+        raise errors.UserError(f"Packing needs the length of a row, such as {example}.")
+    order = {"seed": settings.seed, "split": settings.split}
+    batches = pipeline.train_batches(name, 1, lengths, pack=True, **order)
     batch, vocabulary = next(batches), lookup.vocabulary(name)
 
     def segments(tokens: str, ids: str) -> list[Tokens]:
@@ -144,11 +137,9 @@ def _packed(settings: Settings) -> Packed:
         own = [rows[numbers == n].tolist() for n in range(1, int(numbers.max()) + 1)]
         return [_tokens(vocabulary, some, len(some)) for some in own]
 
-    sides = zip(
-        segments("encoder_input_tokens", "encoder_segment_ids"),
-        segments("decoder_target_tokens", "decoder_segment_ids"),
-    )
-    return Packed((lengths["inputs"], lengths["targets"]), tuple(sides))
+    inputs = segments("encoder_input_tokens", "encoder_segment_ids")
+    targets = segments("decoder_target_tokens", "decoder_segment_ids")
+    return Packed((lengths["inputs"], lengths["targets"]), tuple(zip(inputs, targets)))
 
 
 def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -> None:
@@ -192,11 +183,8 @@ def show_packed(found: Packed, as_json: bool = False, all_ids: bool = False) -> 
         texts = (f"{s.text!r}\n{s.length}: {_ids(s.ids, all_ids)}" for s in sides)
         table.add_row(str(number), *map(rich.markup.escape, texts))
     used = [sum(sides[i].length for sides in found.segments) for i in range(2)]
-    shares = (
-        f"{count} of {capacity} tokens ({count / capacity:.0%})"
-        for count, capacity in zip(used, found.capacity)
-    )
-    table.add_row("filled", *shares)
+    share = lambda count, all_: f"{count} of {all_} tokens ({count / all_:.0%})"
+    table.add_row("filled", *map(share, used, found.capacity))
     tables.wide_console(120).print(table, highlight=False)
 
 

@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
     A mistake in the settings or the surroundings (`errors.UserError`, a file system that refuses)
-    is one line on standard error and code 2. Anything else is our own mistake and keeps its
-    traceback.
+    is one line on standard error and code 2. Any other is our own and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     others = [a for a in arguments if not a.startswith("--gin.")]
@@ -104,25 +103,24 @@ def _join_processes(args: argparse.Namespace) -> None:
 
     host_memory.run_programs_inline()
     cluster = processes.find(getattr(args, "distributed", None), os.environ)
-    if cluster is not None and args.command != "train":
+    if cluster is None:
+        return
+    if args.command != "train":
         raise errors.UserError(
             f"{args.command} works in one process, and {cluster.found_in} starts several. Start it "
             f"once, or set {processes.VARIABLE}=off."
         )
-    if cluster is not None:
-        processes.join(cluster, args.distributed_timeout)
+    processes.join(cluster, args.distributed_timeout)
 
 
 # Commands that take settings: what happens with their entry point.
 
 
 def _compute(entry_point: Callable, args: argparse.Namespace) -> None:
-    del args
     entry_point()
 
 
 def _write(entry_point: Callable, args: argparse.Namespace) -> None:
-    del args
     _say_written([entry_point()])
 
 
@@ -242,9 +240,8 @@ def _aggregate(args: argparse.Namespace) -> None:
     from moe_peft.cli import aggregate
     from moe_peft.evaluation import bootstrap
 
-    how = args.bootstrap and bootstrap.Bootstrap(
-        args.bootstrap, resamples=args.resamples, seed=args.seed
-    )
+    sampling = _flags(args, "resamples", "seed")
+    how = args.bootstrap and bootstrap.Bootstrap(args.bootstrap, **sampling)
     changes = aggregate.Changes(args.average, args.group, args.metric, how)
     for folder in map(pathlib.Path, args.folders):
         out = args.out and pathlib.Path(args.out)
@@ -272,7 +269,7 @@ def _say_written(paths: Iterable) -> None:
         print(f"wrote {path}")
 
 
-# By name of the command. Those that take settings and are not here compute, see `_compute`.
+# By name of the command; those that take settings and are not here compute.
 _RUN = {
     "plan": _plan,
     "preflight": _preflight,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import itertools
 from typing import Any
 
 import gin
@@ -59,16 +60,12 @@ class Binding:
 
 @dataclasses.dataclass
 class Config:
-    """All bindings in force, and the earlier states they replaced.
+    """All bindings in force, and the earlier states they replaced."""
 
-    Attributes:
-      bindings: by (scope, configurable), then by parameter.
-      history: a copy of `bindings` after each file of the command line and after the `--gin.`
-        bindings. A later file may replace a method: what the first method was given is then
-        overridden, not forgotten.
-    """
-
+    # By (scope, configurable), then by parameter.
     bindings: dict[Key, dict[str, Binding]] = dataclasses.field(default_factory=dict)
+    # A copy of `bindings` after each file of the command line and after the `--gin.` bindings. A
+    # later file may replace a method: what it was given is then overridden, not forgotten.
     history: list[dict[Key, dict[str, Binding]]] = dataclasses.field(default_factory=list)
 
     def bind(self, binding: Binding) -> None:
@@ -107,8 +104,7 @@ class Config:
             binding = self.macro(name)
             return gin.REQUIRED if binding is None else self.resolve(binding.value, depth + 1)
         if isinstance(value, dict):
-            pairs = ((self.resolve(k, depth), self.resolve(v, depth)) for k, v in value.items())
-            return dict(pairs)
+            return {self.resolve(k, depth): self.resolve(v, depth) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self.resolve(item, depth) for item in value)
         return value
@@ -119,10 +115,7 @@ def references(value: Any) -> Iterator[gin_config.ConfigurableReference]:
     if isinstance(value, gin_config.ConfigurableReference):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
-        items = (
-            (part for pair in value.items() for part in pair) if hasattr(value, "items") else value
-        )
-        for item in items:
+        for item in itertools.chain(*value.items()) if isinstance(value, Mapping) else value:
             yield from references(item)
 
 

@@ -5,6 +5,7 @@ through macros to every configurable the run can reach, without calling any of t
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
 
 import gin
 
@@ -30,13 +31,10 @@ def check(
     4. A binding that nothing reads: not `root`, no other entry point, nothing they refer to, now
        or before a later file replaced it. One of `macros.MACROS` that a file sets is excepted.
 
-    Args:
-      config: what was read.
-      root: name of the configurable that will be called without arguments.
-      entry_points: roots of other commands; one file may serve several commands.
-      called: configurables that library code calls itself rather than by a gin reference.
-      is_partial: `root` reads a part of what files set, such as the data of an experiment; what
-        nothing reads is then a mistake on the command line only.
+    `root` will be called without arguments. `entry_points` are those of other commands, which one
+    file may serve too, and library code calls the configurables `called` itself. With `is_partial`,
+    `root` reads a part of what files set, such as the data of an experiment; what nothing reads is
+    then a mistake on the command line only.
     """
     root = registry.find(root).selector
     _check_macros(config, root)
@@ -58,9 +56,8 @@ def obsolete(
 
 def _known(*names: Collection[str]) -> list[str]:
     """Full names of those whose modules are imported."""
-    return [
-        registry.find(name).selector for some in names for name in some if registry.is_known(name)
-    ]
+    known = filter(registry.is_known, itertools.chain(*names))
+    return [registry.find(name).selector for name in known]
 
 
 def _is_agreed(binding: bindings_lib.Binding) -> bool:
@@ -71,22 +68,20 @@ def _check_macros(config: bindings_lib.Config, root: str) -> None:
     for *_, own in _reachable(config.bindings, root):
         for binding in own.values():
             for name in _macros_of(binding):
-                if config.macro(name) is None:
-                    raise errors.UserError(_no_value(config, name, binding))
+                if config.macro(name) is not None:
+                    continue
+                defined = [key[0] for key in config.bindings if key[1] == "gin.macro"]
+                near = errors.near(name, [other for other in defined if other != name])
+                near = "" if name in macros.MACROS else near
+                raise errors.UserError(
+                    f"{name} has no value, and {binding} needs one ({binding.where}).{near}"
+                    f" Set it in a gin file or with --gin.{name}=VALUE."
+                )
 
 
 def _macros_of(binding: bindings_lib.Binding) -> Iterator[str]:
     """Names of the macros that a value reads."""
     return filter(None, map(bindings_lib.macro_name, bindings_lib.references(binding.value)))
-
-
-def _no_value(config: bindings_lib.Config, name: str, binding: bindings_lib.Binding) -> str:
-    defined = [key[0] for key in config.bindings if key[1] == "gin.macro" and key[0] != name]
-    return (
-        f"{name} has no value, and {binding} needs one ({binding.where})."
-        f"{errors.near(name, defined) if name not in macros.MACROS else ''}"
-        f" Set it in a gin file or with --gin.{name}=VALUE."
-    )
 
 
 def _check_types(config: bindings_lib.Config) -> None:
@@ -114,15 +109,12 @@ def _check_required(config: bindings_lib.Config, root: str) -> None:
         for name, parameter in registry.signature(selector).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
-            is_needed = parameter.default is gin.REQUIRED or (
-                is_called and parameter.default is parameter.empty
-            )
+            needed = (gin.REQUIRED, parameter.empty) if is_called else (gin.REQUIRED,)
+            is_needed = any(parameter.default is each for each in needed)
             if is_needed and (name not in own or own[name].is_missing):
                 full = f"{registry.short_name(selector)}.{name}"
-                raise errors.UserError(
-                    f"{full} is required and has no value."
-                    f" Set it in a gin file or with --gin.{full}=VALUE."
-                )
+                how = f"Set it in a gin file or with --gin.{full}=VALUE."
+                raise errors.UserError(f"{full} is required and has no value. {how}")
 
 
 def _check_used(config: bindings_lib.Config, roots: Sequence[str], is_partial: bool) -> None:
@@ -173,7 +165,7 @@ def _reachable(
         selector, scope, _ = item
         own = {}
         for level in _levels(state, selector, scope):
-            own.update(level)
+            own |= level
         yield (*item, own)
         for binding in own.values():
             for reference in bindings_lib.references(binding.value):

@@ -8,18 +8,9 @@ import dataclasses
 from typing import Any
 
 # Configurables that library code calls itself, rather than by a reference from a gin file.
-CALLED_BY_LIBRARY = (
-    "backbones.allowed",
-    "partitioning.Layout",
-    "sentences.configured",
-    "task_ids.per_template",
-    "places.configured",
-    "bad_rows.configured",
-    "vocabularies.configured",
-    "superni.configured",
-    "crossfit.configured",
-    "p3.configured",
-)
+_CONFIGURED = ("sentences", "places", "bad_rows", "vocabularies", "superni", "crossfit", "p3")
+CALLED_BY_LIBRARY = ("backbones.allowed", "partitioning.Layout", "task_ids.per_template")
+CALLED_BY_LIBRARY += tuple(f"{module}.configured" for module in _CONFIGURED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +37,8 @@ def configure(
 ) -> Callable[..., Any]:
     """Reads and checks the settings of a command; returns its entry point, to be called.
 
-    `files`, `bindings` and `search_paths` are as in `gin_files.load`; `others` are the commands
-    that the same files may serve. Raises UserError for the first mistake, before anything is
-    computed.
+    Arguments are as in `gin_files.load`; `others` are commands that the same files may serve.
+    Raises UserError for the first mistake, before anything is computed.
     """
     import gin
 

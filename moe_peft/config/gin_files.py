@@ -3,9 +3,6 @@
 gin itself accepts much that is wrong: a macro nobody reads, a binding of a function the run never
 calls, a string where a number belongs. `load` therefore walks the statements of every file once,
 remembers where each value was written, and `checks` looks at the whole before anything runs.
-
-Files are looked up in the working directory, in `--gin_search_paths`, and in the `gin/` folder that
-comes with the package.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,7 +38,7 @@ def packaged_folder() -> pathlib.Path:
 
 
 def search_folders(search_paths: Sequence[str] = ()) -> list[pathlib.Path]:
-    """Where gin files are looked up, in order."""
+    """Where gin files are looked up, in order: here, in some folders, in the package's `gin/`."""
     for path in search_paths:
         if not pathlib.Path(path).is_dir():
             raise errors.UserError(f"--gin_search_paths: there is no folder {path!r}.")
@@ -54,11 +51,8 @@ def find_file(name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     # The working directory may be large, so near names come from the other folders.
-    known = {
-        path.relative_to(folder).as_posix()
-        for folder in folders[1:]
-        for path in folder.rglob("*.gin")
-    }
+    places = ((folder, path) for folder in folders[1:] for path in folder.rglob("*.gin"))
+    known = {path.relative_to(folder).as_posix() for folder, path in places}
     by_basename = [path for path in known if path.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]]
     close = sorted(by_basename) or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -74,14 +68,9 @@ def load(
 ) -> bindings_lib.Config:
     """Reads files, then bindings such as "TRAIN_STEPS=10", into gin's (cleared) configuration.
 
-    Args:
-      files: names of gin files; a later one wins.
-      bindings: `NAME=VALUE`; they win over files. A bare word or path is taken as a string.
-      search_paths: extra folders to look files up in.
-      defaults: gin statements that come before everything else.
-
-    Raises:
-      UserError: for anything that cannot be read or does not exist, with file and line.
+    A later file wins, bindings win over files, and the statements `defaults` come before them all.
+    The value of a binding may be a bare word or path: a string. A UserError says file and line of
+    what cannot be read or does not exist.
     """
     gin.clear_config()
     config = bindings_lib.Config()
@@ -121,34 +110,34 @@ def _parse_file(name, config, folders, including) -> None:
 
 def _parse(text, source, config, folders, including) -> None:
     """Binds every statement of `text`; `including` are the files being read, outermost first."""
-    line = 0
-    is_file = bool(including)
+    line, is_file = 0, bool(including)
+    place = lambda number: f"{source}:{number}" if is_file and number else source
     try:
         for statement in config_parser.ConfigParser(text, gin_config.ParserDelegate()):
             line = statement.location.line_num
-            where = f"{source}:{line}" if is_file else source
             if isinstance(statement, config_parser.IncludeStatement):
                 _parse_file(statement.filename, config, folders, including)
             elif isinstance(statement, config_parser.ImportStatement):
                 _import(statement)
             elif isinstance(statement, config_parser.BindingStatement):
-                config.bind(_binding(statement, where))
+                config.bind(_binding(statement, place(line)))
             else:
                 registry.find(statement.selector)
     except _Located:
         raise
     except SyntaxError as error:
-        where = f"{source}:{error.lineno}" if is_file else source
         quotes = " Strings need quotes, as in --gin.NAME='\"text\"'." if not is_file else ""
         # The last line is gin's own; those above are of Python's literal parser.
         reason = error.msg.strip().splitlines()[-1].strip().rstrip(".")
-        raise _Located(f"{where}: not gin syntax: {reason}.{quotes}") from error
+        at = place(error.lineno)
+        raise _Located(f"{at}: not gin syntax: {reason}.{quotes}") from error
     except (ValueError, ImportError) as error:
         # A reference fails while its statement is still being read: then the line is the next one
         # that says so.
-        number = _line_of_reference(text, error, line) or line
-        where = f"{source}:{number}" if is_file and number else source
-        raise _Located(f"{where}: {_explain(error)}") from error
+        at = place(_line_of_reference(text, error, line) or line)
+        match = _NO_MATCH.search(str(error))
+        message = registry.unknown(match[1].rsplit("/", 1)[-1]) if match else one_line(error)
+        raise _Located(f"{at}: {message}") from error
 
 
 class _Located(errors.UserError):
@@ -181,17 +170,9 @@ def _binding(statement: config_parser.BindingStatement, where: str) -> bindings_
         gin_config.ParsedBindingKey.parse((scope, selector, name))
     except ValueError:
         options = registry.parameters(full_name)
-        raise errors.UserError(
-            f"{selector} has no parameter {name!r}."
-            f"{errors.near(name, options)} It has: {', '.join(options) or 'none'}."
-        ) from None
+        hint = f"{errors.near(name, options)} It has: {', '.join(options) or 'none'}."
+        raise errors.UserError(f"{selector} has no parameter {name!r}.{hint}") from None
     return bindings_lib.Binding(scope, full_name, name, value, where)
-
-
-def _explain(error: Exception) -> str:
-    """gin's message in our words; anything else as it is, on one line."""
-    match = _NO_MATCH.search(str(error))
-    return registry.unknown(match[1].rsplit("/", 1)[-1]) if match else one_line(error)
 
 
 def one_line(error: BaseException) -> str:

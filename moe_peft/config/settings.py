@@ -15,13 +15,9 @@ import gin
 def entry_point(settings: type, name: str, module: str) -> Callable[[Callable], Callable]:
     """Returns a decorator that registers a command with gin, one parameter a field of `settings`.
 
-    The decorated function takes one instance of `settings`. What comes out takes the fields as
-    keywords, has their signature and types, and a docstring made of their comments.
-
-    Args:
-      settings: a dataclass with keyword-only fields, a comment above or behind each.
-      name: of the configurable, as gin files and the command's table write it.
-      module: gin's, so that `module.name` is its full name.
+    The decorated function takes one instance of `settings`, a dataclass with keyword-only fields
+    and a comment above or behind each. What comes out takes the fields as keywords, has their
+    signature and types, and a docstring made of their comments. gin calls it `module.name`.
     """
 
     def decorate(run):
@@ -41,10 +37,7 @@ def entry_point(settings: type, name: str, module: str) -> Callable[[Callable], 
 
 
 def comments(settings: type) -> dict[str, str]:
-    """Returns the comment of every field of a dataclass, from the lines above it or behind it.
-
-    Fields of dataclasses that it inherits from are among them.
-    """
+    """Returns the comment of every field, inherited ones too, from the lines above or behind it."""
     found = {}
     for parent in reversed(settings.__mro__):
         if dataclasses.is_dataclass(parent):

@@ -42,9 +42,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _fits_container(value: Any, origin: type, args: tuple[Any, ...]) -> bool:
     if issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(
-            fits(part, hint) for pair in value.items() for part, hint in zip(pair, args)
-        )
+        is_fitting = lambda pair: all(map(fits, pair, args))
+        return isinstance(value, Mapping) and all(map(is_fitting, value.items()))
     if issubclass(origin, Sequence):
         # A str is a Sequence too, but "abc" for names is a mistake.
         if not isinstance(value, origin if origin in (list, tuple) else (list, tuple)):

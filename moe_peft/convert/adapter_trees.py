@@ -58,10 +58,8 @@ def assemble(layers: Layers, shapes: Shapes) -> dict[str, Any]:
 
 def layers_of(shapes: Shapes) -> list[str]:
     """Returns the adapted layers of the unscanned network."""
-    paths = (
-        one for path, shape in shapes.items() for one in scan_layout.unscanned_paths(path, shape)
-    )
-    return list(dict.fromkeys(path.partition(_ADAPTER)[0] for path in paths))
+    each = (scan_layout.unscanned_paths(path, shape) for path, shape in shapes.items())
+    return list(dict.fromkeys(path.partition(_ADAPTER)[0] for paths in each for path in paths))
 
 
 def rule_of(method: methods.Method, layer: str) -> patching.Rule:

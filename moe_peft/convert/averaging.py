@@ -13,38 +13,25 @@ def average(
 ) -> saved_run.Saved:
     """Returns `sum_i w_i leaf_i` of every leaf, in float32.
 
-    Args:
-      members: by the names under which the user knows them, at least two.
-      weights: adding up to one; None for equal ones.
-
-    Raises:
-      UserError: methods, backbones or shapes differ, or the weights do not fit.
+    There are two members or more, by the names that the user gave; weights add up to one, None for
+    equal ones. Raises UserError if methods, backbones or shapes differ, or weights do not fit.
     """
     weights = _checked_weights(len(members), weights)
     (first_name, first), *others = members.items()
     for name, saved in others:
-        pairs = zip(_comparable(first), _comparable(saved), strict=True)
-        found = (
-            identity.first_difference(*p, where=(f"in {first_name}", f"in {name}")) for p in pairs
-        )
-        difference = next(filter(None, found), None)
-        if difference:
-            raise errors.UserError(f"{first_name} and {name} cannot be averaged: {difference}.")
-    leaves = [patching.flatten(saved.trainable) for saved in members.values()]
-    mean = {
-        path: sum(
-            np.float32(weight) * np.asarray(own[path], np.float32)
-            for weight, own in zip(weights, leaves, strict=True)
-        )
-        for path in leaves[0]
-    }
-    description = {
-        **first.description,
-        "average": [
-            {"from": name, "step": saved.step, "weight": weight}
-            for weight, (name, saved) in zip(weights, members.items(), strict=True)
-        ],
-    }
+        where = f"in {first_name}", f"in {name}"
+        for pair in zip(_comparable(first), _comparable(saved), strict=True):
+            if difference := identity.first_difference(*pair, where=where):
+                raise errors.UserError(f"{first_name} and {name} cannot be averaged: {difference}.")
+    flat = [patching.flatten(saved.trainable) for saved in members.values()]
+    weighted = list(zip(map(np.float32, weights), flat, strict=True))
+    mean_of = lambda path: sum(w * np.asarray(own[path], np.float32) for w, own in weighted)
+    mean = {path: mean_of(path) for path in flat[0]}
+    record = [
+        {"from": name, "step": saved.step, "weight": weight}
+        for weight, (name, saved) in zip(weights, members.items(), strict=True)
+    ]
+    description = {**first.description, "average": record}
     description.pop("member", None)
     tree = patching.trees.unflatten(mean)
     return saved_run.Saved(first.step, tree, {}, {"description": description})
@@ -58,9 +45,8 @@ def _checked_weights(number: int, weights: Sequence[float] | None) -> list[float
     if len(weights) != number:
         raise errors.UserError(f"There are {len(weights)} weights for {number} adapters.")
     if not np.isfinite(weights).all() or abs(sum(weights) - 1.0) > 1e-6:
-        raise errors.UserError(
-            f"The weights {', '.join(map(str, weights))} add up to {sum(weights):g}; expected 1."
-        )
+        named = f"The weights {', '.join(map(str, weights))}"
+        raise errors.UserError(f"{named} add up to {sum(weights):g}; expected 1.")
     return list(weights)
 
 
@@ -68,8 +54,5 @@ def _comparable(saved: saved_run.Saved) -> list[Mapping]:
     """Returns what members of an average must share, in the order in which it is compared."""
     fingerprint = (saved.description.get("backbone") or {}).get("fingerprint")
     shapes = {path: np.shape(leaf) for path, leaf in patching.flatten(saved.trainable).items()}
-    return [
-        {"method": saved.description.get("method")},
-        {"backbone": {"fingerprint": fingerprint}},
-        shapes,
-    ]
+    method = {"method": saved.description.get("method")}
+    return [method, {"backbone": {"fingerprint": fingerprint}}, shapes]

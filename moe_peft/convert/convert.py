@@ -24,33 +24,19 @@ from moe_peft.weights import (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What may be asked of a conversion.
+    """What may be asked of a conversion."""
 
-    Attributes:
-      base: backbone of an adapter, such as "hf:FOLDER"; None takes the one its run names.
-      merge: fold the adapter into its backbone.
-      task: id of the task for which a task-routed adapter is merged, or taken alone.
-      member: which run of an adaptation, "TASK:SEED".
-      step: which checkpoint of a run; None for the newest.
-      weights: of an average; None for equal ones.
-      dtype: "float32" or "bfloat16"; None keeps a model's own, adapters are float32.
-      scan_layers: layout of a model's leaves; None keeps it. Hugging Face has one layout.
-      t5x_layout: "legacy" or "orbax".
-      overwrite: replace what is there, if it is of the same format.
-      seed: of the random batch.
-    """
-
-    base: str | None = None
-    merge: bool = False
-    task: int | None = None
-    member: str | None = None
-    step: int | None = None
-    weights: Sequence[float] | None = None
-    dtype: str | None = None
-    scan_layers: bool | None = None
-    t5x_layout: str = "legacy"
-    overwrite: bool = False
-    seed: int = 0
+    base: str | None = None  # backbone of an adapter, "hf:FOLDER"; None: the one its run names
+    merge: bool = False  # fold the adapter into its backbone
+    task: int | None = None  # id of the task that a task-routed adapter is merged or taken for
+    member: str | None = None  # which run of an adaptation, "TASK:SEED"
+    step: int | None = None  # which checkpoint of a run; None for the newest
+    weights: Sequence[float] | None = None  # of an average; None for equal ones
+    dtype: str | None = None  # "float32", "bfloat16"; None keeps a model's, adapters are float32
+    scan_layers: bool | None = None  # of a model's leaves; None keeps it. Hugging Face: one layout
+    t5x_layout: str = "legacy"  # or "orbax"
+    overwrite: bool = False  # replace what is there, if it is of the same format
+    seed: int = 0  # of the random batch
 
 
 def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
@@ -58,14 +44,12 @@ def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
 
     One source is converted; several are averaged. What was written is read again and compared
     before it gets its name: adapters layer by layer, models leaf by leaf and by their logits.
+    Nothing is written after a UserError: something is not there, or cannot be read or expressed.
 
     Args:
       sources: "PATH" or "FORMAT:PATH" each.
       to: "FORMAT:FOLDER", "FILE.safetensors" or, where there is only one choice, "FOLDER".
-      options: see `Options`.
-
-    Raises:
-      UserError: something is not there, cannot be read or cannot be expressed; nothing is written.
+      options: what else is asked.
     """
     found = [targets.source(spec) for spec in sources]
     contents = [_open(place, options) for place in found]
@@ -116,16 +100,13 @@ def _base(spec: str) -> adapters.Base:
     """Returns the model that `--base` names, with the fingerprint of its weights."""
     place = targets.source(spec)
     if place.kind in (targets.RUN, formats.PEFT):
-        raise errors.UserError(
-            f"--base {spec} is in the format {place.kind!r}, which is not a whole model."
-        )
+        what = f"in the format {place.kind!r}, which is not a whole model"
+        raise errors.UserError(f"--base {spec} is {what}.")
     config = formats.open_backbone(place.path, place.kind).config
-    shapes = {
-        path: jax.ShapeDtypeStruct(shape, "float32")
-        for path, shape in t5_sizes.shapes_of(config).items()
-    }
+    shapes, abstract = t5_sizes.shapes_of(config), jax.ShapeDtypeStruct
+    tree = {path: abstract(shape, "float32") for path, shape in shapes.items()}
     spec = _backbone_spec(spec)
-    loaded = backbone.load(spec, patching.trees.unflatten(shapes), None)
+    loaded = backbone.load(spec, patching.trees.unflatten(tree), None)
     return adapters.Base(spec, config, loaded.fingerprint)
 
 
@@ -143,10 +124,8 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
         saved = single_task.of_task(saved, options.task, name)
     place = targets.target(to, formats.PEFT)
     if place.kind not in (formats.PEFT, formats.ADAPTERS):
-        raise errors.UserError(
-            f"{name} is an adapter, which the format {place.kind!r} cannot hold; --merge folds it "
-            "into its backbone first."
-        )
+        why = f"the format {place.kind!r} cannot hold; --merge folds it into its backbone first"
+        raise errors.UserError(f"{name} is an adapter, which {why}.")
     targets.check_free(place, options.overwrite)
     with locations.created(place.path, replace=True) as partial:
         if place.kind == formats.PEFT:
@@ -166,11 +145,9 @@ def _check_adapter(saved, partial, kind: str, options: Options) -> None:
     again = adapters.read(partial) if kind == formats.PEFT else saved_run.load(partial)
     want = patching.flatten(leaves.cast_tree(saved.trainable, options.dtype or "float32"))
     have = patching.flatten(again.trainable)
-    odd = sorted(want.keys() ^ have.keys())
-    if odd:
-        raise errors.UserError(
-            f"{odd[0]} was {'lost' if odd[0] in want else 'added'} on the way; nothing was kept."
-        )
+    for path in sorted(want.keys() ^ have.keys()):
+        what = "lost" if path in want else "added"
+        raise errors.UserError(f"{path} was {what} on the way; nothing was kept.")
     same = {path: np.array_equal(want[path], have[path]) for path in want}
     print(f"read again: {sum(same.values())} of {len(want)} leaves are the same, bit by bit")
     # A scale that PEFT has no place for is multiplied into B: rounding.
@@ -199,8 +176,8 @@ def _merge(saved, name: str, to: str, options: Options) -> targets.Place:
 
 def _convert_model(model, source: targets.Place, to: str, options: Options) -> targets.Place:
     given = {"merge": options.merge, "task": options.task is not None, "base": options.base}
-    for name in given:
-        if given[name]:
+    for name, is_given in given.items():
+        if is_given:
             raise errors.UserError(f"{source} is a whole model; --{name} is for adapters.")
     other = {formats.HUGGING_FACE: formats.T5X, formats.T5X: formats.HUGGING_FACE}
     place = _target_of_model(to, other.get(source.kind), f"{source} is", options)

@@ -36,8 +36,8 @@ def merge(
 
     The file is a backbone, `BACKBONE = "file:PATH"`, for `METHOD = @methods.frozen()` or as the
     start of another adaptation; `moe-peft convert` writes it, or the run itself, for Hugging Face
-    and T5X. Before it is written, the logits of both networks are compared on a
-    random batch; the largest and the mean difference are printed.
+    and T5X. Before it is written, the logits of both networks on a random batch are compared; the
+    largest and the mean difference are printed.
 
     Args:
       model: the network without adapters.
@@ -85,18 +85,11 @@ def merge_saved(
     frozen_dtype: str = "float32",
     seed: int = 0,
 ) -> tuple[PyTree, merging.Gap, dict]:
-    """Merges what a run has trained, and compares logits on a random batch.
+    """Merges what a run has trained into a network without adapters; arguments are as of `merge`.
 
-    Args, besides those of `merge`:
-      network: without adapters.
-      saved: what was trained.
-      where: it is from, for messages.
-
-    Returns:
-      Weights without adapters, float32; the gap between logits; what was merged, as JSON types.
-
-    Raises:
-      UserError: the method cannot be merged, the run does not fit, or the logits differ.
+    Returns the merged weights, float32; the gap between logits on a random batch; and what was
+    merged, as JSON types. Raises UserError if the method cannot be merged, the run, which messages
+    call `where`, does not fit, or the logits differ.
     """
     check_method(method, task)
     start = start_lib.Start.of_network(network, method, adapter_trees.BATCH_SHAPES)
@@ -109,11 +102,5 @@ def merge_saved(
             f"Merged logits differ by {gap.relative:.2g} of the largest logit, more than "
             f"{allowed:g}; nothing was written. Are the run's weights finite?"
         )
-    record = {
-        "merged": identity.as_json(method.describe()),
-        "task": task,
-        "step": saved.step,
-        "model_dir": where,
-        "backbone_spec": backbone,
-    }
-    return merged, gap, record
+    record = {"merged": identity.as_json(method.describe()), "task": task, "step": saved.step}
+    return merged, gap, {**record, "model_dir": where, "backbone_spec": backbone}

@@ -31,16 +31,10 @@ def write(
     like: checkpoint_file.CheckpointFile | None,
     t5x_layout: str,
 ) -> None:
-    """Writes a model, leaf by leaf, in the layout of layers that it has.
+    """Writes a model as "hf", "t5x" or "ours", leaf by leaf, in the layout of layers that it has.
 
-    Args:
-      kind: "hf", "t5x" or "ours".
-      path: must not exist.
-      model: what to write.
-      dtype: "float32", "bfloat16", or None for each leaf's own.
-      metadata: of a file in our format, besides its network.
-      like: a Hugging Face model whose tokenizer and settings go along.
-      t5x_layout: "legacy" or "orbax".
+    Nothing may be at the path; `dtype` None keeps each leaf's own. A file in our format also gets
+    `metadata`, one for Hugging Face the tokenizer and settings of the model `like`.
     """
     model.report().check()
     if kind == formats.HUGGING_FACE:
@@ -60,18 +54,13 @@ def check_written(
     dtype: str | None,
     seed: int = 0,
 ) -> merging.Gap | None:
-    """Compares every value of two models, and their logits on a random batch.
+    """Returns the gap between two models' logits on a random batch; None if they are too large.
 
-    Returns:
-      The gap between logits; None for models too large for that.
-
-    Raises:
-      UserError: a leaf is missing, left over, or not what it was before it was cast to `dtype`.
+    Raises UserError if a leaf is missing, left over, or not what it was, cast to `dtype`.
     """
     written = written.scanned(model.config.scan_layers)
-    odd = sorted(model.leaves.keys() ^ written.leaves.keys())
-    if odd:
-        raise errors.UserError(f"{written.path}: {odd[0]} was not converted; nothing was kept.")
+    for path in sorted(model.leaves.keys() ^ written.leaves.keys()):
+        raise errors.UserError(f"{written.path}: {path} was not converted; nothing was kept.")
     for path, leaf in model.leaves.items():
         want, have = leaves.cast(leaf.read(), dtype), written.leaves[path].read()
         if want.dtype != have.dtype or want.tobytes() != have.tobytes():

@@ -15,30 +15,21 @@ from moe_peft.weights import identity, merging, records, saved_run
 
 
 def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
-    """Returns the LoRA or the (IA)3 that the adapter is for one task.
+    """Returns the LoRA or the (IA)3 that an adapter is for one task, by its id.
 
+    `saved` is a run, from `where`, of Poly, MHR, private, random or uniform routing; a method that
+    does not tell this task apart is a UserError.
     The modules are averaged with the weights of the task, as every batch does it. Splits disappear:
     blocks of A stand along the inputs, blocks of B along the outputs, the rank is never split.
-
-    Args:
-      saved: a run of Poly, MHR, private, random or uniform routing.
-      task: its id.
-      where: what was trained is from, for messages.
-
-    Raises:
-      UserError: the method does not tell tasks apart, or not this one.
     """
     method = records.method(saved.description["method"], where)
     modules = [rule.adapter_factory(parent=None) for rule in method.rules]
     if not modules or not all(hasattr(module, "num_skills") for module in modules):
-        raise errors.UserError(
-            f"{where}: the adapters of {method.name!r} serve all tasks at once; leave out --task."
-        )
+        why = f"the adapters of {method.name!r} serve all tasks at once; leave out --task"
+        raise errors.UserError(f"{where}: {why}.")
     if not method.is_trainable(f"encoder/layer/{patching.ADAPTER}/lora_a"):
-        raise errors.UserError(
-            f"{where}: {method.name!r} trained routers only, its modules lie elsewhere; --merge "
-            "finds them."
-        )
+        why = f"{method.name!r} trained routers only, its modules lie elsewhere; --merge finds them"
+        raise errors.UserError(f"{where}: {why}.")
     merging.check(method, task)
     network = records.network(saved.description, where)
     context = routing.RoutingContext(task_ids=jnp.asarray([task], jnp.int32))
@@ -54,12 +45,8 @@ def of_task(saved: saved_run.Saved, task: int, where: str) -> saved_run.Saved:
             weights = _weights(rule.adapter_factory(parent=None), own, path, task, context)
         layers[layer] = _mixed(own, weights)
     plain = _plain(modules[0], method)
-    description = {
-        **saved.description,
-        "method": identity.as_json(plain.describe()),
-        "task": task,
-        "task_of": saved.description["method"],
-    }
+    described = {"method": identity.as_json(plain.describe()), "task": task}
+    description = {**saved.description, **described, "task_of": saved.description["method"]}
     tree = adapter_trees.assemble(layers, adapter_trees.shapes_of(plain, network))
     return saved_run.Saved(saved.step, tree, {}, {"description": description})
 
@@ -72,12 +59,9 @@ def _weights(
     if isinstance(router, task_routers.RandomTaskRouter):
         row = router.allocation(f"{path}/{patching.ADAPTER}/router")[task]
         return jnp.broadcast_to(jnp.asarray(row), (1, splits, skills))
-    leaves = {
-        name.removeprefix("router/"): jnp.asarray(leaf)
-        for name, leaf in own.items()
-        if name.startswith("router/")
-    }
-    return router.apply({"params": leaves}, routing.Site(context=context))
+    names = {name.removeprefix("router/"): name for name in own if name.startswith("router/")}
+    params = {name: jnp.asarray(own[full]) for name, full in names.items()}
+    return router.apply({"params": params}, routing.Site(context=context))
 
 
 def _mixed(own: adapter_trees.Arrays, weights: Float[Array, "1 p s"]) -> adapter_trees.Arrays:

@@ -1,5 +1,6 @@
 """What `--from`, `--to` and `--base` name, and putting a finished conversion in its place."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -26,12 +27,9 @@ class Place:
 
 
 def source(spec: str) -> Place:
-    """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME".
+    """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME"; a UserError if it is unknown.
 
     The format is detected where it is not given.
-
-    Raises:
-      UserError: nothing is there, or nothing that is known.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "embedded":
@@ -54,14 +52,11 @@ def target(spec: str, default: str | None) -> Place:
     is_file = path.suffix == _SUFFIX
     kind = kind or (formats.ADAPTERS if is_file else default)
     if kind is None:
-        raise errors.UserError(
-            f"--to {spec} does not say in which format; write hf:{spec}, t5x:{spec} or "
-            f"FILE{_SUFFIX}."
-        )
+        ways = f"write hf:{spec}, t5x:{spec} or FILE{_SUFFIX}"
+        raise errors.UserError(f"--to {spec} does not say in which format; {ways}.")
     if kind == RUN or (kind == formats.ADAPTERS) != is_file:
-        raise errors.UserError(
-            f"--to {spec}: our own format is a file *{_SUFFIX}, any other a folder."
-        )
+        expected = f"our own format is a file *{_SUFFIX}, any other a folder"
+        raise errors.UserError(f"--to {spec}: {expected}.")
     return Place(kind, path)
 
 
@@ -71,15 +66,12 @@ def check_free(place: Place, overwrite: bool) -> None:
         return
     if not overwrite:
         raise errors.UserError(f"{place} exists; --overwrite replaces it.")
-    try:
+    found = "unknown"
+    with contextlib.suppress(errors.UserError):
         found = formats.detect(place.path)
-    except errors.UserError:
-        found = "unknown"
     if found != place.kind:
-        raise errors.UserError(
-            f"{place} exists and is {found}, not {place.kind}; it is not replaced. Choose another "
-            "path or remove it."
-        )
+        what = f"{place} exists and is {found}, not {place.kind}; it is not replaced"
+        raise errors.UserError(f"{what}. Choose another path or remove it.")
 
 
 def _split(spec: str) -> tuple[str | None, str]:

@@ -37,13 +37,9 @@ def check(
 ) -> list[record_lib.Row]:
     """Checks experiments one after another up to a level; returns all their rows.
 
-    Args:
-      found: the experiments.
-      level: of `record.LEVELS`; lower ones come first.
-      record: outcomes go there at once; those that count and are "ok" are not repeated.
-      folder: runs of two-minute versions go there, and their logs.
-      is_again: repeats everything.
-      configure: the command line's.
+    Of `record.LEVELS`, lower ones come first. Outcomes go to the record at once; those that count
+    and are "ok" are repeated only if `is_again`. Two-minute versions leave runs and logs in
+    `folder`. `configure` is the command line's.
     """
     wanted = record_lib.LEVELS[: record_lib.LEVELS.index(level) + 1]
     run = functools.partial(_run, record=record, folder=folder)
@@ -114,11 +110,7 @@ def parse(experiment: files.Experiment, configure: Configure) -> None:
 
 
 def plan(experiment: files.Experiment, configure: Configure):
-    """Counts parameters at full size, from shapes, and operations; returns the plan.
-
-    Raises:
-      UserError: a count is not the one that the file's head gives.
-    """
+    """Returns the plan at full size; a UserError if the head counts something else."""
     from moe_peft.preflight import operations
 
     found = configure("plan", [experiment.gin_file], ["T5Config.scan_layers=True"])()
@@ -133,9 +125,8 @@ def plan(experiment: files.Experiment, configure: Configure):
 
 def _compare(experiment: files.Experiment, what: str, said: str, counted: str) -> None:
     if said != counted:
-        raise errors.UserError(
-            f"{experiment.gin_file}: its head says {said} {what}, counted are {counted}."
-        )
+        numbers = f"its head says {said} {what}, counted are {counted}"
+        raise errors.UserError(f"{experiment.gin_file}: {numbers}.")
 
 
 def run_on_samples(experiment: files.Experiment, folder: pathlib.Path) -> str | None:
@@ -151,13 +142,9 @@ def run_on_samples(experiment: files.Experiment, folder: pathlib.Path) -> str | 
     for line in experiment.two_minutes(folder):
         with open(log, "a") as file:
             print("moe-peft", *line.arguments, file=file, flush=True)
-            code = subprocess.run(
-                [sys.executable, "-m", "moe_peft", *line.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environ,
-            ).returncode
+            command = [sys.executable, "-m", "moe_peft", *line.arguments]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            code = subprocess.run(command, env=environ, **streams).returncode
         if code < 0:
             return f"{line.command}: {signal.Signals(-code).name} ended the process; see {log}"
         if code:

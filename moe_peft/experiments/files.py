@@ -71,11 +71,9 @@ class Experiment:
     commands: tuple[CommandLine, ...]  # its own commands, in order
     after: str | None  # the experiment whose first command comes before them, or None
     sample: str  # the gin file of its two-minute version
-    # parameters that train on many tasks, and afterwards; None where nothing does
-    trainable: tuple[int | None, int | None]
+    trainable: tuple[int | None, int | None]  # parameters on many tasks, and afterwards; or None
     is_full: bool  # all weights train, which the head counts to three digits
-    # floating-point operations of the training, by count; None where nothing trains
-    operations: float | None
+    operations: float | None  # floating-point operations of training; None where nothing trains
     size: str  # of the backbone
 
     @property
@@ -102,8 +100,8 @@ class Experiment:
     def fingerprint(self) -> str:
         """Changes with any setting that makes the row what it is.
 
-        Those are in the experiment's own files and in those of model, method and optimiser. How
-        data is read and runs are driven belongs to the program, as its code does.
+        Those are in its own files and in those of model, method and optimiser. How data is read and
+        runs are driven belongs to the program, as its code does.
         """
         return hashlib.sha256("\n".join(_settings(self.gin_file)).encode()).hexdigest()[:12]
 
@@ -120,21 +118,14 @@ class Experiment:
 def names() -> list[str]:
     """Names of all experiments, in the order of their papers."""
     root = gin_files_lib.packaged_folder() / "experiments"
-    return [
-        path.relative_to(root).with_suffix("").as_posix()
-        for paper in PAPERS
-        for path in sorted((root / paper).rglob("*.gin"))
-        if path.name != "common.gin"
-    ]
+    paths = (path for paper in PAPERS for path in sorted((root / paper).rglob("*.gin")))
+    own = (path.relative_to(root) for path in paths if path.name != "common.gin")
+    return [path.with_suffix("").as_posix() for path in own]
 
 
 @functools.cache
 def load(name: str) -> Experiment:
-    """Reads the head of an experiment's file.
-
-    Raises:
-      UserError: a part of the head is missing.
-    """
+    """Reads the head of an experiment's file; a UserError if a part of it is missing."""
     gin_file = f"experiments/{name}.gin"
     title, _, head = _read(gin_file).partition("\n")
     facts = dict(re.findall(r"^# (\w[\w ]*):(.*(?:\n#  .*)*)", head, re.MULTILINE))

@@ -20,16 +20,11 @@ def select(
     tables: Sequence[str] = (),
     sizes: Sequence[str] = (),
 ) -> list[files.Experiment]:
-    """Experiments that fit every filter given.
+    """Experiments that fit every filter given; a UserError if one fits nothing at all.
 
-    Args:
-      names: of experiments or of folders of them, such as "mhr/t0_xl".
-      papers: keys of `files.PAPERS`.
-      tables: numbers as printed ("6"), or folders ("t0_xl").
-      sizes: of the backbone, "770M", "3B" or "11B", in any case of letters.
-
-    Raises:
-      UserError: a filter fits nothing at all.
+    Names are of experiments or of folders of them, such as "mhr/t0_xl"; papers are keys of
+    `files.PAPERS`; tables are numbers as printed ("6"), or folders ("t0_xl"); sizes are those of
+    the backbone, "770M", "3B" or "11B", in any case of letters.
     """
     found = [files.load(name) for name in files.names()]
     folders = lambda name: {*itertools.accumulate(name.split("/"), "{}/{}".format)}
@@ -51,11 +46,7 @@ def select(
 
 
 def shard(found: Sequence[files.Experiment], which: str) -> list[files.Experiment]:
-    """Part I of N, for which="I/N"; rows that share a multi-task run stay together.
-
-    Raises:
-      UserError: not of that form, or I is not in 1 ... N.
-    """
+    """Part I of N, for "I/N" with I of 1 ... N; rows that share a multi-task run stay together."""
     numbers = re.fullmatch(r"(\d+)/(\d+)", which)
     part, parts = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= part <= parts:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -50,8 +51,7 @@ class Row:
     """An experiment and what its record says."""
 
     experiment: files.Experiment  # what the file's head says
-    # outcomes by level, "ok" or the error's line; empty if nothing counts
-    record: Mapping[str, Any]
+    record: Mapping[str, Any]  # outcomes by level, "ok" or an error's line; empty: nothing counts
     score: Score | None = None  # what came of it at full size, if it ran
 
     @property
@@ -59,14 +59,11 @@ class Row:
         """The score at full size; else the highest level reached, or the first that failed."""
         if self.score:
             return str(self.score)
-        state = "not checked"
-        for level in LEVELS:
-            if level not in self.record:
-                break
-            if self.record[level] != OK:
-                return f"{level} fails: {self.record[level]}"
-            state = REACHED[level]
-        return state
+        done = list(itertools.takewhile(self.record.__contains__, LEVELS))
+        failed = next((level for level in done if self.record[level] != OK), None)
+        if failed:
+            return f"{failed} fails: {self.record[failed]}"
+        return REACHED[done[-1]] if done else "not checked"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,9 +84,7 @@ class Row:
 
 
 def rows(
-    found: Iterable[files.Experiment],
-    record: pathlib.Path,
-    results: pathlib.Path | None = None,
+    found: Iterable[files.Experiment], record: pathlib.Path, results: pathlib.Path | None = None
 ) -> list[Row]:
     """Experiments with what the record has for their present settings, and scores in `results`."""
     records = read(record)
@@ -143,7 +138,7 @@ def measured(experiment: files.Experiment, root: pathlib.Path) -> Score | None:
     if not found or (config.is_file() and "'embedded:" in config.read_text(encoding="utf-8")):
         return None
     content = json.loads(found[0].read_text(encoding="utf-8"))
-    value = (_adapted if is_adapted else _evaluated)(experiment, content)
+    value = _mean(experiment, content)
     spread = re.search(r"± ([\d.]+)", experiment.value)
     if experiment.paper == "poly_s":  # In other papers' parentheses stand other averages.
         spread = spread or re.search(r"\(([\d.]+)\)", experiment.value)
@@ -151,16 +146,13 @@ def measured(experiment: files.Experiment, root: pathlib.Path) -> Score | None:
     return Score(100 * value, published, float(spread[1]) if spread else None)
 
 
-def _adapted(experiment: files.Experiment, content: Mapping[str, Any]) -> float:
-    """On T0 the mean over sets of medians over seeds, elsewhere means of both."""
-    overall = content["overall"]
-    if experiment.sample == "samples/p3.gin":
-        return overall["mean_of_task_medians"]
-    return overall["over_seeds"]["mean"]
-
-
-def _evaluated(experiment: files.Experiment, content: Mapping[str, Any]) -> float:
-    """MHR's mean over sets; MoV's mean over data sets of medians over templates."""
+def _mean(experiment: files.Experiment, content: Mapping[str, Any]) -> float:
+    """The number that the paper reports, from the results.json of `adapt` or `eval`."""
+    if (overall := content.get("overall")) is not None:  # adapted
+        # On T0 the mean over sets of medians over seeds, elsewhere means of both.
+        is_t0 = experiment.sample == "samples/p3.gin"
+        return overall["mean_of_task_medians"] if is_t0 else overall["over_seeds"]["mean"]
+    # MHR's mean over sets; MoV's mean over data sets of medians over templates.
     results = content["results"]
     if experiment.paper == "mhr":
         return results["overall"]["mean"]

@@ -54,8 +54,7 @@ class CompiledProgram:
     target: str  # name of the hardware
     capacity: float  # memory of a chip
     memory: hlo_cost.Memory | None  # planned; None where the compiler refused the program
-    # bytes; the peak, or what the compiler asked for when it refused. 0 if it did not say.
-    needed: float
+    needed: float  # bytes; the peak, or what a refusing compiler asked for, 0 if it did not say
     refused: str  # what the compiler said then
     operations: float  # of matrix products
     bytes_accessed: float  # of the chip's memory; loops counted once, as the compiler reports it
@@ -85,10 +84,7 @@ class CompiledProgram:
 def compile_program(
     what: Program, target: hardware.Target, choice: Choice, *, is_quick: bool = False
 ) -> CompiledProgram:
-    """Compiles a program, made with a choice on a mesh of the target's devices, for that target.
-
-    With `is_quick` a TPU's compiler is asked for its least effort.
-    """
+    """Compiles a program for a target, on whose devices its mesh is; `is_quick`: least effort."""
     started = time.monotonic()
     options = _LEAST_EFFORT if is_quick and target.shape else None
     with jax.set_mesh(what.mesh):
@@ -112,19 +108,9 @@ def compile_program(
         sent = (e.num_bytes for k, e in collectives.items() if k != hlo_cost.BETWEEN_SLICES)
         bounds["memory"] = max(read, accessed) / target.chip.bandwidth
         bounds["links"] = sum(sent) / target.chip.link
-    return CompiledProgram(
-        choice,
-        target.name,
-        target.chip.memory,
-        memory,
-        needed,
-        refused,
-        operations,
-        accessed,
-        collectives,
-        bounds,
-        time.monotonic() - started,
-    )
+    there = choice, target.name, target.chip.memory
+    costs = memory, needed, refused, operations, accessed, collectives, bounds
+    return CompiledProgram(*there, *costs, time.monotonic() - started)
 
 
 def needed_memory(refusal: str, arguments: int) -> float:

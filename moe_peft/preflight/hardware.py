@@ -21,9 +21,7 @@ class Chip:
     """One device of a kind, by its data sheet."""
 
     name: str  # as people write it
-    # bytes that programs may use. Of TPUs, what libtpu's compiler says when it refuses one; data
-    # sheets say more.
-    memory: float
+    memory: float  # bytes for programs: TPUs' by libtpu's refusals, where data sheets say more
     flops: float  # bfloat16 operations per second
     bandwidth: float  # of the memory, bytes per second
     link: float  # bytes per second that a chip can send to others
@@ -71,24 +69,19 @@ class Target:
     slices: int = 1  # of so many chips together, joined by the data centre's network
 
     def devices(self) -> Sequence[Any]:
-        """Descriptions of the devices, for a mesh.
-
-        Raises:
-          UserError: the plugin that knows them is not installed, or there is no such topology.
-        """
+        """Descriptions of the devices, for a mesh; a UserError if no plugin here knows them."""
         import jax
         from jax.experimental import topologies
 
         try:
             if self.shape:
-                name = f"{self.chip.name}:{self.shape}"
+                name, platform = f"{self.chip.name}:{self.shape}", "tpu"
                 options = dict(_ONE_DEVICE_A_CHIP.get(self.chip.name, {}))
                 options |= {"num_slices": self.slices} if self.slices > 1 else {}
-                found = topologies.get_topology_desc(name, platform="tpu", **options)
             else:
-                name = f"1x1x{self.count}"
+                name, platform = f"1x1x{self.count}", "cuda"
                 options = {"topology": name, "target_config": _H100}
-                found = topologies.get_topology_desc(name, platform="cuda", **options)
+            found = topologies.get_topology_desc(name, platform=platform, **options)
         except Exception as error:
             reason = str(error).splitlines()[0][:160]
             wanted = "libtpu" if self.shape else "--no-deps jax-cuda12-plugin jax-cuda12-pjrt"
@@ -101,17 +94,12 @@ class Target:
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """Returns the target "v5e:4x4", "v5e-16" (as many chips) or "h100:8"; TPUs in some slices.
-
-    Raises:
-      UserError: there is no such chip or number.
-    """
+    """Returns "v5e:4x4", "v5e-16" (as many chips) or "h100:8", TPUs in slices; or a UserError."""
+    wrong = lambda what: errors.UserError(f"--target is {name!r}; {what}.")
     form = re.fullmatch(r"(\w+)[:-](\d+(?:x\d+)*)", name)
     if not form:
-        raise errors.UserError(
-            f"--target is {name!r}; expected a chip and its topology or number, such as v5e:4x4, "
-            "v5e-256 or h100:8."
-        )
+        examples = "such as v5e:4x4, v5e-256 or h100:8"
+        raise wrong(f"expected a chip and its topology or number, {examples}")
     kind, shape = form.groups()
     errors.check_one_of("The chip of --target", kind, CHIPS)
     if slices < 1 or (slices > 1 and kind == "h100"):
@@ -120,15 +108,14 @@ def find_target(name: str, slices: int = 1) -> Target:
         )
     if kind == "h100":
         if "x" in shape:
-            raise errors.UserError(f"--target is {name!r}; expected a number, such as h100:8.")
+            raise wrong("expected a number, such as h100:8")
         return Target(name, CHIPS[kind], int(shape), "")
     if "x" not in shape:
         sizes = {_size(each): each for each in _SHAPES[kind]}
         if int(shape) not in sizes:
-            raise errors.UserError(
-                f"--target is {name!r}; slices of {kind} have {', '.join(map(str, sizes))} chips, "
-                f"or name a topology as in {kind}:{next(iter(sizes.values()))}."
-            )
+            example = f"{kind}:{next(iter(sizes.values()))}"
+            known = f"slices of {kind} have {', '.join(map(str, sizes))} chips"
+            raise wrong(f"{known}, or name a topology as in {example}")
         shape = sizes[int(shape)]
     return Target(name, CHIPS[kind], _size(shape) * slices, shape, slices)
 
@@ -142,10 +129,7 @@ def _size(shape: str) -> int:
 
 
 def without_devices(environ: MutableMapping[str, str]) -> None:
-    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for.
-
-    It has to come before jax is imported.
-    """
+    """Keeps jax on the CPU, and tells libtpu what it would otherwise ask a TPU's machine for."""
     environ.setdefault("JAX_PLATFORMS", "cpu")
     environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It compiles, next to whoever trains.
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -3,7 +3,9 @@
 Nothing is allocated and nothing is compiled, so an 11B network is planned on a laptop in seconds.
 """
 
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -31,8 +33,7 @@ class RulePlan:
 
     pattern: str  # regular expression over full layer paths
     adapter: str  # name of the adapter's class
-    # paths of the layers it matches; a scanned path stands for a whole stack
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # paths of those it matches; a scanned one stands for a stack
     num_parameters: int  # of its adapters and their routers
 
 
@@ -53,9 +54,7 @@ class Plan:
 
     method: dict[str, Any]  # as the method describes itself
     rules: tuple[RulePlan, ...]  # one entry per rule that matches something
-    # adapter parameters by the part of the adapter they belong to (`vectors`, `lora_a`, `router`,
-    # ...)
-    parts: dict[str, int]
+    parts: dict[str, int]  # adapter parameters by part (`vectors`, `lora_a`, `router`, ...)
     base: int  # the network's own parameters
     adapters: int  # parameters that the method adds
     trainable: int  # parameters that learn
@@ -117,6 +116,7 @@ def plan(
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
     num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())
+    axes = patching.flatten(variables.get("params_axes", {}))
     return Plan(
         method=method.describe(),
         rules=_rules(found, in_adapters),
@@ -131,23 +131,17 @@ def plan(
         checkpoint_bytes=3 * 4 * num_trainable,
         export_bytes=4 * num_trainable,
         frozen_bytes=2 * num_frozen,
-        leaves=_leaves({path: params[path] for path in in_adapters}, _axes(variables)),
+        leaves=_leaves({path: params[path] for path in in_adapters}, axes),
         **target,
     )
 
 
 def _abstract_variables(model: nn.Module, method: methods.Method, embedding_dim: int) -> Any:
-    """Shapes of what the model holds with a method's adapters."""
+    """Shapes and logical axes of what the model holds with a method's adapters."""
     network = encoder_decoder.EncoderDecoder(method.patch(model), method=method)
     extras = {"task_ids": (1,), "sentence_embeddings": (1, embedding_dim)}
     init = lambda rng: network.init_variables(rng, {**_SHAPES, **extras})
     return jax.eval_shape(init, jax.random.key(0))
-
-
-def _axes(variables: Any) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes by parameter path."""
-    flat = patching.flatten(variables.get("params_axes", {}))
-    return {path.removesuffix("_axes"): tuple(meta.names) for path, meta in flat.items()}
 
 
 def _rules(found: patching.Matches, sizes: dict[str, int]) -> tuple[RulePlan, ...]:
@@ -162,21 +156,20 @@ def _rules(found: patching.Matches, sizes: dict[str, int]) -> tuple[RulePlan, ..
 
 
 def _parts(sizes: dict[str, int]) -> dict[str, int]:
-    parts: dict[str, int] = {}
+    parts = collections.Counter()
     for path, size in sizes.items():
         names = path.split("/")
-        part = names[names.index(patching.ADAPTER) + 1]
-        parts[part] = parts.get(part, 0) + size
+        parts[names[names.index(patching.ADAPTER) + 1]] += size
     return dict(sorted(parts.items()))
 
 
 def _leaves(leaves: dict[str, Any], axes: dict[str, Any]) -> tuple[LeafPlan, ...]:
     """Leaves that differ in the number of their layer only, counted once."""
-    groups: dict[Any, list[int]] = {}
-    for path, leaf in leaves.items():
-        kind = (re.sub(r"(?<=layers_)\d+", "*", path), leaf.shape, axes.get(path, ()))
-        groups.setdefault(kind, []).append(leaf.size)
-    return tuple(LeafPlan(*kind, len(sizes), sum(sizes)) for kind, sizes in groups.items())
+    names = lambda path: tuple(axes[path].names) if path in axes else ()
+    starred = lambda path: re.sub(r"(?<=layers_)\d+", "*", path)
+    kind = lambda path, leaf: (starred(path), leaf.shape, names(f"{path}_axes"), leaf.size)
+    kinds = collections.Counter(itertools.starmap(kind, leaves.items()))
+    return tuple(LeafPlan(*kind, count, count * size) for (*kind, size), count in kinds.items())
 
 
 def show(result: Plan, as_json: bool = False, console: rich.console.Console | None = None) -> None:

@@ -1,6 +1,7 @@
 """What `preflight` compiles: the programs of training and evaluation, from shapes alone."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -53,11 +54,7 @@ class Experiment:
         *,
         is_quick: bool = False,
     ) -> compiled.CompiledProgram:
-        """Compiles one of `PROGRAMS`.
-
-        Raises:
-          UserError: the choice does not suit the experiment.
-        """
+        """Compiles one of `PROGRAMS`; a UserError if the choice does not suit the experiment."""
         if program != "train" and choice.num_microbatches > 1:
             raise errors.UserError(f"--microbatches belong to training, not to {program}.")
         mesh = mesh_lib.make_mesh(choice.data, choice.fsdp, choice.model, devices=devices)
@@ -69,45 +66,39 @@ class Experiment:
         return compiled.compile_program(made, target, choice, is_quick=is_quick)
 
     def rows(self, program: str) -> int:
-        """Rows of a batch of a program."""
+        """Rows of a batch."""
         return self.batch_size if program == "train" else self.eval_batch_size
 
     def describe(self) -> dict[str, Any]:
         """What decides how the programs come out, as json types."""
-        return identity.as_json(
-            {
-                "model": identity.describe_model(self.model),
-                "method": self.method.describe(),
-                "optimizer": self.optimizer.describe(),
-                "loss": dataclasses.asdict(self.loss or encoder_decoder.LossConfig()),
-                "batch": self._train_batch(),
-                "frozen_dtype": self.frozen_dtype,
-            }
-        )
+        parts = {
+            "model": identity.describe_model(self.model),
+            "method": self.method.describe(),
+            "optimizer": self.optimizer.describe(),
+            "loss": dataclasses.asdict(self.loss or encoder_decoder.LossConfig()),
+        }
+        more = {"batch": self._train_batch(), "frozen_dtype": self.frozen_dtype}
+        return identity.as_json(parts | more)
 
     def weight_bytes(self) -> tuple[int, int]:
         """(frozen, trainable) bytes of one whole copy."""
-        begin = self._start(self.model, self._train_batch())
+        begin = self._start(self._train_batch())
         return tuple(map(step_lib.num_bytes, self._trees(begin)))
 
     def train_program(self, mesh: jax.sharding.Mesh, choice: compiled.Choice) -> compiled.Program:
         """The jitted step with the shapes of state, frozen weights and batch."""
-        begin = self._start(self._scanned(choice.remat_policy), self._train_batch())
+        layers = {"scan_layers": True, "remat_policy": choice.remat_policy}
+        begin = self._start(self._train_batch(), **layers)
         axes, layout = begin.logical_axes(), layout_lib.Layout(mesh)
         frozen, trainable = self._trees(begin)
         group_of = self.method.learning_rate_group
         transform = self.optimizer.build(trainable, group_of)
         state = jax.eval_shape(lambda tree: step_lib.create_state(tree, transform, 0), trainable)
         places = layout.optimizer_shardings(state, layout.shardings(trainable, axes), trainable)
-        step = step_lib.make_train_step(
-            begin.model,
-            transform,
-            patching.merge,
-            choice.num_microbatches,
-            self.optimizer.learning_rates(trainable, group_of),
-            layout=layout,
-            out_shardings=(places, layout.replicated),
-        )
+        rates = self.optimizer.learning_rates(trainable, group_of)
+        what = begin.model, transform, patching.merge, choice.num_microbatches, rates
+        out = (places, layout.replicated)
+        step = step_lib.make_train_step(*what, layout=layout, out_shardings=out)
         weights = _with_shardings(frozen, layout.shardings(frozen, axes))
         batch = _batch_on(begin.batch_shapes, mesh)
         return compiled.Program(step, (_with_shardings(state, places), weights, batch), mesh)
@@ -115,17 +106,15 @@ class Experiment:
     def eval_program(self, mesh: jax.sharding.Mesh, *, is_decoding: bool) -> compiled.Program:
         """What `moe-peft eval` runs for a full batch: choices, exact match, or decoding."""
         shapes = self._batch(self.eval_batch_size, is_packed=False)
-        begin = self._start(self._scanned("none"), shapes)
+        begin = self._start(shapes, scan_layers=True, remat_policy="none")
         params = patching.merge(*self._trees(begin))
         shardings = layout_lib.Layout(mesh).shardings(params, begin.logical_axes())
         params = _with_shardings(params, shardings)
         jitted, loops, again = inference.programs(begin.model, mesh), 1, 0.0
         if is_decoding:
             shapes = {name: size for name, size in shapes.items() if "decoder" not in name}
-            loops, again = (
-                self.feature_lengths["targets"],
-                compiled.bytes_of_device(params["decoder"]),
-            )
+            loops = self.feature_lengths["targets"]
+            again = compiled.bytes_of_device(params["decoder"])
             strategy = dataclasses.replace(self.decoding, max_decode_length=loops)
             step = jax.jit(lambda params, batch: jitted.predict(params, batch, strategy))
         elif _or_in_files(self.rank_choices, "Evaluator.rank_choices"):
@@ -136,13 +125,10 @@ class Experiment:
             step = jitted.exact_match
         return compiled.Program(step, (params, _batch_on(shapes, mesh)), mesh, loops, again)
 
-    def _scanned(self, remat_policy: str) -> nn.Module:
-        """The model with scanned layers."""
-        config = dataclasses.replace(self.model.config, scan_layers=True, remat_policy=remat_policy)
-        return self.model.clone(config=config)
-
-    def _start(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]):
+    def _start(self, shapes: Mapping[str, tuple[int, ...]], **layout: Any) -> start.Start:
+        """Where a run starts; `layout` changes the model's config."""
         loss = self.loss or encoder_decoder.LossConfig()
+        module = self.model.clone(config=dataclasses.replace(self.model.config, **layout))
         network = encoder_decoder.EncoderDecoder(self.method.patch(module), loss, self.method)
         return start.Start(network, None, self.method, shapes)
 
@@ -174,12 +160,9 @@ class Experiment:
 
 def _or_in_files(value: bool | None, name: str) -> bool:
     """A setting; if it is None, what gin says of a parameter that another command reads."""
-    if value is not None:
-        return value
-    try:
-        return gin.query_parameter(name)
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):  # none is bound
+        return gin.query_parameter(name) if value is None else value
+    return False
 
 
 def _batch_on(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh) -> dict[str, Any]:

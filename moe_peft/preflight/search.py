@@ -17,11 +17,7 @@ def meshes(count: int) -> list[tuple[int, int, int]]:
 
 
 def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
-    """Reads "data=4,model=4"; data is what the others leave over unless it is given.
-
-    Raises:
-      UserError: another form, or the product is not the number of devices.
-    """
+    """Reads "data=4,model=4" (data: what is left) for so many devices; a UserError if it is not."""
     sizes = {"fsdp": 1, "model": 1}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
@@ -31,21 +27,18 @@ def parse_mesh(text: str, count: int) -> tuple[int, int, int]:
         sizes[name.strip()] = int(size)
     data = sizes.get("data", max(count // (sizes["fsdp"] * sizes["model"]), 1))
     if data * sizes["fsdp"] * sizes["model"] != count:
-        raise errors.UserError(
-            f"--mesh {text!r} is {data} x {sizes['fsdp']} x {sizes['model']}, but the target has "
-            f"{count} devices."
-        )
+        product = f"{data} x {sizes['fsdp']} x {sizes['model']}"
+        raise errors.UserError(f"--mesh {text!r} is {product}, but the target has {count} devices.")
     return data, sizes["fsdp"], sizes["model"]
 
 
 def by_rule(batch_size: int, weights: tuple[int, int], target: hardware.Target) -> compiled.Choice:
-    """A mesh and micro-batches to begin with, without compiling anything.
+    """A mesh and micro-batches to begin with, without compiling; weights: bytes frozen, trained.
 
     As many chips as the batch divides over take rows each; the others split layers (`model`). Rows
     are along `data`, or inside a slice along `fsdp` where a copy of the weights, and of the
     gradients of what trains, would fill more than half of a chip. At a time a chip takes one row
-    for every two gigabytes that it has, rounded down to a power of two. Weights are the bytes that
-    are frozen and the bytes that train.
+    for every two gigabytes that it has, rounded down to a power of two.
     """
     shards = math.gcd(batch_size, target.count)
     model = target.count // shards

@@ -1,7 +1,4 @@
-"""Pictures of gradient alignment: the matrix of tasks, and its mean over training.
-
-All have a title above, and are written to a path that ends in .png, .pdf or .svg.
-"""
+"""Pictures of gradient alignment: the matrix of tasks, and its mean over training."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -23,21 +20,19 @@ def draw_matrices(
 ) -> None:
     """Writes the matrix of cosines at the first, middle and last record, tasks by group.
 
-    Args:
-      records: of `alignment`, oldest first, all of the same tasks.
-      tasks: in the order of the matrices' rows.
+    Records are those of `alignment`, oldest first, all of the same tasks in the order of the rows.
     """
     order = tasks.by_group()
     shown = [records[i] for i in sorted({0, (len(records) - 1) // 2, len(records) - 1})]
     size = min(max(0.13 * len(order), 1.8), 6.0)  # inches
-    fig = figure.Figure(
-        figsize=(max(len(shown) * (size + 0.2) + 2.4, 6.0), size + 0.8), layout="constrained"
-    )
+    width = max(len(shown) * (size + 0.2) + 2.4, 6.0)
+    fig = figure.Figure(figsize=(width, size + 0.8), layout="constrained")
     style.heading(fig, title)
     all_axes = fig.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     matrices = [_without_diagonal(record["cosines"][np.ix_(order, order)]) for record in shown]
     strongest = [np.max(np.abs(each[~np.isnan(each)]), initial=0.0) for each in matrices]
-    norm = colors_lib.Normalize(-max(*strongest, 0.05), max(*strongest, 0.05))
+    top = max(*strongest, 0.05)
+    norm = colors_lib.Normalize(-top, top)
     for axes, record, matrix in zip(all_axes, shown, matrices, strict=True):
         axes.set_facecolor("#eeeeee")  # Cells without a cosine, and the diagonal.
         image = axes.imshow(matrix, cmap="RdBu", norm=norm, interpolation="nearest")
@@ -64,7 +59,8 @@ def draw_course(runs: Mapping[str, Records], title: str, path: pathlib.Path | st
     colors = style.by_name(list(runs))
     for label, records in runs.items():
         steps = [record["step"] for record in records]
-        means = [_mean(record["cosines"]) for record in records]
+        summaries = [alignment.summarize(record["cosines"]) for record in records]
+        means = [found.get("mean_cosine", np.nan) for found in summaries]
         marker = "o" if len(steps) <= 12 else None
         look = {"color": colors[label], "linewidth": 1.8, "marker": marker, "ms": 4}
         axes.plot(steps, means, label=label, **look)
@@ -86,7 +82,3 @@ def _without_diagonal(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n 
     matrix = matrix.copy()
     np.fill_diagonal(matrix, np.nan)
     return matrix
-
-
-def _mean(matrix: Float[np.ndarray, "n n"]) -> float:
-    return alignment.summarize(matrix).get("mean_cosine", np.nan)

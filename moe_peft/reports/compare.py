@@ -1,9 +1,7 @@
 """Results of several runs side by side: a table, Markdown, JSON and a picture.
 
-    moe-peft compare results/frozen results/ia3 results/mov --out results
-
-reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's folder. Numbers are
-per cent; mean and median are over the templates of a task, then averaged over tasks.
+`moe-peft compare` reads the `eval/<mixture>/results.json` that `moe-peft eval` left in each run's
+folder. Numbers are per cent; mean and median are over a task's templates, then over tasks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +24,16 @@ _MUST_AGREE = {
 
 
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, list[table.Run]]:
-    """The evaluations found in folders of runs, by mixture, in the order of the folders.
+    """The evaluations in folders of runs, by mixture, in order; runs are called as `labels` says.
 
-    Runs are called as `labels` says. Raises UserError for a folder without results, or results
-    that cannot be read.
+    Raises UserError if a folder has no results, or if they cannot be read.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):
         paths = sorted(folder.glob("eval/*/results.json"))
         if not paths:
-            raise errors.UserError(
-                f"{folder} holds no results (eval/*/results.json); make them with `moe-peft eval`."
-            )
+            hint = "(eval/*/results.json); make them with `moe-peft eval`"
+            raise errors.UserError(f"{folder} holds no results {hint}.")
         for content in map(read, paths):
             found.setdefault(content["mixture"], []).append((folder, content))
     runs = {}
@@ -62,21 +58,17 @@ def check_alike(names: Sequence[object], facts: Sequence[Mapping[str, Any]]) -> 
     for name, found in zip(names, facts, strict=True):
         for part, value in facts[0].items():
             if value != found[part]:
-                raise errors.UserError(
-                    f"{names[0]} and {name} cannot be compared: {part} is {value} and "
-                    f"{found[part]}."
-                )
+                difference = f"{part} is {value} and {found[part]}"
+                raise errors.UserError(f"{names[0]} and {name} cannot be compared: {difference}.")
 
 
 def labels(folders: Sequence[pathlib.Path], methods: Sequence[str]) -> list[str]:
     """Returns what runs are called: by method; where two share it, by folder; else by path."""
     paths = [folder.absolute() for folder in folders]
     by_path = ["-".join(path.parts[1:]) for path in paths]
-    candidates = (methods, [path.name for path in paths], by_path)
-    return [
-        next((names[i] for names in candidates if names.count(names[i]) == 1), by_path[i])
-        for i in range(len(paths))
-    ]
+    candidates = (list(methods), [path.name for path in paths], by_path)
+    first = lambda i: (names[i] for names in candidates if names.count(names[i]) == 1)
+    return [next(first(i), by_path[i]) for i in range(len(paths))]
 
 
 def to_json(runs: Sequence[table.Run]) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Adaptations to new tasks side by side: a table, and parameters against score.
 
-    moe-peft compare results/lora_few results/mhr_z_few --out results
-
-reads the `results.json` that `moe-peft adapt` left in each folder. A row is a variant: how many
-parameters it trains for a new task, and its score with each seed. The Pareto front is made of the
-variants that no other one beats with as few parameters.
+`moe-peft compare` reads the `results.json` that `moe-peft adapt` left in each folder. A row is a
+variant: how many parameters it trains for a new task, and its score with each seed. The Pareto
+front is made of the variants that no other one beats with as few parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +35,8 @@ def is_adaptation(folder: pathlib.Path | str) -> bool:
 def load(folders: Sequence[pathlib.Path | str]) -> dict[str, tuple[str, list[pareto.Row]]]:
     """Returns {mixture: (title, rows)} of the adaptations in some folders, in their order.
 
-    Rows are called as `compare.labels` says.
-
-    Raises:
-      UserError: results cannot be read, or those of a mixture were not made alike.
+    Rows are called as `compare.labels` says. Raises UserError if results cannot be read, or if
+    those of a mixture were not made alike.
     """
     found: dict[str, list[tuple[pathlib.Path, Mapping[str, Any]]]] = {}
     for folder in map(pathlib.Path, folders):
@@ -81,14 +77,11 @@ def show(
 
 def markdown(rows: Sequence[pareto.Row], title: str) -> str:
     """The same table for a document."""
-    note = (
-        "Mean, sample standard deviation, median and interquartile range are over seeds, in per "
-        "cent. The Pareto front is in bold."
-    )
+    note = "Mean, sample standard deviation, median and interquartile range are over seeds, in per "
+    note += "cent. The Pareto front is in bold."
     best = pareto.front(rows)
-    body = [cells(row) for row in _sorted(rows)]
-    for row, shown in zip(_sorted(rows), body, strict=True):
-        shown[0] = f"**{row.name}**" if row in best else row.name
+    name = lambda row: f"**{row.name}**" if row in best else row.name
+    body = [[name(row), *cells(row)[1:]] for row in _sorted(rows)]
     return tables.markdown_table(title, note, _COLUMNS, body)
 
 
@@ -121,8 +114,7 @@ def _row(name: str, content: Mapping[str, Any]) -> pareto.Row:
 def _facts(content: Mapping[str, Any]) -> dict[str, Any]:
     """What adaptations have in common if they answer the same question."""
     settings, tasks = content["settings"], sorted(content["tasks"])
-    parts = [(part, name) for part, names in _MUST_AGREE.items() for name in names]
-    facts = {name: settings[part][name] for part, name in parts}
+    facts = {n: settings[part][n] for part, names in _MUST_AGREE.items() for n in names}
     return {**facts, "number of tasks": len(tasks), "tasks": tasks}
 
 

@@ -32,15 +32,8 @@ def place(
     """Writes each name near its point and returns the names' boxes, in pixels.
 
     Labels are placed one by one where they cover least, near their point, and nearer to it than to
-    any other. Limits and layout of the axes have to be final.
-
-    Args:
-      axes: of a finished plot.
-      points: in data coordinates.
-      names: of the points.
-      obstacles: polylines in data coordinates that labels should not cover, such as error bars.
-      radius: of a point, in points.
-      fontsize: of the names.
+    any other. Limits and layout of the axes have to be final. Points, of that radius in points, and
+    obstacles, polylines such as error bars, are in data coordinates.
     """
     fig, pixels = axes.figure, axes.figure.dpi / 72
     renderer = backend_agg.FigureCanvasAgg(fig).get_renderer()
@@ -51,8 +44,8 @@ def place(
     taken = [np.hstack([centers - radius * pixels, centers + radius * pixels])]
     taken += [_boxes_along(to_pixels(np.array(line, float))) for line in obstacles if len(line)]
     frame = np.array(axes.get_window_extent(renderer).extents)
-    distance, direction = zip(*itertools.product(_DISTANCES, _DIRECTIONS), strict=True)
-    distance, direction = np.array(distance), np.array(direction, float)
+    distance = np.repeat(_DISTANCES, len(_DIRECTIONS))
+    direction = np.tile(np.array(_DIRECTIONS, float), (len(_DISTANCES), 1))
     steps = direction / np.linalg.norm(direction, axis=1, keepdims=True)
     steps *= pixels * distance[:, None]
     for center, name in zip(centers, names, strict=True):
@@ -66,8 +59,7 @@ def place(
         nearest = np.min([_gap(boxes, other) for other in others], axis=0, initial=np.inf)
         cost += _COST_OF_DISTANCE * distance
         cost += _COST_OF_DOUBT * (nearest < 1.2 * _gap(boxes, center))
-        best = np.argmin(cost)
-        box = boxes[best]
+        box = boxes[best := np.argmin(cost)]
         taken.append(box[None])
         text.set_position(to_data(box[:2] + _MARGIN))
         text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="white")])

@@ -23,8 +23,13 @@ def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> No
     untrained = [row for row in rows if not row.trainable]
     points = list(zip(_side_by_side(trained), trained, strict=True))
     families = list(dict.fromkeys(map(_family, trained)))
+    look = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    look |= {"elinewidth": 1, "capsize": 2.5, "zorder": 4}
     for x, row in points:
-        _draw_point(axes, row, x, families.index(_family(row)))
+        number, std = families.index(_family(row)), None if row.std is None else 100 * row.std
+        look["color"] = style.COLORS[number % len(style.COLORS)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.errorbar(x, 100 * row.mean, yerr=std, fmt=marker, **look)
     corners = _stairs(pareto.front(trained))
     axes.plot(*np.reshape(corners, (-1, 2)).T, color=style.INK, linewidth=1, alpha=0.5, zorder=2)
     for row in untrained:
@@ -50,14 +55,6 @@ def draw(rows: Sequence[pareto.Row], title: str, path: pathlib.Path | str) -> No
     names = [row.name for row in (*trained, *untrained)]
     labels.place(axes, centers, names, obstacles=[*bars, *across, corners])
     style.save(fig, path)
-
-
-def _draw_point(axes, row: pareto.Row, x: float, number: int) -> None:
-    color, marker = style.COLORS[number % len(style.COLORS)], _MARKERS[number % len(_MARKERS)]
-    std = None if row.std is None else 100 * row.std
-    look = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8}
-    look |= {"elinewidth": 1, "capsize": 2.5, "zorder": 4}
-    axes.errorbar(x, 100 * row.mean, yerr=std, fmt=marker, color=color, **look)
 
 
 def _side_by_side(rows: Sequence[pareto.Row]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a picture needs to know of a run: its name, its parameters, what its tasks are called."""
+"""What a picture needs to know of a run: what its tasks are called, and their groups."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -37,16 +37,11 @@ class Tasks:
 def tasks(
     folder: pathlib.Path, saved: saved_run.Saved, num_tasks: int, group: str | None = None
 ) -> Tasks:
-    """Returns the tasks of a run's logits.
+    """Returns the tasks of a run, of as many as its logits have rows.
 
     Their names come from the mixture, and config.gin says how to find it. If that cannot be read
-    any more (a module is gone, files were moved), tasks are called by their numbers.
-
-    Args:
-      folder: of the run.
-      saved: a checkpoint of it.
-      num_tasks: rows of its logits.
-      group: as `Evaluator.task_group`; None takes that of the run, if it has one.
+    any more (a module is gone, files were moved), tasks are called by their numbers. `group` is as
+    `Evaluator.task_group`; None takes that of the run, if it has one.
     """
     configured = task_group(folder)  # Registers what the run's settings import, too.
     found = _task_names(folder, saved.description["data"])

@@ -1,7 +1,4 @@
-"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all.
-
-All have a title above, and are written to a path that ends in .png, .pdf or .svg.
-"""
+"""Pictures of task routing: weights of tasks and skills, a tree of tasks, the course of it all."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -33,16 +30,10 @@ _MEANING = {
 def choose_selectors(
     weights: Weights, layers: str | None = None, splits: Sequence[int] | None = None
 ) -> dict[str, Float[np.ndarray, "n p s"]]:
-    """Returns the selectors and splits that are to be drawn.
+    """Returns the selectors and splits that are to be drawn; a UserError if none is left.
 
-    Args:
-      weights: of all selectors.
-      layers: regular expression found in the selectors' names; None takes some that are evenly
-        spread over the model.
-      splits: numbers; None takes the first few.
-
-    Raises:
-      UserError: none is left.
+    `layers` is a regular expression found in the selectors' names; None takes some that are evenly
+    spread over the model. `splits` are numbers; None takes the first few.
     """
     names = list(weights)
     if layers is None:
@@ -54,17 +45,14 @@ def choose_selectors(
         except re.error as error:
             raise errors.UserError(f"{layers!r} is not a regular expression: {error}.") from error
         if not chosen:
-            raise errors.UserError(
-                f"No selector is called {layers!r}.{errors.near(layers, names)} There are "
-                f"{len(names)}: {', '.join(names[:3])}, ..."
-            )
+            known = f"There are {len(names)}: {', '.join(names[:3])}, ..."
+            near = errors.near(layers, names)
+            raise errors.UserError(f"No selector is called {layers!r}.{near} {known}")
     num_splits = next(iter(weights.values())).shape[1]
     splits = range(min(num_splits, NUM_SPLITS)) if splits is None else splits
-    outside = [split for split in splits if not 0 <= split < num_splits]
-    if outside or not splits:
-        raise errors.UserError(
-            f"The selectors have the splits 0 to {num_splits - 1}; got {list(splits)}."
-        )
+    if not splits or not all(0 <= split < num_splits for split in splits):
+        known = f"the splits 0 to {num_splits - 1}"
+        raise errors.UserError(f"The selectors have {known}; got {list(splits)}.")
     return {name: weights[name][:, list(splits)] for name in chosen}
 
 
@@ -77,10 +65,8 @@ def draw_weights(
 ) -> None:
     """Writes small multiples: tasks down, skills across, a strip for each split of each selector.
 
-    Args:
-      weights: of the selectors to be shown, see `choose_selectors`.
-      tasks: in the order of the weights' rows.
-      splits: numbers of the splits in `weights`; None for 0, 1, ...
+    Tasks are in the order of the weights' rows; `splits` are the numbers of those in `weights`,
+    None for 0, 1, ...
     """
     num_tasks, num_splits, num_skills = next(iter(weights.values())).shape
     labels = [""] if num_splits == 1 else [str(split) for split in splits or range(num_splits)]
@@ -95,8 +81,7 @@ def draw_weights(
     style.heading(fig, title)
     left, right = fig.subfigures(1, 2, width_ratios=[width - bar_width, bar_width])
     widths = [block_width + label_width] + [block_width] * (num_columns - 1)
-    blocks = left.subfigures(num_rows, num_columns, squeeze=False, width_ratios=widths)
-    blocks = list(blocks.flat)
+    blocks = list(left.subfigures(num_rows, num_columns, squeeze=False, width_ratios=widths).flat)
     # Equal shares are no darker than the middle of the scale.
     top = max(2 / num_skills, *(float(np.max(each)) for each in weights.values()))
     for number, (block, (name, found)) in enumerate(zip(blocks, weights.items(), strict=False)):
@@ -121,9 +106,8 @@ def draw_weights(
 
 def _draw_strip(axes, weights: Float[np.ndarray, "n s"], top: float, label: str, tasks):
     """Draws weights of tasks by group over skills; returns the image."""
-    image = axes.imshow(
-        weights, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0.0, vmax=top
-    )
+    look = {"aspect": "auto", "interpolation": "nearest", "cmap": "Blues"}
+    image = axes.imshow(weights, vmin=0.0, vmax=top, **look)
     axes.set_xticks([])
     axes.tick_params(length=0, colors=style.INK, labelleft=False)
     axes.set_xlabel(label, fontsize=7, color=style.INK, labelpad=2)
@@ -139,10 +123,8 @@ def distances(weights: Weights) -> Float[np.ndarray, "pairs"]:
     The share of weight that one task puts on other skills than the other does (total variation
     distance), averaged over selectors and splits.
     """
-    total = sum(
-        distance.pdist(np.asarray(each, np.float64).reshape(len(each), -1), "cityblock")
-        for each in weights.values()
-    )
+    rows = [np.asarray(each, np.float64).reshape(len(each), -1) for each in weights.values()]
+    total = sum(distance.pdist(each, "cityblock") for each in rows)
     return total / (2 * sum(each.shape[1] for each in weights.values()))
 
 
@@ -158,13 +140,14 @@ def draw_tree(
         raise errors.UserError("A tree of tasks needs at least two of them.")
     linkage = hierarchy.linkage(distances(weights), "average", optimal_ordering=True)
     colors = style.by_name(sorted(set(tasks.groups)))
-    inside = _groups_of_branches(linkage, tasks.groups)
+    inside = [{group} for group in tasks.groups]  # of each leaf, then of each branch
+    for one, other, _, _ in linkage:
+        inside.append(inside[int(one)] | inside[int(other)])
     color = lambda node: colors[min(inside[node])] if len(inside[node]) == 1 else style.GREY
     fig = figure.Figure(figsize=(7.0, 1.5 + 0.105 * len(tasks.names)), layout="constrained")
     axes = fig.add_subplot()
-    leaves = hierarchy.dendrogram(
-        linkage, orientation="left", labels=list(tasks.names), ax=axes, link_color_func=color
-    )["leaves"]
+    look = {"orientation": "left", "labels": list(tasks.names), "link_color_func": color}
+    leaves = hierarchy.dendrogram(linkage, ax=axes, **look)["leaves"]
     for line in axes.collections:
         line.set_linewidth(0.9)
     # Leaves stand at 5, 15, ...; their squares lie between the tree and the names.
@@ -203,9 +186,8 @@ def draw_course(
             values = np.stack([record[name] for record in records])
             low, high = np.percentile(values, [10, 90], axis=1)
             axes.fill_between(steps, low, high, color=colors[label], alpha=0.18, linewidth=0)
-            marker = "o" if len(steps) == 1 else None
-            means = values.mean(axis=1)
-            axes.plot(steps, means, color=colors[label], linewidth=1.8, label=label, marker=marker)
+            look = {"linewidth": 1.8, "marker": "o" if len(steps) == 1 else None}
+            axes.plot(steps, values.mean(axis=1), color=colors[label], label=label, **look)
         style.clean(axes)
         axes.set_title(_MEANING[name], fontsize=9, color=style.INK, loc="left")
         axes.set_xlabel("step", fontsize=8, color=style.INK)
@@ -243,11 +225,3 @@ def _task_labels(tasks: recorded_run.Tasks) -> tuple[list[float], list[str]]:
     spans = tasks.spans()
     names = [f"{name} ({end - start})" for name, start, end in spans]
     return [(start + end - 1) / 2 for _, start, end in spans], names
-
-
-def _groups_of_branches(linkage: np.ndarray, groups: Sequence[str]) -> list[set[str]]:
-    """Groups below each node: leaves first, then the branches in the order of `linkage`."""
-    inside = [{group} for group in groups]
-    for left, right, _, _ in linkage:
-        inside.append(inside[int(left)] | inside[int(right)])
-    return inside

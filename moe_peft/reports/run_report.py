@@ -1,9 +1,4 @@
-"""Pictures of everything that runs have data for.
-
-    moe-peft report results/lora results/mhr --out results
-
-reads checkpoints and the records of monitors; no gin file is needed.
-"""
+"""Pictures of everything that runs have data for, from checkpoints and monitors' records alone."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -34,8 +29,7 @@ class Source:
 def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list[Source]:
     """Reads runs and of each the checkpoint of a step, or the newest.
 
-    Raises:
-      UserError: a folder has no such checkpoint, or nothing that could be drawn.
+    Raises UserError if a folder has no such checkpoint, or nothing that could be drawn.
     """
     folders = [pathlib.Path(folder) for folder in folders]
     saved = [saved_run.load(folder, step) for folder in folders]
@@ -45,9 +39,9 @@ def load(folders: Sequence[pathlib.Path | str], step: int | None = None) -> list
         records = alignment.records(folder), routing.records(folder)
         found.append(Source(folder, label, each, _weights(each), *records))
         if not found[-1].weights and not any(records):
+            why = f"the method {method!r} has no learned task routing, and no monitor ran"
             raise errors.UserError(
-                f"There is nothing to draw of {folder}: the method {method!r} has no learned task "
-                "routing, and no monitor ran. For gradient alignment, train with "
+                f"There is nothing to draw of {folder}: {why}. For gradient alignment, train with "
                 "--gin_file monitors/alignment.gin."
             )
     return found
@@ -62,26 +56,19 @@ def write(
     layers: str | None = None,
     splits: Sequence[int] | None = None,
 ) -> list[pathlib.Path]:
-    """Draws what runs have data for and returns the pictures' paths.
+    """Draws what runs have data for into the folder `out` and returns the pictures' paths.
 
-    Args:
-      folders: of the runs; those with a course of training share its pictures.
-      out: folder to write into.
-      step: checkpoint whose routing is drawn; None takes the newest.
-      group: as `Evaluator.task_group`; None takes that of each run.
-      layers, splits: see `routing_pictures.choose_selectors`.
-
-    Raises:
-      UserError: see `load`; or layers or splits are asked for and no run has them.
+    Runs with a course of training share its pictures. Routing is drawn at the checkpoint `step`,
+    None for the newest, and by `group`, as `Evaluator.task_group`, None for that of each run;
+    `layers` and `splits` are as in `routing_pictures.choose_selectors`. Raises UserError if no run
+    has them, and for what `load` refuses.
     """
     from moe_peft.reports import alignment_pictures, routing_pictures  # Import matplotlib.
 
     sources, out = load(folders, step), pathlib.Path(out)
     if (layers or splits) and not any(source.weights for source in sources):
-        names = ", ".join(repr(source.label) for source in sources)
-        raise errors.UserError(
-            f"There are no layers and splits to choose from: {names} has no learned task routing."
-        )
+        why = f"{', '.join(repr(source.label) for source in sources)} has no learned task routing"
+        raise errors.UserError(f"There are no layers and splits to choose from: {why}.")
     paths: list[pathlib.Path] = []
 
     def path(name: str) -> pathlib.Path:

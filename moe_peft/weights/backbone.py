@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.resources
 import pathlib
+import re
 import sys
 
 import gin
@@ -23,30 +24,18 @@ from moe_peft.weights import (
     t5_sizes,
 )
 
-KINDS = (
-    "random:SEED",
-    "embedded:NAME",
-    "run:FOLDER[@STEP]",
-    "file:PATH.safetensors",
-    "hf:FOLDER",
-    "t5x:FOLDER",
-)
+KINDS = ("random:SEED", "embedded:NAME", "run:FOLDER[@STEP]")
+KINDS += ("file:PATH.safetensors", "hf:FOLDER", "t5x:FOLDER")
 _CONVERTED = (formats.HUGGING_FACE, formats.T5X)
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A model's own weights.
+    """A model's own weights."""
 
-    Attributes:
-      spec: where they came from, as the user wrote it.
-      params: nested dict of arrays, without adapters.
-      fingerprint: hexadecimal digest of names, shapes, dtypes and bytes.
-    """
-
-    spec: str
-    params: PyTree
-    fingerprint: str
+    spec: str  # where they came from, as the user wrote it
+    params: PyTree  # nested dict of arrays, without adapters
+    fingerprint: str  # hexadecimal digest of names, shapes, dtypes and bytes
 
 
 def load(
@@ -67,19 +56,19 @@ def load(
         "file:PATH" (a safetensors file as `moe-peft export` writes it), "hf:FOLDER" (a T5 as
         transformers saves it) or "t5x:FOLDER" (a T5X checkpoint, also "t5x:gs://...").
       abstract_params: shapes of the model's own parameters, without adapters.
-      init: rng -> fresh parameters, called for random backbones and for leaves that `allowed` lets
-        be missing.
+      init: rng -> fresh parameters, for random backbones and leaves that `allowed` lets be missing.
       stored_as: path -> "float32" or "bfloat16"; None leaves weights as they are. The fingerprint
         is of the weights before.
 
-    Raises:
-      UserError: the spec cannot be read, or a leaf is missing, unused or of another shape.
+    Raises UserError if the spec cannot be read, or a leaf is missing, unused or of another shape.
     """
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
         return _streamed(spec, abstract_params, init, stored_as)
     if kind == "random":
-        params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
+        if not re.fullmatch(r"[+-]?\d+", rest):
+            raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.")
+        params = jax.jit(init)(jax.random.key(int(rest)))
     elif kind == "embedded":
         params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":
@@ -114,11 +103,7 @@ def allowed(
 
 
 def check_headers(spec: str, abstract_params: PyTree) -> None:
-    """Compares the headers of a backbone "hf:" or "t5x:" with the model; others are not looked at.
-
-    Raises:
-      UserError: there is no such checkpoint, or it does not fit.
-    """
+    """Raises UserError if a backbone "hf:" or "t5x:" is not there or its headers do not fit."""
     if str(spec).partition(":")[0] in _CONVERTED:
         _open(spec, abstract_params).report().check(*allowed())
 
@@ -129,15 +114,12 @@ def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
     found = formats.open_backbone(folder, kind)
     shapes = {path: leaf.shape for path, leaf in patching.flatten(abstract_params).items()}
     model = t5_sizes.recognise(shapes, "The model config")
-    differing = t5_sizes.differences(model, found.config)
-    if differing:
-        each = (
-            f"{name} {getattr(found.config, name)} (model config: {getattr(model, name)})"
-            for name in differing
-        )
-        fitting = t5_sizes.name_of(found.config)
+    own = found.config
+    if differing := t5_sizes.differences(model, own):
+        sizes = (f"{n} {getattr(own, n)} (model config: {getattr(model, n)})" for n in differing)
+        fitting = t5_sizes.name_of(own)
         raise errors.UserError(
-            f"Backbone {spec!r} has another size than the model: {', '.join(each)}. "
+            f"Backbone {spec!r} has another size than the model: {', '.join(sizes)}. "
             + (f"Take models/{fitting}.gin." if fitting else "Set T5Config to its sizes.")
         )
     return found.scanned(model.scan_layers)
@@ -177,17 +159,8 @@ def _check_shapes(params: PyTree, abstract_params: PyTree, spec: str) -> None:
         if have[name] != want[name]:
             # The embedding tells most plainly that the vocabulary is another one.
             what = "vocabulary or width" if "embedder" in name or "logits" in name else "shape"
-            raise errors.UserError(
-                f"Backbone {spec!r} has another {what} than the model: {name} is {have[name]} in "
-                f"the backbone and {want[name]} in the model config."
-            )
-
-
-def _seed(spec: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.") from None
+            sizes = f"{have[name]} in the backbone and {want[name]} in the model config"
+            raise errors.UserError(f"{where} has another {what} than the model: {name} is {sizes}.")
 
 
 def embedded_path(spec: str, name: str) -> pathlib.Path:
@@ -195,10 +168,8 @@ def embedded_path(spec: str, name: str) -> pathlib.Path:
     folder = pathlib.Path(str(importlib.resources.files("moe_peft.models") / "embedded"))
     shipped = sorted(path.stem for path in folder.glob("*.safetensors"))
     if name not in shipped:
-        raise errors.UserError(
-            f"Backbone {spec!r} is not shipped; there is {', '.join(shipped) or 'none'}."
-            f"{errors.near(name, shipped)}"
-        )
+        known = f"{', '.join(shipped) or 'none'}.{errors.near(name, shipped)}"
+        raise errors.UserError(f"Backbone {spec!r} is not shipped; there is {known}")
     return folder / f"{name}.safetensors"
 
 
@@ -207,9 +178,9 @@ def _from_run(spec: str, text: str) -> PyTree:
     if step and not step.isdigit():
         raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
     saved = saved_run.load(folder, int(step) if step else None)
-    if saved.description["method"].get("name") != "full":
+    if (name := saved.description["method"].get("name")) != "full":
         raise errors.UserError(
-            f"Backbone {spec!r} is a run of the method {saved.description['method'].get('name')!r}"
-            " and holds only its adapters; a backbone comes from a run of the method 'full'."
+            f"Backbone {spec!r} is a run of the method {name!r} and holds only its adapters; a "
+            "backbone comes from a run of the method 'full'."
         )
     return saved.trainable

@@ -1,4 +1,4 @@
-"""A checkpoint whose headers have been read, whatever its format, and what loading it will do."""
+"""A checkpoint of any format whose headers have been read, and what loading it will do."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -16,28 +16,22 @@ _MAX_NAMED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a restore does with every leaf of a checkpoint and of the model that it is read for.
+    """What a restore does with every leaf of a checkpoint and of the model that it is read for."""
 
-    Attributes:
-      path: of the checkpoint.
-      loaded: paths that are read.
-      cast: of those, path to (dtype in the file, dtype after loading).
-      missing: paths of the model that the checkpoint lacks.
-      unused: keys of the checkpoint that the model has no place for.
-      known: keys left out because they are copies or were never used, with the reason.
-    """
-
-    path: str
-    loaded: tuple[str, ...]
+    path: str  # of the checkpoint
+    loaded: tuple[str, ...]  # paths that are read
+    # Of those, path to (dtype in the file, dtype after loading).
     cast: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # paths of the model that the checkpoint lacks
+    unused: tuple[str, ...] = ()  # keys of the checkpoint that the model has no place for
+    # Keys left out because they are copies or were never used, with the reason.
     known: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, allow_missing: Sequence[str] = (), allow_unused: Sequence[str] = ()) -> None:
         """Raises UserError for a missing or unused leaf that no regular expression names."""
-        missing = _not_named(self.missing, allow_missing)
-        unused = _not_named(self.unused, allow_unused)
+        is_named = lambda name, patterns: any(re.fullmatch(p, name) for p in patterns)
+        missing = [path for path in self.missing if not is_named(path, allow_missing)]
+        unused = [key for key in self.unused if not is_named(key, allow_unused)]
         total = len(self.loaded) + len(self.missing)
         advice = "Name them in allow_{} if that is meant."
         check_leaves(self.path, missing, unused, total, advice)
@@ -57,44 +51,31 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint of which only headers have been read.
+    """A checkpoint of which only headers have been read."""
 
-    Attributes:
-      path: as the user wrote it.
-      config: of the network.
-      leaves: by path, in the layout that `config.scan_layers` says.
-      unused: keys that have no place in the network.
-      known: keys that are left out with a reason.
-      settings: what else the checkpoint says of itself, such as config.json.
-    """
-
-    path: str
-    config: t5.T5Config
-    leaves: leaves.Leaves
-    unused: tuple[str, ...] = ()
+    path: str  # as the user wrote it
+    config: t5.T5Config  # of the network
+    leaves: leaves.Leaves  # by path, in the layout that `config.scan_layers` says
+    unused: tuple[str, ...] = ()  # keys that have no place in the network
+    # Keys that are left out, with the reason.
     known: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # What else the checkpoint says of itself, such as config.json.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def report(self, dtype: str | None = None) -> Report:
-        """Returns what loading as `dtype` does with every leaf; checks shapes.
-
-        Raises:
-          UserError: a leaf has another shape than the network's.
-        """
+        """Returns what loading as `dtype` does with every leaf; UserError for another shape."""
         expected = t5_sizes.shapes_of(self.config)
         loaded = {path: leaf for path, leaf in self.leaves.items() if path in expected}
         for path, leaf in loaded.items():
             if leaf.shape != expected[path]:
-                raise errors.UserError(
-                    f"{leaf.source} gives {path} the shape {leaf.shape}; the config says "
-                    f"{expected[path]}."
-                )
+                shapes = f"the shape {leaf.shape}; the config says {expected[path]}."
+                raise errors.UserError(f"{leaf.source} gives {path} {shapes}")
         extra = [leaf.source for path, leaf in self.leaves.items() if path not in expected]
-        cast = {p: leaf.dtype.name for p, leaf in loaded.items() if leaves.is_cast(leaf, dtype)}
+        cast = [path for path, leaf in loaded.items() if leaves.is_cast(leaf, dtype)]
         return Report(
             path=self.path,
             loaded=tuple(loaded),
-            cast={path: (own, dtype) for path, own in cast.items()},
+            cast={path: (loaded[path].dtype.name, dtype) for path in cast},
             missing=tuple(path for path in expected if path not in self.leaves),
             unused=(*self.unused, *extra),
             known=self.known,
@@ -119,13 +100,13 @@ class CheckpointFile:
 
         Args:
           dtype: "float32", "bfloat16", or None for that of the file.
-          scan_layers: the layout of the tree, whatever that of the file.
+          scan_layers: the layout of the tree; the file may have the other one.
           sharding: where leaves go, such as `leaves.spread(mesh)`; None gives NumPy arrays.
           allow_missing: regular expressions of paths that may be missing; they are left out.
           allow_unused: regular expressions of keys that may have no place.
 
-        Raises:
-          UserError: a leaf is missing, left over or of another shape, or a file is damaged.
+        Raises UserError if another leaf is missing or left over, one has another shape, or a file
+        is damaged.
         """
         found = self.scanned(scan_layers)
         report = found.report(dtype)
@@ -141,18 +122,12 @@ def check_leaves(
 
     The message ends with the advice, in which "{}" stands for "missing" or "unused".
     """
-    first = lambda names: ", ".join(names[:_MAX_NAMED])
+    if not (missing or unused):
+        return
+    kind, names, near = "unused", unused, ""
+    what = f"has {len(unused)} leaves that the model has no place for"
     if missing:
-        raise errors.UserError(
-            f"{where} lacks {len(missing)} of the model's {total} leaves, the first ones: "
-            f"{first(missing)}.{errors.near(missing[0], unused)} {advice.format('missing')}"
-        )
-    if unused:
-        raise errors.UserError(
-            f"{where} has {len(unused)} leaves that the model has no place for, the first ones: "
-            f"{first(unused)}. {advice.format('unused')}"
-        )
-
-
-def _not_named(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    return [path for path in paths if not any(re.fullmatch(p, path) for p in patterns)]
+        kind, names, near = "missing", missing, errors.near(missing[0], unused)
+        what = f"lacks {len(missing)} of the model's {total} leaves"
+    first = ", ".join(names[:_MAX_NAMED])
+    raise errors.UserError(f"{where} {what}, the first ones: {first}.{near} {advice.format(kind)}")

@@ -22,18 +22,14 @@ def detect(path: epath.PathLike) -> str:
 
     "hf": a folder that transformers wrote. "t5x": a checkpoint, or a run's folder with some.
     "peft": a folder of PEFT. "ours": a single safetensors file, as `moe-peft export` writes it.
-
-    Raises:
-      UserError: nothing is there, a pickle is, or nothing that is known.
+    Raises UserError if nothing is there, a pickle is, or nothing that is known.
     """
     found = locations.existing(path)
     if found.is_file():
         locations.refuse_pickle(found)
-        if found.suffix == ".safetensors":
-            return ADAPTERS
-        if found.name == t5x_files.INDEX:
-            return T5X
-        raise errors.UserError(f"{found} is not a known file of weights; expected a folder.")
+        if found.suffix != ".safetensors" and found.name != t5x_files.INDEX:
+            raise errors.UserError(f"{found} is not a known file of weights; expected a folder.")
+        return T5X if found.name == t5x_files.INDEX else ADAPTERS
     if (found / "adapter_config.json").exists():
         return PEFT
     if t5x_files.is_checkpoint(found) or t5x_files.steps(found):
@@ -52,13 +48,10 @@ def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_f
     """Returns the whole model at a path, headers only; kind None detects its format."""
     kind = kind or detect(path)
     folders = {HUGGING_FACE: hugging_face.open_folder, T5X: t5x_files.open_folder}
-    openers = {**folders, ADAPTERS: _open_ours}
-    if kind not in openers:
+    if kind in folders:
+        return folders[kind](path)
+    if kind != ADAPTERS:
         raise errors.UserError(f"{path} is in the format {kind!r}, which holds no whole model.")
-    return openers[kind](path)
-
-
-def _open_ours(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     found = safetensors_files.open_file(path)
     description = safetensors_files.read_metadata(path)
     if description.get("model"):

@@ -52,6 +52,7 @@ _FIXED = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
+_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _NEVER_USED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -65,11 +66,7 @@ def read(
 
 
 def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
-    """Reads config.json and the headers of the weights.
-
-    Raises:
-      UserError: the folder holds no T5, a pickle, or a damaged file.
-    """
+    """Reads config.json and headers; UserError if there is no T5, a pickle, or a damaged file."""
     folder = locations.existing(path)
     single = folder if folder.is_file() else None
     folder = folder.parent if single else folder
@@ -79,10 +76,8 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
         _check_settings(settings, folder / CONFIG)
     if single is not None:
         locations.refuse_pickle(single)
-        tensors = safetensors_files.open_file(single)
-    else:
-        tensors = safetensors_files.open_folder(folder)
-    found, unused, known = _renamed(tensors, settings)
+    open_tensors = safetensors_files.open_file if single else safetensors_files.open_folder
+    found, unused, known = _renamed(open_tensors(single or folder), settings)
     if settings:
         config = _config(settings, folder / CONFIG)
     else:
@@ -102,6 +97,8 @@ def write(
 ) -> pathlib.Path:
     """Writes a folder that transformers loads; leaf by leaf, and whole or not at all.
 
+    Raises UserError if the folder exists or cannot be written, or if a leaf does not fit.
+
     Args:
       folder: must not exist.
       config: of `params`, scanned or not.
@@ -110,9 +107,6 @@ def write(
       settings: config.json of the model that this one was made from: what is not a size is kept.
       copy_from: folder whose tokenizer and generation settings are copied.
       shard_bytes: weights beyond this go into numbered files with an index.
-
-    Raises:
-      UserError: the folder exists or cannot be written, or a leaf does not fit the config.
     """
     given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
     given.report().check()
@@ -169,10 +163,10 @@ def _is_scaled(settings: Mapping[str, Any]) -> bool:
 
 
 def _equal(one: leaves.Leaf, other: leaves.Leaf) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
+    # Bytes, not numbers: NaN is equal to itself here.
     as_bytes = lambda leaf: leaf.read().reshape(-1).view(np.uint8)
-    return np.array_equal(as_bytes(one), as_bytes(other))
+    is_alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return is_alike and np.array_equal(as_bytes(one), as_bytes(other))
 
 
 def _transposed(path: str, leaf: leaves.Leaf) -> leaves.Leaf:
@@ -198,10 +192,8 @@ def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
             "(T5, LM-adapted T5, T0, Flan-T5, ByT5, mT5)."
         )
     for key, value in _FIXED.items():
-        if settings.get(key, value) != value:
-            raise errors.UserError(
-                f"{path}: {key} is {settings[key]!r}; this network has {value!r}."
-            )
+        if (given := settings.get(key, value)) != value:
+            raise errors.UserError(f"{path}: {key} is {given!r}; this network has {value!r}.")
 
 
 def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
@@ -225,9 +217,8 @@ def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[s
     """Returns config.json of a network; what is not a size is kept from an old one."""
     projections = {activations: name for name, activations in _ACTIVATIONS.items()}
     if config.mlp_activations not in projections:
-        raise errors.UserError(
-            f"transformers' T5 has no feed-forward block of {config.mlp_activations}."
-        )
+        block = f"feed-forward block of {config.mlp_activations}"
+        raise errors.UserError(f"transformers' T5 has no {block}.")
     is_tied = config.logits_via_embedding
     kind = "t5" if is_tied else old.get("model_type", "t5")  # an mT5 does not scale
     scaled = {"scale_decoder_outputs": is_tied} if "scale_decoder_outputs" in old else {}
@@ -235,9 +226,7 @@ def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[s
         "architectures": ["T5ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "dropout_rate": config.dropout_rate,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        **_TOKENS,
         **_FIXED,
         **old,
         "model_type": kind,

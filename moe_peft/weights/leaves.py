@@ -22,19 +22,12 @@ ShardingOf = Callable[[str, tuple[int, ...]], Sharding]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array in a file.
-
-    Attributes:
-      shape: as `read` returns it.
-      dtype: as `read` returns it.
-      read: returns the values, every time from the file.
-      source: file and key, for messages.
-    """
+    """An array in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
-    source: str
+    read: Callable[[], np.ndarray]  # returns the values, from the file every time
+    source: str  # file and key, for messages
 
     @property
     def nbytes(self) -> int:
@@ -94,9 +87,9 @@ def cast_tree(params: PyTree, dtype: str) -> PyTree:
 
 def cast_when_read(leaf: Leaf, dtype: str | None) -> Leaf:
     """Returns the leaf cast to "float32" or "bfloat16" when it is read; None keeps its own."""
-    if not is_cast(leaf, dtype):
-        return leaf
-    return dataclasses.replace(leaf, dtype=DTYPES[dtype], read=lambda: cast(leaf.read(), dtype))
+    read = lambda: cast(leaf.read(), dtype)
+    is_other = is_cast(leaf, dtype)
+    return dataclasses.replace(leaf, dtype=DTYPES[dtype], read=read) if is_other else leaf
 
 
 def load(
@@ -109,9 +102,16 @@ def load(
     `sharding` is that of every leaf, or a function from path and shape to it; None gives NumPy
     arrays.
     """
-    return patching.trees.unflatten(
-        {path: _place(path, cast(leaf.read(), dtype), sharding) for path, leaf in found.items()}
-    )
+
+    def place(path: str, array: np.ndarray) -> Any:
+        if sharding is None:
+            return np.ascontiguousarray(array)
+        target = sharding if isinstance(sharding, Sharding) else sharding(path, array.shape)
+        piece = lambda index: np.ascontiguousarray(array[index])
+        return jax.make_array_from_callback(array.shape, target, piece)
+
+    placed = {path: place(path, cast(leaf.read(), dtype)) for path, leaf in found.items()}
+    return patching.trees.unflatten(placed)
 
 
 def spread(mesh: jax.sharding.Mesh) -> ShardingOf:
@@ -132,11 +132,3 @@ def spread(mesh: jax.sharding.Mesh) -> ShardingOf:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return sharding
-
-
-def _place(path: str, array: np.ndarray, sharding: Sharding | ShardingOf | None) -> Any:
-    if sharding is None:
-        return np.ascontiguousarray(array)
-    target = sharding if isinstance(sharding, Sharding) else sharding(path, array.shape)
-    piece = lambda index: np.ascontiguousarray(array[index])
-    return jax.make_array_from_callback(array.shape, target, piece)

@@ -44,26 +44,24 @@ def refuse_pickle(path: epath.Path) -> None:
     """Raises UserError for a file that must not, or cannot, be read as weights; in a folder too."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in _PICKLES:
-            raise errors.UserError(
-                f"{file} is a pickle, which can run anything when it is opened, and is not read. "
-                "Where you trust it, convert it with transformers: from_pretrained(FOLDER), then "
-                "save_pretrained(NEW_FOLDER), which writes safetensors."
+            why = (
+                "a pickle, which can run anything when it is opened, and is not read. Where you "
+                "trust it, convert it with transformers: from_pretrained(FOLDER), then "
+                "save_pretrained(NEW_FOLDER)"
             )
-        if file.suffix in _OTHERS:
-            raise errors.UserError(
-                f"{file} is in a format that is not read; save the model with transformers' "
-                "save_pretrained, which writes safetensors."
-            )
+        elif file.suffix in _OTHERS:
+            why = "in a format that is not read; save the model with transformers' save_pretrained"
+        else:
+            continue
+        raise errors.UserError(f"{file} is {why}, which writes safetensors.")
 
 
 @contextlib.contextmanager
 def created(path: pathlib.Path | str, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yields a path next to `path` for a file or folder, which takes that name at the end.
 
-    After an error what was written is gone, and what was there before is there again.
-
-    Raises:
-      UserError: there is something that may not be replaced, or it cannot be written.
+    After an error what was written is gone, and what was there before is there again. Raises
+    UserError if something is there that may not be replaced, or if it cannot be written.
     """
     path = pathlib.Path(path).expanduser()
     if path.exists() and not replace:

@@ -30,20 +30,11 @@ TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens
 def merge_into_base(
     module: nn.Module, method: methods.Method, params: PyTree, task: int | None = None
 ) -> dict:
-    """Returns the parameters of the network without adapters that answers as `params` do.
+    """Returns the parameters of the network `module`, without adapters, that answer as `params` do.
 
-    In float32, whatever the frozen weights are stored in, and in NumPy arrays. Dropout of adapters
-    is left out, as in any evaluation.
-
-    Args:
-      module: the network without adapters.
-      method: of `params`.
-      params: frozen and trained leaves, nested; layers stacked by a scan or not.
-      task: id of the task whose adapter is merged; needed where the method tells tasks apart.
-
-    Raises:
-      UserError: the weights of an adapter depend on more than the task, or the task is missing or
-        out of range.
+    They are NumPy arrays in float32, even where frozen weights are not. `params` has frozen
+    and trained leaves, nested, with layers stacked by a scan or not. Dropout of adapters is left
+    out, as in any evaluation. Raises what `check` raises for the method and the id of a task.
     """
     check(method, task)
     ids = jnp.asarray([0 if method.num_tasks is None else task], jnp.int32)
@@ -60,7 +51,11 @@ def merge_into_base(
 
 
 def check(method: methods.Method, task: int | None) -> None:
-    """Raises UserError unless `merge_into_base` can merge the method for that task."""
+    """Raises UserError unless the method can be merged for that task.
+
+    It cannot if weights of an adapter depend on more than the task, or if the method tells tasks
+    apart and the task is missing or out of range.
+    """
     for router in method.routers:
         if router.why_not_merged is not None:
             raise errors.UserError(
@@ -78,17 +73,11 @@ def check(method: methods.Method, task: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """How far logits before and after lie apart.
+    """How far logits before and after differ."""
 
-    Attributes:
-      largest: difference, over all examples, places and words.
-      mean: of the absolute differences.
-      scale: the largest logit, absolute.
-    """
-
-    largest: float
-    mean: float
-    scale: float
+    largest: float  # difference, over all examples, places and words
+    mean: float  # of the absolute differences
+    scale: float  # the largest logit, absolute
 
     @property
     def relative(self) -> float:
@@ -103,7 +92,7 @@ class Gap:
 
 
 def gap(before: Float[Array, "..."], after: Float[Array, "..."]) -> Gap:
-    """Returns how far two arrays lie apart."""
+    """Returns how far two arrays differ."""
     before, after = np.asarray(before), np.asarray(after)
     difference = np.abs(before - after)
     return Gap(float(difference.max()), float(difference.mean()), float(np.abs(before).max()))
@@ -138,25 +127,15 @@ def random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """An adapted layer of the network.
+    """An adapted layer of the network."""
 
-    Attributes:
-      path: of the frozen layer.
-      rule: that matches it.
-      in_shape: features that the adapter reads.
-      out_shape: features that it changes; those it reads for an adapter of inputs.
-      in_axes: their logical names.
-      out_axes: likewise.
-      stack_axis: axis of the leaves over the layers of a scanned stack; None outside of one.
-    """
-
-    path: str
-    rule: patching.Rule
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    in_axes: tuple[str, ...]
+    path: str  # of the frozen layer
+    rule: patching.Rule  # that matches it
+    in_shape: tuple[int, ...]  # features that the adapter reads
+    out_shape: tuple[int, ...]  # features that it changes; the same for an adapter of inputs
+    in_axes: tuple[str, ...]  # logical names of the features
     out_axes: tuple[str, ...]
-    stack_axis: int | None = None
+    stack_axis: int | None = None  # axis of a scanned stack's leaves over its layers
 
     def site(self, context, shared) -> routing.Site:
         """What the adapter is told: a task, and the weights of a shared router, if it has one."""
@@ -198,15 +177,10 @@ def _layers(module: nn.Module, rules: tuple[patching.Rule, ...]) -> list[_Layer]
     def note(rule, path, *seen):
         found[path] = _Layer(path, rule, *seen)
 
+    probe = lambda rule: functools.partial(_Probe, note=functools.partial(note, rule))
+    plain = {"router_input": "inputs", "shared_router": None}  # a probe has no router
     probes = tuple(
-        patching.Rule(
-            rule.pattern,
-            functools.partial(_Probe, note=functools.partial(note, rule)),
-            side=rule.side,
-            beside=rule.beside,
-            site=rule.site,
-        )
-        for rule in rules
+        dataclasses.replace(rule, adapter_factory=probe(rule), **plain) for rule in rules
     )
     model = encoder_decoder.EncoderDecoder(patching.Patched(module, probes))
     shapes = dict.fromkeys(TOKENS, (1, 2))
@@ -217,9 +191,7 @@ def _layers(module: nn.Module, rules: tuple[patching.Rule, ...]) -> list[_Layer]
         names = axes[f"{path}/kernel_axes"].names
         return names.index("layers") if "layers" in names else None
 
-    return [
-        dataclasses.replace(layer, stack_axis=stack_axis(path)) for path, layer in found.items()
-    ]
+    return [dataclasses.replace(each, stack_axis=stack_axis(path)) for path, each in found.items()]
 
 
 def _over_stack(merge: Callable[[Leaves], Leaves], leaves: Leaves, layer: _Layer) -> Leaves:
@@ -227,11 +199,8 @@ def _over_stack(merge: Callable[[Leaves], Leaves], leaves: Leaves, layer: _Layer
     axis = layer.stack_axis
     if axis is None:
         return merge(leaves)
-    number = leaves[f"{layer.path}/kernel"].shape[axis]
-    each = [
-        merge({path: np.take(leaf, index, axis) for path, leaf in leaves.items()})
-        for index in range(number)
-    ]
+    take = lambda index: {path: np.take(leaf, index, axis) for path, leaf in leaves.items()}
+    each = [merge(take(index)) for index in range(leaves[f"{layer.path}/kernel"].shape[axis])]
     return {path: np.stack([one[path] for one in each], axis) for path in each[0]}
 
 

@@ -38,8 +38,7 @@ SINGLE = "model.safetensors"
 def open_file(path: epath.PathLike) -> leaves.Leaves:
     """Returns the tensors of a file by key; only the header is read.
 
-    Raises:
-      UserError: it is not a safetensors file or is cut short; names the file and the key.
+    A UserError names the file and the key if it is not a safetensors file or is cut short.
     """
     path = epath.Path(path)
     header, start, size = _read_header(path)
@@ -65,15 +64,10 @@ def save_tree(
     dtype: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes a tree with names such as "encoder/layers_0/attention/query/kernel".
+    """Writes a tree with names such as "encoder/layers_0/attention/query/kernel"; returns `path`.
 
-    For backbones and adapters; one leaf is in memory at a time.
-
-    Args:
-      params: nested dict of arrays or of `leaves.Leaf`.
-      path: the file to write; replaced atomically.
-      dtype: "float32" or "bfloat16"; None keeps each leaf's own.
-      metadata: stored as JSON under the key "moe_peft".
+    One leaf is in memory at a time, and a file that is there is replaced at once. `dtype` is
+    "float32", "bfloat16", or None for each leaf's own; metadata is JSON under the key "moe_peft".
     """
     found = leaves.flatten(params)
     found = {name: leaves.cast_when_read(leaf, dtype) for name, leaf in found.items()}
@@ -89,31 +83,30 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def open_folder(folder: epath.Path) -> leaves.Leaves:
     """Returns the tensors of `model.safetensors`, or of all files that its index names."""
-    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / SINGLE).exists():
+            return open_file(folder / SINGLE)
         locations.refuse_pickle(folder)
         raise errors.UserError(
             f"{folder} has neither {SINGLE} nor {INDEX}; expected a folder that transformers' "
             "save_pretrained wrote."
         )
-    if not (folder / INDEX).exists():
-        return open_file(folder / SINGLE)
-    index = read_json(folder / INDEX)
-    places = index.get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
-        raise errors.UserError(f"{folder / INDEX} has no 'weight_map' from keys to files.")
-    found = {}
+        raise errors.UserError(f"{index} has no 'weight_map' from keys to files.")
+    found, first_keys = {}, {name: key for key, name in reversed(places.items())}
     for name in dict.fromkeys(places.values()):
         if not (folder / name).exists():
-            key = next(key for key, place in places.items() if place == name)
             raise errors.UserError(
-                f"{folder / INDEX} says that {key} is in {name}, but there is no such file next "
-                "to it. Copy the missing part."
+                f"{index} says that {first_keys[name]} is in {name}, but there is no such file "
+                "next to it. Copy the missing part."
             )
         found |= open_file(folder / name)
     lost = sorted(places.keys() - found.keys())
     if lost:
         raise errors.UserError(
-            f"{folder / places[lost[0]]} has no {lost[0]}, which {folder / INDEX} says is there."
+            f"{folder / places[lost[0]]} has no {lost[0]}, which {index} says is there."
         )
     return found
 
@@ -153,11 +146,11 @@ def write_folder(
     """Writes `model.safetensors`, or numbered parts of at most so many bytes and their index."""
     metadata, parts, size = {"format": "pt"}, [[]], 0
     for key, leaf in tensors.items():
-        if parts[-1] and size + leaf.nbytes > shard_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(key)
         size += leaf.nbytes
+        if parts[-1] and size > shard_bytes:
+            parts.append([])
+            size = leaf.nbytes
+        parts[-1].append(key)
     if len(parts) == 1:
         write_file(folder / SINGLE, tensors, metadata)
         return
@@ -201,19 +194,15 @@ def _leaf(path: epath.Path, key: str, entry: Any, values: int, size: int) -> lea
         dtype = _DTYPES.get(entry["dtype"])
     except (TypeError, KeyError, ValueError) as error:
         raise errors.UserError(f"{path}: the header's entry of {key} is damaged.") from error
+    problem = None
     if dtype is None:
-        raise errors.UserError(
-            f"{path}: {key} is stored as {entry['dtype']}; expected {', '.join(_DTYPES)}."
-        )
-    if math.prod(shape) * dtype.itemsize != last - first or first < 0:
-        raise errors.UserError(
-            f"{path}: {key} is {shape} of {dtype.name} but has {last - first} bytes."
-        )
-    if values + last > size:
-        raise errors.UserError(
-            f"{path} is cut short: {key} ends at byte {values + last}, the file at {size}. Copy it "
-            "again."
-        )
+        problem = f": {key} is stored as {entry['dtype']}; expected {', '.join(_DTYPES)}."
+    elif math.prod(shape) * dtype.itemsize != last - first or first < 0:
+        problem = f": {key} is {shape} of {dtype.name} but has {last - first} bytes."
+    elif (end := values + last) > size:
+        problem = f" is cut short: {key} ends at byte {end}, the file at {size}. Copy it again."
+    if problem:
+        raise errors.UserError(f"{path}{problem}")
 
     def read() -> np.ndarray:
         with path.open("rb") as file:

@@ -23,19 +23,13 @@ _MAX_NAMED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What one run has trained, as read from disk.
+    """What one run has trained, as read from disk."""
 
-    Attributes:
-      step: updates made.
-      trainable: nested dict of NumPy arrays.
-      position: {"opt_state": {"0000": leaf, ...}, "rng": raw key}; empty if it was not asked for.
-      record: the json part; `record["description"]` says what the run is.
-    """
-
-    step: int
-    trainable: PyTree
+    step: int  # updates made
+    trainable: PyTree  # nested dict of NumPy arrays
+    # {"opt_state": {"0000": leaf, ...}, "rng": raw key}; empty if it was not asked for
     position: Mapping[str, Any]
-    record: Mapping[str, Any]
+    record: Mapping[str, Any]  # the JSON part; `record["description"]` says what the run is
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -46,13 +40,9 @@ class Saved:
 def load(source: pathlib.Path | str, step: int | None = None, member: str | None = None) -> Saved:
     """Returns what was trained, and the description of the run that trained it.
 
-    Args:
-      source: folder of a run or of an adaptation, or a file as `moe-peft export` writes it.
-      step: which checkpoint of a run; None takes the newest.
-      member: which run of an adaptation, "TASK:SEED".
-
-    Raises:
-      UserError: there is no such thing, it is damaged, or a file has no record of a method.
+    `source` is the folder of a run, of which step None takes the newest checkpoint; or of an
+    adaptation, of which `member` names the run "TASK:SEED"; or a file that `moe-peft export` wrote.
+    Raises UserError if that is not there, is damaged, or has no record of a method.
     """
     path = pathlib.Path(source).expanduser()
     if is_adaptation(path):
@@ -65,16 +55,12 @@ def load(source: pathlib.Path | str, step: int | None = None, member: str | None
 def steps(model_dir: pathlib.Path | str) -> list[int]:
     """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
     folder = pathlib.Path(model_dir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
-    """Reads the "trainable", the "position" or both of one checkpoint.
-
-    Raises any exception if it is incomplete or its digests differ.
-    """
+    """Reads "trainable", "position" or both of one checkpoint; any exception if it is damaged."""
     # Every process reads for itself; orbax's default is to wait for all of them in between.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -101,9 +87,8 @@ def reason(error: BaseException) -> str:
     """The system's words for a full disk or a refused write, else the error's first line."""
     text = str(error)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
-        words = errno.errorcode[code]
-        described = os.strerror(code)
-        if getattr(error, "errno", None) == code or described in text or words in text:
+        described, name = os.strerror(code), errno.errorcode[code]
+        if getattr(error, "errno", None) == code or described in text or name in text:
             return described
     return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
 
@@ -128,28 +113,24 @@ def is_adapter_file(path: pathlib.Path) -> bool:
 def _load_checkpoint(folder: pathlib.Path, step: int | None) -> Saved:
     found = steps(folder)
     if not found:
-        raise errors.UserError(
-            f"There is no training checkpoint in {folder}.{locations.hint_at(folder)}"
-        )
-    known = ", ".join(str(other) for other in found)
+        hint = locations.hint_at(folder)
+        raise errors.UserError(f"There is no training checkpoint in {folder}.{hint}")
+    known = ", ".join(map(str, found))
     if step is not None and step not in found:
         raise errors.UserError(f"{folder} has no checkpoint of step {step}; it has steps {known}.")
     chosen = found[-1] if step is None else step
     try:
         return read(folder, chosen, ("trainable",))
     except Exception as error:
-        raise errors.UserError(
-            f"The checkpoint of step {chosen} in {folder} is damaged ({reason(error)}). "
-            f"Checkpoints there: steps {known}."
-        ) from error
+        damage = f"is damaged ({reason(error)}). Checkpoints there: steps {known}."
+        raise errors.UserError(f"The checkpoint of step {chosen} in {folder} {damage}") from error
 
 
 def _load_file(path: pathlib.Path, step: int | None) -> Saved:
     description = safetensors_files.read_metadata(path)
     if "name" not in description.get("method", {}):
-        raise errors.UserError(
-            f"{path} has no 'method' in its header's 'moe_peft', so it is not an exported adapter."
-        )
+        lacks = "no 'method' in its header's 'moe_peft', so it is not an exported adapter"
+        raise errors.UserError(f"{path} has {lacks}.")
     saved_step = description.pop("step", 0)
     if step not in (None, saved_step):
         raise errors.UserError(f"{path} holds step {saved_step}, not step {step}.")
@@ -174,7 +155,7 @@ def _load_member(folder: pathlib.Path, member: str | None) -> Saved:
     if not (group / "finished.json").is_file():
         raise errors.UserError(f"The run {member!r} in {folder} is not finished.")
     run = json.loads((group / "finished.json").read_text(encoding="utf-8"))["runs"][place]
-    stacked = safetensors_files.read_tree(group / "adapters.safetensors")
-    tree = jax.tree.map(lambda leaf: leaf[place], stacked)
+    tree = safetensors_files.read_tree(group / "adapters.safetensors")
+    tree = jax.tree.map(lambda leaf: leaf[place], tree)  # runs of a group are stacked
     description = {**plan["description"], "member": member}
     return Saved(run["chosen_step"], tree, {}, {"description": description})

@@ -30,9 +30,7 @@ from moe_peft.weights import (
     zarr_files,
 )
 
-INDEX = "checkpoint"
-METADATA = "_METADATA"
-STATE = "state"
+INDEX, METADATA, STATE = "checkpoint", "_METADATA", "state"
 LAYOUTS = ("legacy", "orbax")
 
 _PREFIX = "checkpoint_"
@@ -51,8 +49,7 @@ def read(
 def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     """Reads the index and the headers of the arrays, local or in a bucket (gs://).
 
-    Raises:
-      UserError: there is no checkpoint, it is damaged, or its leaves are not those of a T5.
+    Raises UserError if there is no checkpoint, it is damaged, or its leaves are not those of a T5.
     """
     folder, tensors = _open(path)
     shapes = {name: leaf.shape for name, leaf in tensors.items()}
@@ -61,7 +58,7 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
 
 
 def dtypes(path: epath.PathLike) -> dict[str, np.dtype]:
-    """How a checkpoint stores each leaf of a model, whatever network that is."""
+    """How a checkpoint stores each leaf of a model, of any network."""
     return {path: np.dtype(leaf.dtype) for path, leaf in _open(path)[1].items()}
 
 
@@ -97,6 +94,8 @@ def write(
 ) -> pathlib.Path:
     """Writes `folder/checkpoint_STEP`, which T5X restores, and returns its path.
 
+    Raises UserError if it exists or cannot be written, or if a leaf does not fit the config.
+
     Args:
       folder: of the run; the checkpoint must not exist in it.
       config: of `params`, scanned or not; T5X's network needs the same layout.
@@ -104,9 +103,6 @@ def write(
       dtype: "float32", "bfloat16", or None for each leaf's own.
       step: in the folder's name and in the checkpoint.
       layout: "legacy" or "orbax".
-
-    Raises:
-      UserError: the checkpoint exists or cannot be written, or a leaf does not fit the config.
     """
     errors.check_one_of("The layout of a T5X checkpoint", layout, LAYOUTS)
     given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
@@ -130,10 +126,8 @@ def _checkpoint(path: epath.Path) -> epath.Path:
     found = steps(path)
     if not found:
         locations.refuse_pickle(path)
-        raise errors.UserError(
-            f"{path} is not a T5X checkpoint: it has no {INDEX!r}, no {STATE}/{METADATA} and no "
-            f"{_PREFIX}N folder."
-        )
+        lacks = f"no {INDEX!r}, no {STATE}/{METADATA} and no {_PREFIX}N folder"
+        raise errors.UserError(f"{path} is not a T5X checkpoint: it has {lacks}.")
     return path / f"{_PREFIX}{found[-1]}"
 
 
@@ -148,8 +142,7 @@ def _legacy(folder: epath.Path) -> dict[str, Any]:
         raise errors.UserError(f"{index} holds {type(tree).__name__}, expected a tree.")
     model = tree.get("optimizer", tree).get("target") or {}
     # The description of an array is a dict itself.
-    is_leaf = lambda path, node: "kvstore" in node
-    found = traverse_util.flatten_dict(model, sep="/", is_leaf=is_leaf)
+    found = traverse_util.flatten_dict(model, sep="/", is_leaf=lambda _, node: "kvstore" in node)
     for path, value in found.items():
         if isinstance(value, str) and value.startswith(_PLACEHOLDER):
             found[path] = zarr_files.array_spec(value.removeprefix(_PLACEHOLDER))
@@ -159,17 +152,14 @@ def _legacy(folder: epath.Path) -> dict[str, Any]:
 def _orbax(state: epath.Path) -> dict[str, Any]:
     """Returns a TensorStore description of every leaf of the model that `_METADATA` lists."""
     metadata = safetensors_files.read_json(state / METADATA)
-    tree = metadata.get("tree_metadata")
-    if not isinstance(tree, dict):
+    if not isinstance(tree := metadata.get("tree_metadata"), dict):
         raise errors.UserError(f"{state / METADATA} has no 'tree_metadata'.")
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    is_database = metadata.get("use_ocdbt", True)
-    found = {}
+    found, kind = {}, {"is_database": metadata.get("use_ocdbt", True)}
     for entry in tree.values():
         first, *keys = (str(key["key"]) for key in entry["key_metadata"])
         if first == "target" and not entry["value_metadata"].get("skip_deserialize"):
-            name = ".".join((first, *keys))
-            found["/".join(keys)] = zarr_files.array_spec(name, driver, is_database=is_database)
+            found["/".join(keys)] = zarr_files.array_spec(".".join((first, *keys)), driver, **kind)
     return found
 
 

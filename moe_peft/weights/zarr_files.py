@@ -32,18 +32,12 @@ def array_spec(name: str, driver: str = "zarr", *, is_database: bool = False) ->
 def open_all(specs: Mapping[str, Any], folder: epath.Path) -> leaves.Leaves:
     """Opens arrays, all at once; only their headers are read.
 
-    Args:
-      specs: path to an array, or to its description with a place relative to `folder`.
-      folder: of the checkpoint, wherever it was when it was written.
-
-    Raises:
-      UserError: an array is missing or damaged; names it.
+    `specs` has by path an array, or its description with a place relative to `folder`, the
+    checkpoint's, wherever that was written. A UserError names an array that is missing or damaged.
     """
-    stores = {
-        path: ts.open(_located(spec, folder), open=True, read=True)
-        for path, spec in specs.items()
-        if isinstance(spec, Mapping)
-    }
+    described = {path: spec for path, spec in specs.items() if isinstance(spec, Mapping)}
+    begin = lambda spec: ts.open(_located(spec, folder), open=True, read=True)
+    stores = {path: begin(spec) for path, spec in described.items()}
     found = {}
     for path, value in specs.items():
         source = f"{folder}: target.{path.replace('/', '.')}"
@@ -86,21 +80,15 @@ def _located(spec: Mapping[str, Any], folder: epath.Path) -> Spec:
     T5X stores paths relative to the checkpoint, and a driver that need not be today's: a
     checkpoint written to a bucket may have been copied to a disk.
     """
-    store = dict(spec["kvstore"])
-    name = store.get("path", spec.get("path", ""))
-    described = {key: value for key, value in spec.items() if key not in ("path", "kvstore")}
-    if store["driver"] == "ocdbt":
-        store = {"driver": "ocdbt", "base": _kvstore(folder, ""), "path": name}
-    else:
-        store = _kvstore(folder, name)
-    return {**described, "kvstore": store}
-
-
-def _kvstore(folder: epath.Path, name: str) -> dict[str, str]:
     bucket = re.fullmatch(r"gs://([^/]+)/(.*)", os.fspath(folder))
-    if bucket:
-        return {"driver": "gcs", "bucket": bucket[1], "path": f"{bucket[2]}/{name}"}
-    return {"driver": "file", "path": f"{os.path.abspath(folder)}/{name}"}
+    place = {"driver": "gcs", "bucket": bucket[1]} if bucket else {"driver": "file"}
+    top = f"{bucket[2] if bucket else os.path.abspath(folder)}/"
+    name = spec["kvstore"].get("path", spec.get("path", ""))
+    if spec["kvstore"]["driver"] == "ocdbt":
+        store = {"driver": "ocdbt", "base": {**place, "path": top}, "path": name}
+    else:
+        store = {**place, "path": top + name}
+    return {**{key: spec[key] for key in spec if key not in ("path", "kvstore")}, "kvstore": store}
 
 
 def _leaf(store: ts.TensorStore, source: str) -> leaves.Leaf:

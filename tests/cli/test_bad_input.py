@@ -157,6 +157,7 @@ TRAIN_MISTAKES = {
 }
 
 
+@pytest.mark.eight_devices  # a batch has to divide over them
 @pytest.mark.parametrize("name", TRAIN_MISTAKES)
 def test_train_mistake(name, base, tmp_path, capsys):
     flags, message = TRAIN_MISTAKES[name]
@@ -252,6 +253,7 @@ LATER_MISTAKES = {
 }
 
 
+@pytest.mark.eight_devices  # a batch has to divide over them
 @pytest.mark.parametrize("name", LATER_MISTAKES)
 def test_mistake_after_training(name, base, tmp_path, capsys):
     command, flags, message = LATER_MISTAKES[name]

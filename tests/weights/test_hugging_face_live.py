@@ -144,6 +144,7 @@ def test_written_folders_load_with_equal_logits_and_weights(theirs, tmp_path, by
     np.testing.assert_array_equal(old.logits.detach(), new.logits.detach())
 
 
+@pytest.mark.eight_devices
 def test_bfloat16_onto_devices(theirs):
     model, folder = theirs
     mesh = mesh_lib.make_mesh(fsdp=2, model=2)

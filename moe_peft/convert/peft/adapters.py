@@ -35,29 +35,17 @@ from moe_peft.weights import (
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model that an adapter belongs to.
+    """The model that an adapter belongs to."""
 
-    Attributes:
-      spec: as a backbone is named, "hf:FOLDER".
-      config: of the network.
-      fingerprint: of the weights.
-    """
-
-    spec: str
-    config: t5.T5Config
-    fingerprint: str
+    spec: str  # as a backbone is named, "hf:FOLDER"
+    config: t5.T5Config  # of the network
+    fingerprint: str  # of the weights
 
 
 def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pathlib.Path:
-    """Writes an adapter as PEFT's folder.
+    """Writes what was trained as PEFT's folder; messages say that it is from `where`.
 
-    Args:
-      saved: what was trained.
-      folder: must not exist.
-      where: `saved` is from, for messages.
-
-    Raises:
-      UserError: PEFT cannot express the method, or the folder exists.
+    Raises UserError if PEFT cannot express the method, or if the folder exists.
     """
     method = records.method(saved.description["method"], where)
     methods_lib.check_expressible(method, where)
@@ -85,13 +73,9 @@ def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pat
 def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Saved:
     """Returns the adapter in a folder, as a run of ours would have saved it.
 
-    Args:
-      folder: as PEFT's `save_pretrained`, or `write`, left it.
-      base: the model it belongs to; needed where the folder does not come from `write`.
-
-    Raises:
-      UserError: an option or a layer that is not supported, a tensor that is missing, left over or
-        of another shape; names file and key.
+    PEFT's `save_pretrained`, or `write`, made the folder; the first needs the model `base`. A
+    UserError names file and key of an option or a layer that is not supported, and of a tensor that
+    is missing, left over or of another shape.
     """
     folder = pathlib.Path(folder).expanduser()
     config = config_lib.read(folder)
@@ -103,25 +87,19 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
         network = t5.Transformer(base.config)
         description = _describe(config, tensors, base)
     else:
-        raise errors.UserError(
-            f"{folder} does not say which weights it was trained on; name them with --base "
-            "hf:FOLDER."
-        )
+        what = "does not say which weights it was trained on"
+        raise errors.UserError(f"{folder} {what}; name them with --base hf:FOLDER.")
     step = description.pop("step", 0)
     method = records.method(description["method"], str(folder / tensors_lib.TENSORS))
     settings = map(methods_lib.method_settings, (config, methods_lib.settings(method)))
     names = f"in {config_lib.NAME}", f"in {tensors_lib.TENSORS}"
-    difference = identity.first_difference(*settings, where=names)
-    if difference:
+    if difference := identity.first_difference(*settings, where=names):
         raise errors.UserError(f"{folder}: {difference}; they do not belong together.")
     shapes = adapter_trees.shapes_of(method, network)
     tensors = tensors_lib.aligned(tensors, adapter_trees.layers_of(shapes))
     _check_tensors(config, tensors, shapes, network.config, folder)
-    alpha = methods_lib.folded_alpha(method)
-    layers = {
-        layer: tensors_lib.from_peft(config["peft_type"], own, alpha)
-        for layer, own in tensors.items()
-    }
+    kind, alpha = config["peft_type"], methods_lib.folded_alpha(method)
+    layers = {layer: tensors_lib.from_peft(kind, own, alpha) for layer, own in tensors.items()}
     tree = adapter_trees.assemble(layers, shapes)
     return saved_run.Saved(step, tree, {}, {"description": description})
 
@@ -135,9 +113,8 @@ def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> me
     config = config_lib.read(folder)
     method = records.method(saved.description["method"], str(folder))
     layers = adapter_trees.by_layer(saved)
-    tensors = tensors_lib.aligned(
-        tensors_lib.open_folder(folder, config["peft_type"]), list(layers)
-    )
+    tensors = tensors_lib.open_folder(folder, config["peft_type"])
+    tensors = tensors_lib.aligned(tensors, list(layers))
     rng = np.random.default_rng(seed)
     ours, theirs = [], []
     for layer, own in layers.items():
@@ -156,10 +133,7 @@ def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> me
         flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
         found = tensors_lib.forward(config, tensors[layer], *flat, ids) if layer in tensors else y
         theirs.append(np.asarray(found).reshape(-1))
-    theirs = np.concatenate(theirs)
-    difference = np.abs(np.concatenate(ours) - theirs)
-    largest, mean, scale = difference.max(), difference.mean(), np.abs(theirs).max()
-    return merging.Gap(float(largest), float(mean), float(scale))
+    return merging.gap(np.concatenate(theirs), np.concatenate(ours))
 
 
 def _describe(
@@ -169,10 +143,8 @@ def _describe(
     kernels = methods_lib.kernels(base.config)
     for layer, own in tensors.items():
         if layer not in kernels:
-            raise errors.UserError(
-                f"{next(iter(own.values())).source} is not a layer of {base.spec} "
-                f"({t5_sizes.describe(base.config)})."
-            )
+            model = f"{base.spec} ({t5_sizes.describe(base.config)})"
+            raise errors.UserError(f"{_source(own)} is not a layer of {model}.")
     method, gin_lines = methods_lib.method(config, list(tensors), base.config)
     description = {
         "method": method.describe(),
@@ -191,11 +163,9 @@ def _network(
     if base is not None and not description.get("model"):
         return t5.Transformer(base.config)
     network = records.network(description, str(folder))
-    odd = t5_sizes.differences(network.config, base.config) if base else []
-    if odd:
-        raise errors.UserError(
-            f"{folder} belongs to another network than {base.spec}: {', '.join(odd)} differ."
-        )
+    if odd := base and t5_sizes.differences(network.config, base.config):
+        other = f"another network than {base.spec}: {', '.join(odd)} differ"
+        raise errors.UserError(f"{folder} belongs to {other}.")
     return network
 
 
@@ -212,21 +182,23 @@ def _check_tensors(
         if layer not in layers:
             known = sorted({tensors_lib.module_of(one).rpartition(".")[2] for one in layers})
             raise errors.UserError(
-                f"{next(iter(own.values())).source} adapts a layer that {config['peft_type']} "
-                f"leaves alone here; expected only {', '.join(known)}."
+                f"{_source(own)} adapts a layer that {config['peft_type']} leaves alone here; "
+                f"expected only {', '.join(known)}."
             )
         for suffix, fitting in tensors_lib.shapes_of(config, layer, kernels[layer]).items():
-            if own[suffix].shape not in fitting:
-                raise errors.UserError(
-                    f"{own[suffix].source} has the shape {own[suffix].shape}; expected "
-                    f"{' or '.join(map(str, fitting))}."
-                )
+            if (shape := own[suffix].shape) not in fitting:
+                expected = " or ".join(map(str, fitting))
+                message = f"{own[suffix].source} has the shape {shape}; expected {expected}."
+                raise errors.UserError(message)
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
-        suffix = tensors_lib.SUFFIXES[config["peft_type"]][0]
-        raise errors.UserError(
-            f"{folder / tensors_lib.TENSORS} has no {tensors_lib.key_of(missing[0], suffix)}."
-        )
+        key = tensors_lib.key_of(missing[0], tensors_lib.SUFFIXES[config["peft_type"]][0])
+        raise errors.UserError(f"{folder / tensors_lib.TENSORS} has no {key}.")
+
+
+def _source(own: leaves.Leaves) -> str:
+    """File and key of a layer's first tensor, for messages."""
+    return next(iter(own.values())).source
 
 
 def _feature_shapes(own: tensors_lib.Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -234,7 +206,7 @@ def _feature_shapes(own: tensors_lib.Arrays) -> tuple[tuple[int, ...], tuple[int
     if "vectors" in own:
         return own["vectors"].shape, own["vectors"].shape
     a, b = own["lora_a"], own["lora_b"]
-    if any(name.startswith("router/") for name in own):
+    if any(name.startswith("router/") for name in own):  # skills and splits
         return (a.shape[0] * a.shape[2],), (b.shape[0] * b.shape[3],)
     return a.shape[:-1], b.shape[1:]
 

@@ -45,26 +45,22 @@ _WHY_NOT = {
 def read(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the settings of an adapter folder.
 
-    Raises:
-      UserError: not a LoRA, (IA)3 or Poly for a T5, or with an option that cannot be expressed.
+    Raises UserError if it is not a LoRA, (IA)3 or Poly for a T5, or an option cannot be expressed.
     """
     path = folder / NAME
     config = safetensors_files.read_json(path)
-    kind = config.get("peft_type")
+    kind, task = config.get("peft_type"), config.get("task_type")
     errors.check_one_of(f"{path}: peft_type", kind, _READ)
-    task = config.get("task_type")
     if task not in (None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
-        raise errors.UserError(
-            f"{path}: task_type is {task!r}; expected an encoder-decoder's, 'SEQ_2_SEQ_LM'."
-        )
+        expected = "an encoder-decoder's, 'SEQ_2_SEQ_LM'"
+        raise errors.UserError(f"{path}: task_type is {task!r}; expected {expected}.")
     base = (config.get("auto_mapping") or {}).get("base_model_class")
     if base and not base.startswith(("T5", "MT5")):
-        raise errors.UserError(
-            f"{path}: auto_mapping says the base model is a {base}; expected a T5 or mT5."
-        )
-    missing = [key for key in _READ[kind] if key not in config and key != "use_rslora"]
-    if missing:
-        raise errors.UserError(f"{path} has no {missing[0]!r}.")
+        model = f"the base model is a {base}; expected a T5 or mT5"
+        raise errors.UserError(f"{path}: auto_mapping says {model}.")
+    for key in _READ[kind]:
+        if key not in config and key != "use_rslora":
+            raise errors.UserError(f"{path} has no {key!r}.")
     for key, value in config.items():
         neutral = _NEUTRAL.get(key)
         if key in _READ[kind] or key in _FREE or value == neutral or not value:
@@ -74,8 +70,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             f"{path}: {key} is {value!r}{why}, which no adapter here can express; expected "
             f"{neutral!r} or nothing."
         )
-    init = config.get("init_lora_weights")
-    if init not in _INITS:
+    if (init := config.get("init_lora_weights")) not in _INITS:
         raise errors.UserError(
             f"{path}: init_lora_weights is {init!r}, which changes the frozen weights; convert the "
             "adapter to a plain LoRA with PEFT first (save_pretrained with "

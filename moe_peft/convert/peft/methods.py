@@ -21,10 +21,8 @@ _NAMES = {
 _SAME_FOR_ALL = {
     "LORA": {
         "bias": "none",
-        "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
+        **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora"), False),
     },
     "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
     "POLY": {"poly_type": "poly", "init_weights": True},
@@ -33,8 +31,7 @@ _SAME_FOR_ALL = {
 
 def check_expressible(method: methods.Method, where: str) -> None:
     """Raises UserError, with the reason, if PEFT cannot express the method."""
-    reason = _why_not(method)
-    if reason:
+    if reason := _why_not(method):
         raise errors.UserError(
             f"{where}: the method {method.name!r} cannot be written for PEFT: {reason}. Write it "
             "to FILE.safetensors, our own format (docs/interop.md)."

@@ -41,7 +41,7 @@ def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
             )
         found.setdefault(kernel.removesuffix("/kernel"), {})[suffix] = leaf
     keys = (key_of(layer, s) for layer, own in found.items() for s in suffixes if s not in own)
-    for key in keys:
+    for key in keys:  # the first one
         raise errors.UserError(f"{path} has no {key}.")
     if not found:
         raise errors.UserError(f"{path} holds no tensors.")
