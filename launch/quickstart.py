@@ -1,6 +1,6 @@
 """The long steps of quickstart.sh in one process, so that libraries are imported once.
 
-    python launch/quickstart.py RESULTS STEPS
+python launch/quickstart.py RESULTS STEPS
 """
 
 import shlex

@@ -29,3 +29,13 @@ def current(module: str) -> str:
     """
     package, _, name = module.partition(".")
     return f"{package}.{MOVED[name]}" if package == "moe_peft" and name in MOVED else module
+
+
+def former(module: str) -> str:
+    """Returns the name that version 0.1 had for a module; digests of settings are of those.
+
+    >>> former("moe_peft.methods.transfer")
+    'moe_peft.transfer'
+    """
+    package, _, name = module.partition(".")
+    return next((f"{package}.{old}" for old, new in MOVED.items() if new == name), module)

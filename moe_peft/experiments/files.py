@@ -14,6 +14,7 @@ import re
 
 from moe_peft import errors
 from moe_peft.config import gin_files as gin_files_lib
+from moe_peft.config import moved
 
 PAPERS = {
     "mhr": "Caccia et al. 2023, Multi-Head Adapter Routing for Cross-Task Generalization",
@@ -171,5 +172,8 @@ def _settings(gin_file: str) -> Iterator[str]:
         included = re.fullmatch(r"include '(.+)'", line)
         if included and not included[1].startswith(("data/", "runs/")):
             yield from _settings(included[1])
+        elif line.startswith("import "):
+            # Where a module lies is not a setting: what was checked before a move still counts.
+            yield f"import {moved.former(line.removeprefix('import '))}"
         elif line and not line.startswith("#"):
             yield line

@@ -13,8 +13,6 @@ import pytest
 from moe_peft.cli import main
 from moe_peft.training import step as step_lib
 
-pytestmark = pytest.mark.eight_devices  # what a batch has to divide among
-
 BASE = """
 include 'models/tiny.gin'
 include 'methods/mov.gin'

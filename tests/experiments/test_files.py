@@ -1,9 +1,12 @@
 """Experiment files against the papers' tables: every row has a file, and says what is printed."""
 
+import json
+
 import pytest
 
 from moe_peft import errors
 from moe_peft.experiments import files as files_lib
+from moe_peft.experiments import record as record_lib
 
 # {paper: {table: {file: as printed}}}, in the order of the tables. Of MoV's two numbers the first
 # is the median's average, the second the mean's. Columns of MHR's table 5 are numbers of steps.
@@ -301,3 +304,11 @@ def test_missing_part_of_a_head(gin_folder):
     row.write_text(row.read_text().replace("# Expected:", "# Hoped:"))
     with pytest.raises(errors.UserError, match=r"row\.gin: its head lacks Expected"):
         files_lib.load("mhr/t/row")
+
+
+def test_what_was_recorded_counts_today():
+    """No record is of settings that have changed since: `moe-peft experiments` shows all of them."""
+    record = json.loads(record_lib.default_record().read_text())
+    stale = [n for n, entry in record.items() if files_lib.load(n).fingerprint != entry["settings"]]
+    assert len(record) == 104
+    assert not stale, f"check them again: {' '.join(stale)}"
