@@ -118,7 +118,12 @@ def draw(path: pathlib.Path) -> None:
         axes.text(x, y - 0.13, _wrapped(what(room)), ha="center", va="center", color=INK, size=6.5)
     _draw_batch(axes, where, right)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rooms"}):
-        fig.savefig(path, metadata={"Date": None})
+        fig.savefig(path, metadata={"Date": None, "Description": arrows(imports)})
+
+
+def arrows(imports: dict[str, set[str]]) -> str:
+    """What the picture shows, in words; a test compares it with the source."""
+    return "; ".join(f"{room} > {' '.join(sorted(to))}" for room, to in needed(imports).items())
 
 
 def _draw_batch(axes, where, right) -> None:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the launchers share that hand a command to other machines. Each sets `script`, its own path in the checkout.
+# Shared by the launchers that hand a command to other machines. Each sets `script`, its own path in the checkout.
 
-# Ends with one line about what a person can mend.
+# Ends with one line about a mistake that a person can fix.
 fail() {
   echo "${script:?}: $*" >&2
   exit 2
@@ -24,7 +24,7 @@ is_count() {
   [[ "$1" =~ ^[0-9]+$ ]]
 }
 
-# Sets `model_dir` to the folder that the command names as MODEL_DIR; refuses one that no file system has.
+# Sets `model_dir` to the folder that the command names as MODEL_DIR. Refuses one that is not in a file system.
 find_model_dir() {
   local word
   model_dir=""
@@ -35,5 +35,5 @@ find_model_dir() {
   model_dir="${model_dir//[\'\"]/}"
   [ -n "$model_dir" ] || fail "the command names no MODEL_DIR; add --gin.MODEL_DIR=FOLDER, one that all processes see"
   [[ "$model_dir" != *://* ]] ||
-    fail "MODEL_DIR is $model_dir, and runs are written as plain files; mount the bucket and name the folder it is mounted at"
+    fail "MODEL_DIR is $model_dir, but runs are written as plain files; mount the bucket and name the folder where it is mounted"
 }

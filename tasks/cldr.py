@@ -1,5 +1,4 @@
-"""The CLDR suite as SeqIO tasks: `cldr_<function>_<locale>`, four mixtures of them, and
-pre-training text.
+"""The CLDR suite as SeqIO tasks `cldr_<function>_<locale>`, four mixtures, and pre-training text.
 
 * `cldr_train`: training combinations; splits train, validation.
 * `cldr_heldout`: combinations never trained (zero-shot); split validation.
@@ -7,11 +6,10 @@ pre-training text.
 * `cldr_new`: locales neither trained nor in the pre-training text; splits train, validation.
 * `cldr_denoise`: denoising of CLDR lines; splits train, validation.
 
-Registering is cheap. Rows are generated at first use and cached on disk
-(`moe_peft.data.cldr.store`).
+Rows are generated at first use and cached on disk (`moe_peft.data.cldr.store`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 
@@ -31,20 +29,14 @@ _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
 TEXT_FEATURES = {"inputs": _text, "targets": _text}
 FEATURES = {**TEXT_FEATURES, "task_ids": _scalar, "template_ids": _scalar}
 
-MIXTURES = {
-    "cldr_train": "train",
-    "cldr_heldout": "heldout",
-    "cldr_fewshot": "fewshot",
-    "cldr_new": "new",
-}
+MIXTURES = {f"cldr_{group}": group for group in ("train", "heldout", "fewshot", "new")}
 
 
 @functools.cache
 def task_ids() -> Mapping[suite.Task, int]:
     """Task ids: training combinations first, so that a table over them has no holes."""
-    return {
-        t: i for i, t in enumerate(t for group in MIXTURES.values() for t in suite.tasks(group))
-    }
+    tasks = (task for group in MIXTURES.values() for task in suite.tasks(group))
+    return {task: number for number, task in enumerate(tasks)}
 
 
 def encode(text: str) -> np.ndarray:
@@ -54,10 +46,10 @@ def encode(text: str) -> np.ndarray:
     return np.where(ids >= corpus.SENTINEL_BYTE, sentinels, ids + 3).astype(np.int16)
 
 
-def _columns(inputs: Iterable[str], targets: Iterable[str]) -> store.Columns:
+def _columns(found: Sequence[suite.Example | corpus.Row]) -> store.Columns:
     columns = {}
-    for name, texts in (("inputs", inputs), ("targets", targets)):
-        column = rows.Ragged.from_sequences([encode(text) for text in texts])
+    for name in ("inputs", "targets"):
+        column = rows.Ragged.from_sequences([encode(getattr(row, name)) for row in found])
         columns |= {f"{name}_flat": column.flat.astype(np.int16), f"{name}_ends": column.ends}
     return columns
 
@@ -77,7 +69,7 @@ def _instruction_columns() -> store.Columns:
     return {
         "keys": np.array(keys, np.int32),
         "template_ids": np.array([example.template_id for example in examples], np.int32),
-        **_columns((e.inputs for e in examples), (e.targets for e in examples)),
+        **_columns(examples),
     }
 
 
@@ -88,15 +80,12 @@ def _instructions() -> dict[tuple[int, int], rows.Rows]:
     columns = store.cached(name, _instruction_columns)
     inputs, targets = _ragged(columns, "inputs"), _ragged(columns, "targets")
     keys, starts = np.unique(columns["keys"], axis=0, return_index=True)
-    ends = [*starts[1:], len(inputs)]
+    ends, templates_of = [*starts[1:], len(inputs)], columns["template_ids"]
     return {
         (int(task_id), int(split_id)): rows.Rows(
             inputs.slice(start, end),
             targets.slice(start, end),
-            {
-                "task_ids": columns["keys"][start:end, 0],
-                "template_ids": columns["template_ids"][start:end],
-            },
+            {"task_ids": columns["keys"][start:end, 0], "template_ids": templates_of[start:end]},
         )
         for (task_id, split_id), start, end in zip(keys, starts, ends)
     }
@@ -109,44 +98,28 @@ def _load_task(task: suite.Task, split: str) -> rows.Rows:
     return dataclasses.replace(found, answer_choices=[choices] * len(found) if choices else ())
 
 
-def _denoise_columns(split: str) -> store.Columns:
-    found = list(corpus.rows(SPLITS.index(split), DENOISE_ROWS[split]))
-    return _columns((row.inputs for row in found), (row.targets for row in found))
-
-
 @functools.cache
 def denoise_rows(split: str) -> rows.Rows:
     """Pre-training rows of a split."""
-    name = f"cldr-denoise-{split}-{DENOISE_ROWS[split]}"
-    columns = store.cached(name, functools.partial(_denoise_columns, split))
+    count = DENOISE_ROWS[split]
+    make = lambda: _columns(list(corpus.rows(SPLITS.index(split), count)))
+    columns = store.cached(f"cldr-denoise-{split}-{count}", make)
     return rows.Rows(_ragged(columns, "inputs"), _ragged(columns, "targets"))
 
 
 def register() -> None:
     """Adds every task and mixture to SeqIO's registries."""
+    add = functools.partial(seqio.TaskRegistry.add, preprocessors=[seqio.preprocessors.append_eos])
     for task in task_ids():
         items = suite.split_items(task)
-        seqio.TaskRegistry.add(
-            task.name,
-            source=rows.RowsSource(
-                functools.partial(_load_task, task),
-                {split: templates.NUM_TEMPLATES * len(names) for split, names in items.items()},
-            ),
-            preprocessors=[seqio.preprocessors.append_eos],
-            output_features=FEATURES,
-            metric_fns=scores.METRIC_FNS,
-        )
+        sizes = {split: templates.NUM_TEMPLATES * len(names) for split, names in items.items()}
+        source = rows.RowsSource(functools.partial(_load_task, task), sizes)
+        add(task.name, source, output_features=FEATURES, metric_fns=scores.METRIC_FNS)
     for mixture, group in MIXTURES.items():
-        seqio.MixtureRegistry.add(
-            mixture, [task.name for task in suite.tasks(group)], default_rate=1.0
-        )
-    seqio.TaskRegistry.add(
-        "cldr_denoise",
-        source=rows.RowsSource(denoise_rows, DENOISE_ROWS),
-        preprocessors=[seqio.preprocessors.append_eos],
-        output_features=TEXT_FEATURES,
-        metric_fns=[],
-    )
+        names = [task.name for task in suite.tasks(group)]
+        seqio.MixtureRegistry.add(mixture, names, default_rate=1.0)
+    source = rows.RowsSource(denoise_rows, DENOISE_ROWS)
+    add("cldr_denoise", source, output_features=TEXT_FEATURES, metric_fns=[])
 
 
 register()

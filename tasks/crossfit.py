@@ -13,11 +13,8 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
-import zlib
 
 import gin
-import numpy as np
-import seqio
 
 from moe_peft import errors
 from moe_peft.data import bad_rows, registration, roots, rows, vocabularies
@@ -31,19 +28,12 @@ PARTS = {"train": "train", "validation": "dev"}
 @gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What gin sets for all CrossFit tasks, as `crossfit.configured`; `Settings()` is in force.
+    """What gin sets for all CrossFit tasks, as `crossfit.configured`; `Settings()` is in force."""
 
-    Attributes:
-      with_task_name: inputs begin with "[task_name] ", as in CrossFit and P1.
-      max_input_tokens: longest input, end mark included.
-      seeds: samples to read.
-      seed: of the draw of one answer where several are accepted.
-    """
-
-    with_task_name: bool = True
-    max_input_tokens: int = 512
-    seeds: Sequence[int] = files.SEEDS
-    seed: int = 42
+    with_task_name: bool = True  # inputs begin with "[task_name] ", as in CrossFit and P1
+    max_input_tokens: int = 512  # end mark included
+    seeds: Sequence[int] = files.SEEDS  # samples to read
+    seed: int = 42  # of the draw of one answer where several are accepted
 
     def __post_init__(self):
         # Settings are keys of caches, and gin files may give a list.
@@ -64,8 +54,7 @@ def _task_ids(folder: pathlib.Path) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _splits(name: str) -> tuple[str, ...]:
-    del name  # all tasks have the same
+def _splits(_name: str) -> tuple[str, ...]:
     sampled = [f"{split}_{seed}" for split in PARTS for seed in Settings().seeds]
     return (*PARTS, "test", *sampled)
 
@@ -82,49 +71,34 @@ def _rows(name: str, split: str) -> rows.Rows:
 
 @functools.lru_cache(maxsize=4096)
 def _read(
-    folder: pathlib.Path, name: str, split: str, settings: Settings, read_with: tuple
+    folder: pathlib.Path, name: str, split: str, settings: Settings, _read_with: tuple
 ) -> rows.Rows:
-    """Rows of a split. `read_with` tells caches apart."""
-    del read_with
+    """Rows of a split. `_read_with` tells caches apart."""
     if name not in _task_ids(folder):
         raise errors.UserError(
             f"{name} is not in the partition of {folder}, so it has no task id."
             f"{errors.near(name, _task_ids(folder))}"
         )
-    if split == "test":
-        wanted = [(settings.seeds[0], "test")]
-    elif split in PARTS:
-        wanted = [(seed, PARTS[split]) for seed in settings.seeds]
-    else:
-        part, seed = split.rsplit("_", 1)
-        wanted = [(int(seed), PARTS[part])]
-    found = [
-        row for seed, part in wanted for row in files.read(files.path_of(folder, name, seed, part))
-    ]
+    part, _, sample = split.partition("_")
+    seeds = [int(sample)] if sample else settings.seeds[:1] if part == "test" else settings.seeds
     prefix = f" [{name}] " if settings.with_task_name else " "
     examples = [
         registration.TextExample(
-            prefix + row.input, " " + _reference(row, settings.seed), references=row.outputs
+            prefix + row.input,
+            " " + registration.draw_answer(row.outputs, row.input, settings.seed),
+            references=row.outputs,
         )
-        for row in found
+        for seed in seeds
+        for row in files.read(files.path_of(folder, name, seed, PARTS.get(part, part)))
     ]
     return registration.encode(examples, _task_ids(folder)[name], settings.max_input_tokens)
-
-
-def _reference(row: files.Row, seed: int) -> str:
-    """One of the accepted answers, drawn once for each input."""
-    if len(row.outputs) == 1:
-        return row.outputs[0]
-    generator = np.random.default_rng([seed, zlib.crc32(row.input.encode())])
-    return row.outputs[generator.integers(len(row.outputs))]
 
 
 def _register_task(name: str, metric: str | None) -> str:
     """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
     reporting = registration.Reporting(metric and files.METRICS[metric], name)
-    return registration.add_task(
-        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
-    )
+    shared = (_rows, _splits, Settings, scores.METRIC_FNS)
+    return registration.add_task(PREFIX, name, *shared, reporting)
 
 
 def _list(group: str) -> Sequence[str]:
@@ -134,19 +108,13 @@ def _list(group: str) -> Sequence[str]:
     return [_register_task(name, metrics.get(name)) for name in files.partition(folder)[group]]
 
 
-def _num_rows(name: str) -> float:
-    """The pooled training rows of a task: every row is drawn equally often."""
-    return float(seqio.TaskRegistry.get(name).source.num_input_examples("train"))
-
-
 def register() -> None:
     """Adds the tasks of the random partition and the mixtures to SeqIO's registries."""
     for listed in files.table().values():
         _register_task(listed.name, listed.metric)
     for group in files.GROUPS:
-        registration.add_mixture(
-            f"{PREFIX}_{group}", functools.partial(_list, group), rate=_num_rows
-        )
+        names = functools.partial(_list, group)
+        registration.add_mixture(f"{PREFIX}_{group}", names, registration.num_rows)
 
 
 register()

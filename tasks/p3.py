@@ -14,15 +14,14 @@ held-out sets follow after all of them. Registering reads no data. Token ids are
 the first reading (`row_store`, some 10 GB for `p3_t0`). Settings: `p3.configured`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import gin
 import numpy as np
-import seqio
 
 from moe_peft import errors
 from moe_peft.data import registration, roots, row_store, rows
@@ -38,30 +37,21 @@ MIXTURES = {"p3_t0": "t0", "p3_t0p": "t0+", "p3_t0pp": "t0++"}
 @gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What gin sets for all P3 tasks, as `p3.configured`; `Settings()` is what is in force.
+    """What gin sets for all P3 tasks, as `p3.configured`; `Settings()` is what is in force."""
 
-    Attributes:
-      cap_rule: "t0" (T0, MoV): all rows are used, a task's rate is its data set's cap. "t_few"
-        (T-Few, MHR): the first so many rows are used, every one of them equally often.
-      task_ids: what is one task to a router.
-      validation_examples: of each training task, set apart from its rows; with "t_few" only, as
-        otherwise a task's own validation split is used.
-      retokenize: make ids from the texts, rather than trust the published ones. Needed with any
-        other vocabulary than T5's.
-      common_templates_only: of held-out sets, leave out templates that apply to some items only
-        (T-Few and MHR: the first eight of COPA's twelve). Training splits always do.
-      source: of rows: "published" records; "raw" data sets worded by promptsource's templates; or
-        "either": records where a task has some.
-      raw: folder of raw data sets, see `moe_peft.data.p3.raw`; by default `raw/` in P3's folder.
-      templates: folder of promptsource's templates; by default `templates/` in P3's folder.
-    """
-
+    # "t0" (T0, MoV): all rows are used, a task's rate is its data set's cap. "t_few" (T-Few, MHR):
+    # only the first rows, up to the cap, are used, each equally often.
     cap_rule: Literal["t0", "t_few"] = "t0"
-    task_ids: Literal["template", "dataset"] = "template"
+    task_ids: Literal["template", "dataset"] = "template"  # what is one task to a router
+    # Of each training task, set apart from its rows; "t_few" only, "t0" has P3's own split.
     validation_examples: int = 100
-    retokenize: bool = False
+    retokenize: bool = False  # make ids from the texts: for any other vocabulary than T5's
+    # Leave out held-out templates that apply to some items only (T-Few and MHR: the first eight of
+    # COPA's twelve). Training splits always do.
     common_templates_only: bool = False
+    # "published" records; "raw" rows worded by templates; "either": records where there are some.
     source: Literal["either", "published", "raw"] = "either"
+    # Folders of raw data sets and of promptsource's templates; `raw/` and `templates/` in P3's.
     raw: str | None = dataclasses.field(default=None, metadata=registration.PATH)
     templates: str | None = dataclasses.field(default=None, metadata=registration.PATH)
 
@@ -90,39 +80,37 @@ def _places(table: names.Table) -> dict[str, Place]:
     return found
 
 
+def _known(name: str, known: Mapping[str, Any], what: str) -> Any:
+    if name not in known:
+        where = roots.folder(PREFIX)
+        raise errors.UserError(f"{name!r} is not {what} of {where}.{errors.near(name, known)}")
+    return known[name]
+
+
 def _place(task: str) -> Place:
-    known = _places(_table())
-    if task not in known:
-        raise errors.UserError(
-            f"{task!r} is in no mixture of {roots.folder(PREFIX)}.{errors.near(task, known)}"
-        )
-    return known[task]
+    return _known(task, _places(_table()), "in any mixture")
 
 
 def _source(task: str) -> sources.Source:
-    """Where the rows of one of P3's tasks are."""
     settings = Settings()
     own = [name and pathlib.Path(name).expanduser() for name in (settings.raw, settings.templates)]
-    prompt = _table().prompts[task]
-    return sources.find(roots.folder(PREFIX), prompt, settings.source, *own)
+    return sources.find(roots.folder(PREFIX), _table().prompts[task], settings.source, *own)
 
 
 def _stored(task: str, split: str, limit: int | None = None) -> row_store.Stored:
-    """The first `limit` rows of a task as ids."""
     return ids.stored(_source(task), split, limit, Settings().retokenize)
 
 
 def _training_rows(task: str, split: str) -> rows.Rows:
     place, settings = _place(task), Settings()
-    is_own = settings.cap_rule == "t0"
-    cap = None if is_own else place.dataset.cap("t_few")
-    found = _stored(task, split if is_own else "train", cap)
-    start, end = 0, len(found)
-    if not is_own:
-        held_back = min(settings.validation_examples, end // 2)  # of a few rows, half stay
-        start, end = (0, held_back) if split == "validation" else (held_back, end)
     task_id = place.task_id if settings.task_ids == "template" else place.dataset_id
-    return registration.as_rows(found, task_id, place.template_id, start, end)
+    ids_of = functools.partial(registration.as_rows, task_id=task_id, template_id=place.template_id)
+    if settings.cap_rule == "t0":
+        return ids_of(_stored(task, split))
+    found = _stored(task, "train", place.dataset.cap("t_few"))
+    held_back = min(settings.validation_examples, len(found) // 2)  # of a few rows, half stay
+    bounds = {"end": held_back} if split == "validation" else {"start": held_back}
+    return ids_of(found, **bounds)
 
 
 def _training_splits(task: str) -> tuple[str, ...]:
@@ -136,10 +124,7 @@ def _held_out(name: str) -> tuple[names.HeldOut, int]:
     """An evaluation set and its task id."""
     table, settings = _table(), Settings()
     known = {found.name: (found, i) for i, found in enumerate(table.held_out)}
-    if name not in known:
-        where = f"an evaluation set of {roots.folder(PREFIX)}"
-        raise errors.UserError(f"{name!r} is not {where}.{errors.near(name, known)}")
-    found, number = known[name]
+    found, number = _known(name, known, "an evaluation set")
     is_template = settings.task_ids == "template"
     return found, number + (len(_places(table)) if is_template else len(table.training))
 
@@ -187,7 +172,7 @@ def _held_out_splits(name: str) -> tuple[str, ...]:
 
 
 def published_rows(registered: str) -> int:
-    """Rows that a task is said to have, over its splits and templates; 0 where nobody says."""
+    """Published rows of a task, over its splits and templates; 0 where the table does not say."""
     table, name = _table(), registered.removeprefix(f"{PREFIX}_")
     sets = {found.name: found.tasks for found in table.held_out}
     prompts = [table.prompts[task] for task in sets.get(name, (name,)) if task in table.prompts]
@@ -197,7 +182,7 @@ def published_rows(registered: str) -> int:
 def _rate(registered: str) -> float:
     if Settings().cap_rule == "t0":
         return float(_place(registered.removeprefix(f"{PREFIX}_")).dataset.cap("t0"))
-    return float(seqio.TaskRegistry.get(registered).source.num_input_examples("train"))
+    return registration.num_rows(registered)
 
 
 def _register(
@@ -215,13 +200,9 @@ def _register_training(table: names.Table, mixture: str) -> list[str]:
     return _register(tasks, _training_rows, _training_splits)
 
 
-def _register_held_out(table: names.Table) -> list[str]:
-    return _register((found.name for found in table.held_out), _held_out_rows, _held_out_splits)
-
-
-def _published() -> list[str]:
-    left_out = {f"{PREFIX}_{name}" for name in names.NOT_PUBLISHED}
-    return [name for name in _register_held_out(_table()) if name not in left_out]
+def _register_held_out(table: names.Table, left_out: Sequence[str] = ()) -> list[str]:
+    tasks = (found.name for found in table.held_out if found.name not in left_out)
+    return _register(tasks, _held_out_rows, _held_out_splits)
 
 
 def register() -> None:
@@ -231,7 +212,8 @@ def register() -> None:
     for mixture, kind in MIXTURES.items():
         registration.add_mixture(mixture, lambda k=kind: _register_training(_table(), k), _rate)
     registration.add_mixture(f"{PREFIX}_heldout", lambda: _register_held_out(_table()))
-    registration.add_mixture(f"{PREFIX}_heldout_published", _published)
+    published = lambda: _register_held_out(_table(), names.NOT_PUBLISHED)
+    registration.add_mixture(f"{PREFIX}_heldout_published", published)
 
 
 register()

@@ -40,27 +40,18 @@ _WRITING = 1  # another number where the same files and settings give other rows
 @gin.configurable("configured", module=PREFIX)
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What gin sets for all SuperNI tasks, as `superni.configured`; `Settings()` is in force.
+    """What gin sets for all SuperNI tasks, as `superni.configured`; `Settings()` is in force."""
 
-    Attributes:
-      prompt: "mhr" (definition only, as MHR's code writes it), "poly_s" (task name and definition),
-        or one of Tk-Instruct's settings: definition, definition_pos2, definition_pos2_neg2,
-        definition_pos2_explanation, pos2.
-      max_input_tokens: longest prompt, end mark included; demonstrations beyond it are left out.
-      train_examples: of each training task.
-      validation_examples: of each training task.
-      test_examples: the first so many of a test task; they are nobody's training examples.
-      seed: of the draws.
-      references: "all" accepted answers count as right; or "one" of them, drawn at random, as in
-        MHR's code.
-    """
-
+    # "mhr" (definition only, as MHR's code writes it), "poly_s" (task name and definition), or one
+    # of Tk-Instruct's: definition, definition_pos2, definition_pos2_neg2,
+    # definition_pos2_explanation, pos2.
     prompt: str = prompts.MHR
-    max_input_tokens: int = 1024
-    train_examples: int = 100
-    validation_examples: int = 100
-    test_examples: int = 100
-    seed: int = 42
+    max_input_tokens: int = 1024  # end mark included; demonstrations beyond it are left out
+    train_examples: int = 100  # of each training task
+    validation_examples: int = 100  # of each training task
+    test_examples: int = 100  # the first of a test task; never trained on
+    seed: int = 42  # of the draws
+    # "all" accepted answers count as right; or "one" of them, drawn at random, as in MHR's code.
     references: Literal["all", "one"] = "all"
 
     def __post_init__(self):
@@ -94,10 +85,6 @@ def _rows(name: str, split: str) -> rows.Rows:
     return found[split]
 
 
-def _splits(name: str) -> tuple[str, ...]:
-    return tuple(_rows_by_split(name))
-
-
 def _rows_by_split(name: str) -> dict[str, rows.Rows]:
     read_with = (vocabularies.fingerprint(), bad_rows.is_skipping())
     return _all_rows(roots.folder(PREFIX), name, Settings(), read_with)
@@ -118,12 +105,11 @@ def _all_rows(
     stamp = (path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
     key = (_WRITING, settings, is_test_task, read_with, stamp)
     chosen = functools.cache(lambda: _chosen(folder, name, settings, is_test_task))
+    lines = lambda split: registration.lines(chosen().get(split, ()), settings.max_input_tokens)
     found = {}
     for split in ("train", "test" if is_test_task else "validation"):
-        lines = lambda split=split: registration.lines(
-            chosen().get(split, ()), settings.max_input_tokens
-        )
-        stored = row_store.stored(cache.folder() / PREFIX, f"{name}-{split}", key, lines)
+        make = functools.partial(lines, split)
+        stored = row_store.stored(cache.folder() / PREFIX, f"{name}-{split}", key, make)
         if len(stored):
             split_rows = registration.as_rows(stored, _task_ids(folder)[name])
             found[split] = dataclasses.replace(split_rows, references=stored.references)
@@ -144,7 +130,8 @@ def _chosen(
         inputs, ending = prompts.write_prompt(
             settings.prompt, task, instance, num_tokens, settings.max_input_tokens
         )
-        targets = sampling.reference(task, instance, settings.seed)
+        question = f"{task.name}\n{instance.input}"
+        targets = registration.draw_answer(instance.outputs, question, settings.seed)
         accepted = instance.outputs if settings.references == "all" else (targets,)
         return registration.TextExample(inputs, targets, ending=ending, references=accepted)
 
@@ -152,19 +139,12 @@ def _chosen(
     return {split: map(example, instances) for split, instances in found.items()}
 
 
-def _reporting(listed: files.Listed | None) -> registration.Reporting:
-    """By its category, where the official scorer tells it, and that category's metric."""
-    category = listed and listed.category
-    metric = "exact_match_normalized" if category in EXACT_MATCH else "rouge_l"
-    return registration.Reporting(metric, category)
-
-
 def _register_task(name: str) -> str:
-    """Registers a task of this name; returns SeqIO's."""
-    reporting = _reporting(files.table().get(name))
-    return registration.add_task(
-        PREFIX, name, _rows, _splits, Settings, scores.METRIC_FNS, reporting
-    )
+    """Registers a task, reported by its category where the lists tell it; returns SeqIO's name."""
+    category = getattr(files.table().get(name), "category", None)
+    metric = "exact_match_normalized" if category in EXACT_MATCH else "rouge_l"
+    shared = (_rows, lambda own: tuple(_rows_by_split(own)), Settings, scores.METRIC_FNS)
+    return registration.add_task(PREFIX, name, *shared, registration.Reporting(metric, category))
 
 
 def _list(split: str) -> Sequence[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Kubernetes, as a JobSet: one pod a node, all restarted together when one is lost, going on from what was saved.
+# Trains on Kubernetes, as a JobSet: one pod per node. When one is lost, all restart together and go on from what was saved.
 #   bash launch/kubernetes/run.sh --name mov --image IMAGE --gpu 2 --claim runs:/runs \
 #     moe-peft train --gin_file experiments/mov/3b/mov_10.gin --gin.MODEL_DIR=/runs/mov
 # --name NAME             of the JobSet
@@ -12,10 +12,10 @@
 # --service_account NAME  of the pods
 # --node_selector K=V     label of the nodes, repeatable (default for GPUs: GKE's H100 nodes)
 # --spot                  on GKE's spot nodes
-# --grace SECONDS         for saving, when a pod is told to go (default 120)
-# --max_restarts N        after which the JobSet fails (default 20); a mistake that a person has to mend fails at once
+# --grace SECONDS         for saving, when a pod is told to end (default 120)
+# --max_restarts N        after which the JobSet fails (default 20); a mistake that a person has to fix fails at once
 # --dry_run               print what would be applied, and apply nothing
-# Wants the JobSet controller (jobset.x-k8s.io/v1alpha2) in the cluster.
+# The cluster needs the JobSet controller (jobset.x-k8s.io/v1alpha2).
 set -euo pipefail
 script="launch/kubernetes/run.sh"
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -112,7 +112,7 @@ spec:
   failurePolicy:
     maxRestarts: $max_restarts
     rules:
-      - name: mistake # Restarting does not mend it.
+      - name: mistake # Restarting does not fix it.
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:

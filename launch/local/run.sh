@@ -2,7 +2,7 @@
 # Starts a command in several processes on this machine that train as one.
 #   bash launch/local/run.sh --processes 2 moe-peft train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov
 # --processes N   how many (default 2)
-# --port P        of the first one, by which they meet (default: a free one)
+# --port P        of the first one, where the others find it (default: a free one)
 # --dry_run       print what would be started, and start nothing
 # Lines of process I begin with "[I] ". If one process fails, the others are ended too. Ctrl-C and SIGTERM stop all of them.
 set -euo pipefail
@@ -56,7 +56,7 @@ left=${#pids[@]}
 while [ "$left" -gt 0 ]; do
   status=0
   wait -n || status=$?
-  # A signal that this script passed on wakes it too: go on waiting for the processes themselves.
+  # A signal that this script passed on also wakes it. Go on waiting for the processes themselves.
   running=0
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then running=$((running + 1)); fi
@@ -65,7 +65,7 @@ while [ "$left" -gt 0 ]; do
     left=$running
     if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
       code=$status
-      # The others may be saving for the same reason; whoever is not ends with us.
+      # The others may be saving for the same reason. After that time, those that still run are ended.
       sleep "${MOE_PEFT_GRACE:-10}" && stop TERM &
     fi
   fi

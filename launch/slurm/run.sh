@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Submits a training run to Slurm: one process a GPU on several nodes, saved and queued again before the time limit.
+# Submits a training run to Slurm: one process per GPU on several nodes, saved and queued again before the time limit.
 #   bash launch/slurm/run.sh --nodes 2 --gpus 8 --time=04:00:00 --partition=gpu \
 #     moe-peft train --gin_file experiments/mov/3b/mov_10.gin --gin.MODEL_DIR=/shared/runs/mov
 # --nodes N          how many (default 1)
-# --gpus G           of a node, a process each (default 8); 0 for one process a node on its CPUs
+# --gpus G           of a node, one process each (default 8); 0 for one process per node on its CPUs
 # --name NAME        of the job (default moe_peft)
 # --logs FOLDER      for NAME-JOB.log, appended to by every restart (default .)
 # --grace SECONDS    before the time limit training is told to save (default 120)
 # --max_restarts N   after which the job is not queued again (default 100)
 # --dry_run          print the line and the script that would be submitted, and submit nothing
-# Flags of the form --name=value go to sbatch as they are. The environment goes along: activate the project's first.
+# Flags of the form --name=value go to sbatch as they are. The environment is passed on: activate the project's first.
 set -euo pipefail
 script="launch/slurm/run.sh"
 here="$(cd "$(dirname "$0")" && pwd)"

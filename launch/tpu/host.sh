@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu/run.sh has every host of a slice do. It is copied to ~/moe_peft_launch there and works in that folder.
+# Every host of a slice runs this for launch/tpu/run.sh. It is copied to ~/moe_peft_launch there and works in that folder.
 #   bash host.sh stop                          tells a run that is still there to save, and waits for its end
 #   bash host.sh install SPEC [SOURCE:FOLDER]...  mounts the folders; installs what pip calls SPEC, and jax for TPUs
 #   bash host.sh run ATTEMPT COMMAND...        starts the command, or follows it where that attempt was already started
@@ -25,7 +25,7 @@ attach() {
   case "$source" in
     gs://*)
       command -v gcsfuse >/dev/null || install_gcsfuse
-      # Checkpoints are renamed folders; what one host writes the others have to see at once.
+      # Checkpoints are renamed folders. The other hosts have to see at once what one host writes.
       gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "${source#gs://}" "$folder"
       ;;
     *)
@@ -59,7 +59,7 @@ install() {
 
 started() {
   local code=0 folder="$PWD"
-  trap : TERM # The command's own business; this shell stays to write down how it ended.
+  trap : TERM # The command handles it. This shell stays to record how it ended.
   [ ! -d source ] || cd source
   "$@" || code=$?
   echo "$code" >"$folder/code.partial"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice: creates or reuses it, installs the project on all of its hosts, runs the command there, follows
-# it, and after a preemption creates the slice again and goes on.
+# Trains on a TPU slice: creates or reuses it, installs the project on all of its hosts, runs the command there and follows
+# it. After a preemption it creates the slice again and goes on.
 #   bash launch/tpu/run.sh --name mov --zone us-west4-a --type v5litepod-16 --version v2-alpha-tpuv5-lite --spot \
 #     --mount gs://my-bucket:/mnt/runs \
 #     moe-peft train --gin_file experiments/mov/3b/mov_10.gin --gin.MODEL_DIR=/mnt/runs/mov
@@ -8,15 +8,15 @@
 # --zone ZONE            and --project PROJECT (default: gcloud's own)
 # --type TYPE            as gcloud calls it: v5litepod-16, v4-32, ...
 # --version VERSION      of the hosts' software: v2-alpha-tpuv5-lite, tpu-ubuntu2204-base, ...
-# --spot                 cheaper, and may be taken away
+# --spot                 cheaper, but may be preempted
 # --queued               ask for a queued resource, and wait until it is granted
 # --mount SOURCE:FOLDER  on all hosts: gs://BUCKET (gcsfuse) or HOST:/EXPORT (NFS); MODEL_DIR has to be below FOLDER
 # --package SPEC         what pip installs: a wheel on this machine, or a requirement (default: the checkout's last commit)
 # --max_restarts N       after which the run is given up (default 20); a preempted slice is deleted to make room for the next
 # --delete_after         delete the slice once the command has ended, however it ended
 # --delete               only delete the slice
-# --dry_run              print every command, and run none
-# Ctrl-C and SIGTERM save the run and end it. A connection that is lost does not: the same line follows the run again.
+# --dry_run              print every command, run none
+# Ctrl-C and SIGTERM save the run and end it. A lost connection does not: give the same line to follow the run again.
 set -euo pipefail
 script="launch/tpu/run.sh"
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -86,7 +86,7 @@ on_hosts() {
 on_signal() {
   signaled=1
   if [ -n "$running" ] && [ -z "$asked" ]; then
-    say "stopping; the run saves first (a second signal leaves it to itself)"
+    say "stopping; the run saves first (after a second signal this script does not wait)"
     to_hosts stop
     "${line[@]}" &
   elif [ -n "$child" ]; then
@@ -151,7 +151,7 @@ make_ready() {
         create || return
         created=1 ;;
       PREEMPTED | TERMINATED | SUSPENDED) remove || return ;;
-      FAILED | STOPPED | HIDDEN | UNKNOWN) say "a slice that is $state has to be seen to by hand, or deleted with --delete" && return 2 ;;
+      FAILED | STOPPED | HIDDEN | UNKNOWN) say "a slice that is $state has to be repaired by hand, or deleted with --delete" && return 2 ;;
       *) await sleep "$poll" || return ;;
     esac
   done
@@ -206,13 +206,13 @@ await cp "$here/host.sh" "$bundle"
 if [ -z "$package" ]; then
   spec=./source
   root="$(cd "$here/../.." && pwd)"
-  [ -z "$(git -C "$root" status --porcelain --untracked-files=no)" ] || say "changes that are not committed stay behind"
+  [ -z "$(git -C "$root" status --porcelain --untracked-files=no)" ] || say "changes that are not committed are left out"
   await git -C "$root" archive --prefix=source/ "--output=$bundle/source.tar.gz" HEAD
 elif [ -f "$package" ]; then
   spec="./$(basename "$package")"
   await cp "$package" "$bundle"
 elif [[ "$package" == *.whl ]]; then
-  fail "--package is $package, and there is no such file"
+  fail "--package is $package, which does not exist"
 else
   spec="$package"
 fi

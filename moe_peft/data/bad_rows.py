@@ -24,13 +24,11 @@ Counts = Mapping[tuple[str, str], int]  # by (file, reason)
 class BadRow(errors.UserError):
     """A row that cannot be read.
 
-    Attributes:
-      path: of its file.
-      reason: what is wrong, in the same words for all rows with the same mistake.
+    `path` is its file, `row` says which, such as "row 3"; `reason` what is wrong, in the same words
+    for all rows with the same mistake; `seen` what stands there, for people.
     """
 
     def __init__(self, path: pathlib.Path | str, row: str, reason: str, seen: str = ""):
-        """Args: `row` says which, such as "row 3"; `seen` what stands there, for people."""
         self.path, self.reason = str(path), reason
         super().__init__(f"{path}, {row}: {reason}{f': {seen}' if seen else ''}.")
 
@@ -60,7 +58,7 @@ def is_skipping() -> bool:
 
 @contextlib.contextmanager
 def skipping() -> Iterator[None]:
-    """Inside, bad rows are skipped whatever gin sets."""
+    """Inside, bad rows are skipped, even if gin says "stop"."""
     _forced.append(None)
     try:
         yield

@@ -15,14 +15,10 @@ def folder() -> pathlib.Path:
 
 
 def write_folder_once(place: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Makes the folder `place` unless it is there.
+    """Makes the folder `place` unless it is there; `write` fills an empty one.
 
     It is written next to its place and renamed, so that half of it is never read, and processes
     that start together do not disturb each other.
-
-    Args:
-      place: in a folder that may not exist yet.
-      write: fills an empty folder.
     """
     if place.is_dir():
         return

@@ -34,17 +34,10 @@ def encode(
     places: Sequence[int] | None = None,
     num_rows: int | None = None,
 ) -> Batch:
-    """Model features of some examples.
+    """T5X's encoder-decoder features of some examples, given as (rows, index).
 
-    Args:
-      examples: (rows, index) of each.
-      lengths: tokens of a row, (inputs, targets).
-      places: packed row of each example; None: one example a row.
-      num_rows: rows of the batch, if packed.
-
-    Returns:
-      T5X's encoder-decoder features; packed with segment ids and positions, otherwise with what
-      scalars the examples have.
+    `lengths` are tokens of a row, (inputs, targets). With `places`, the packed row of each example
+    among `num_rows`, features have segment ids and positions, otherwise what scalars there are.
     """
     is_packed = places is not None
     places = places if is_packed else range(len(examples))

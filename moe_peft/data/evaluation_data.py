@@ -51,7 +51,7 @@ def eval_examples(
       feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included.
       split: of the tasks; tasks without it are left out.
       batch_size: rows of a batch.
-      max_examples_per_task: the first so many of each task; None for all. CLDR tasks hold an item's
+      max_examples_per_task: only the first of each task; None for all. CLDR tasks hold an item's
         four wordings together, so a multiple of four keeps templates balanced.
       sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
     """
@@ -63,12 +63,8 @@ def eval_examples(
     if sentence_encoder is None:
         return batches
     ids = lookup.vocabulary(mixture_or_task)
-    return (
-        dataclasses.replace(
-            batch, features=sentences.add_embeddings(batch.features, ids, sentence_encoder)
-        )
-        for batch in batches
-    )
+    embedded = lambda features: sentences.add_embeddings(features, ids, sentence_encoder)
+    return (EvalBatch(embedded(batch.features), batch.examples) for batch in batches)
 
 
 def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
@@ -79,11 +75,11 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
         for index in range(len(source) if limit is None else min(limit, len(source)))
     )
     while chosen := list(itertools.islice(pairs, batch_size)):
-        features = encoding.encode([(source, index) for _, source, index in chosen], lengths)
-        padding = batch_size - len(chosen)
+        found = encoding.encode([(source, index) for _, source, index in chosen], lengths)
+        missing = batch_size - len(chosen)
         features = {
-            name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1))
-            for name, value in features.items()
+            name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+            for name, value in found.items()
         }
         if "template_ids" in features:
             features = task_ids.per_template(features)
@@ -129,9 +125,6 @@ def task_rows(
         name: rows.Ragged.from_sequences([without_end(row[name]) for row in found])
         for name in encoding.FEATURES
     }
-    choices = [
-        tuple(choice.decode() for choice in row["answer_choices"])
-        for row in found
-        if "answer_choices" in row
-    ]
+    listed = [row["answer_choices"] for row in found if "answer_choices" in row]
+    choices = [tuple(choice.decode() for choice in texts) for texts in listed]
     return rows.Rows(**ragged, scalars=scalars, answer_choices=choices)

@@ -14,25 +14,20 @@ ROUTING_FEATURES = {
 }
 
 
-def embedding_feature() -> dict[str, seqio.FeatureConverter.FeatureSpec]:
-    """The sentence embedding of the instruction, `[D]` float32."""
-    return {"sentence_embeddings": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32)}
+# Of the instruction, `[D]`.
+EMBEDDING_FEATURE = {"sentence_embeddings": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32)}
 
 
 class RoutingEncDecFeatureConverter(seqio.EncDecFeatureConverter):
-    """Encoder-decoder features plus `task_ids`, `template_ids` and, if asked,
-    `sentence_embeddings`.
+    """Encoder-decoder features plus `task_ids`, `template_ids` and `sentence_embeddings`, if asked.
 
     Tasks must produce the extra features. `task_feature_lengths` names inputs and targets only,
     plus the width of `sentence_embeddings`. Packed rows mix tasks, so packing and routing features
     exclude each other.
-
-    Attributes:
-      sentence_embeddings: also carry embeddings.
     """
 
     def __init__(self, sentence_embeddings: bool = False, **kwargs):
-        extra = {**ROUTING_FEATURES, **(embedding_feature() if sentence_embeddings else {})}
+        extra = ROUTING_FEATURES | (EMBEDDING_FEATURE if sentence_embeddings else {})
         super().__init__(pack=False, passthrough_features=extra, **kwargs)
 
     def __call__(

@@ -28,24 +28,19 @@ Count = int | Mapping[str, int]
 class Sizes:
     """How many examples of each task are shots, and how many select.
 
-    Attributes:
-      shots: None for all examples that are not for validation. This and the others are numbers, or
-        numbers by regular expressions on whole task names, of which the first that matches counts.
-      validation: may be 0.
-      wordings: consecutive rows that are one example in other words. Counts are of examples; a
-        training step sees one wording of an example, drawn each time, evaluation sees all.
+    Counts are numbers, or numbers by regular expressions on whole task names, of which the first
+    that matches counts. A training step sees one wording of an example, drawn each time; evaluation
+    sees all.
     """
 
-    shots: Count | None
+    shots: Count | None  # None for all examples that are not for validation
     validation: Count = 0
-    wordings: Count = 1
+    wordings: Count = 1  # consecutive rows that are one example in other words
 
     def counts_of(self, task: str) -> tuple[int | None, int]:
         """(shots, validation examples) of a task."""
-        return (
-            None if self.shots is None else _count("shots", self.shots, task, 1),
-            _count("validation_shots", self.validation, task, 0),
-        )
+        shots = None if self.shots is None else _count("shots", self.shots, task, 1)
+        return shots, _count("validation_shots", self.validation, task, 0)
 
     def wordings_of(self, task: str) -> int:
         """Rows of one example of a task."""
@@ -75,11 +70,7 @@ class Draw:
 
 
 def draw(task: str, num_rows: int, sizes: Sizes, seed: int) -> Draw:
-    """Draws shots and validation examples from the `num_rows` rows of a train split.
-
-    Raises:
-      UserError: there are not enough of them, or rows do not divide into examples.
-    """
+    """Draws from the `num_rows` rows of a train split; a UserError where there are too few."""
     num_wordings = sizes.wordings_of(task)
     if num_rows % num_wordings:
         raise errors.UserError(
@@ -143,34 +134,25 @@ class Encoded:
         return len(self.examples)
 
 
+@dataclasses.dataclass(eq=False)
 class Task:
-    """One task's rows, read once, encoded where they are needed."""
+    """One task's rows, read once, encoded where they are needed.
 
-    def __init__(
-        self,
-        name: str,
-        feature_lengths: Mapping[str, int],
-        test_split: str,
-        with_choices: bool,
-        train_split: str = "train",
-        validation_split: str | None = None,
-    ):
-        """Reads nothing yet but checks that the reported split exists.
+    Making it reads nothing, but checks that the reported split exists. In names of the other
+    splits, "{seed}" stands for the run's seed.
+    """
 
-        Args:
-          name: of a SeqIO task.
-          feature_lengths: tokens of "inputs" and "targets".
-          test_split: the reported one.
-          with_choices: encode answer choices where examples have some.
-          train_split: where shots come from; "{seed}" in it stands for the run's seed.
-          validation_split: where validation examples come from, all of them; "{seed}" as above.
-            None: from what the shots leave of the train split.
-        """
-        self.name, self._with_choices, self._test_split = name, with_choices, test_split
-        self._train_split, self._validation_split = train_split, validation_split
-        self._lengths = lookup.check_lengths(feature_lengths)
-        (self._task,) = lookup.tasks_of(name)
-        lookup.tasks_with(name, test_split)
+    name: str  # of a SeqIO task
+    feature_lengths: Mapping[str, int]  # tokens of "inputs" and "targets"
+    test_split: str  # the reported one
+    with_choices: bool  # encode answer choices where examples have some
+    train_split: str = "train"  # where shots come from
+    validation_split: str | None = None  # all of it; None: from what shots leave of `train_split`
+
+    def __post_init__(self):
+        self._lengths = lookup.check_lengths(self.feature_lengths)
+        (self._task,) = lookup.tasks_of(self.name)
+        lookup.tasks_with(self.name, self.test_split)
         self._read = functools.cache(
             lambda split: evaluation_data.task_rows(self._task, split, self._lengths)
         )
@@ -178,11 +160,11 @@ class Task:
 
     def draw(self, sizes: Sizes, seed: int) -> tuple[Encoded, Encoded, int]:
         """(shots, validation examples, wordings of each) of one seed."""
-        train = self._rows(self._train_split, seed)
+        train = self._rows(self.train_split, seed)
         drawn = draw(self.name, len(train), sizes, seed)
         found, chosen = train, drawn.validation.reshape(-1)
-        if self._validation_split is not None:
-            found = self._rows(self._validation_split, seed)
+        if self.validation_split is not None:
+            found = self._rows(self.validation_split, seed)
             chosen = range(len(found))
         shots = self.encode(train, drawn.shots.reshape(-1))
         return shots, self.encode(found, chosen), drawn.shots.shape[1]
@@ -195,20 +177,16 @@ class Task:
     @functools.cached_property
     def test(self) -> Encoded:
         """The reported split."""
-        found = self._read(self._test_split)
+        found = self._read(self.test_split)
         return self.encode(found, range(len(found)))
 
     def encode(self, source: rows.Rows, chosen: Sequence[int]) -> Encoded:
-        """Some rows, in that order.
-
-        Raises:
-          UserError: a right answer is none of the choices.
-        """
+        """Some rows, in that order; a UserError where a right answer is not one of the choices."""
         examples = [evaluation_data.example(self._task, source, int(index)) for index in chosen]
         features = encoding.encode([(source, int(index)) for index in chosen], self._lengths)
         features = {k: v for k, v in features.items() if k not in _DROPPED}
         is_cut = np.array([len(source.targets[int(i)]) >= self._lengths[1] for i in chosen], bool)
-        if self._with_choices and any(example.answer_choices for example in examples):
+        if self.with_choices and any(example.answer_choices for example in examples):
             texts = [example.answer_choices or (example.targets,) for example in examples]
             features[CHOICES] = [self._tokens(choices) for choices in texts]
             features[few_shot.GOLD] = np.array([_gold(example) for example in examples], np.int32)
@@ -225,6 +203,6 @@ def _gold(example: evaluation_data.Example) -> int:
     if example.targets.strip() not in choices:
         raise errors.UserError(
             f"An example of {example.task!r} cannot be learnt: its target {example.targets!r} is "
-            f"none of its choices {choices}."
+            f"not one of its choices {choices}."
         )
     return choices.index(example.targets.strip())

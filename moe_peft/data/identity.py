@@ -39,15 +39,7 @@ def describe(
 ) -> dict[str, Any]:
     """Describes the rows that `pipeline.train_batches` gives for the same arguments.
 
-    Paths do not count: the same files in another place give the same description.
-
-    Args:
-      mixture_or_task: a registered name.
-      feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included.
-      batch_size: rows of the whole batch, over all hosts; every host gives the same description.
-      seed: of the order.
-      pack: whether rows hold several examples.
-      split: of the tasks.
+    Paths and hosts do not count: the same files elsewhere give the same description.
 
     Returns:
       "gin": values by the full name of their parameter; "seen": how many tasks, rows and tokens

@@ -31,11 +31,6 @@ def reporting(task: seqio.Task) -> registration.Reporting:
     return getattr(task.source, "reporting", registration.Reporting())
 
 
-def num_tasks(name: str) -> int:
-    """How many tasks a mixture has."""
-    return len(tasks_of(name))
-
-
 def vocabulary(name: str) -> seqio.Vocabulary:
     """The vocabulary of inputs and targets; they must agree."""
     features = get(name).output_features
@@ -68,7 +63,7 @@ def check_lengths(feature_lengths: Mapping[str, int]) -> tuple[int, int]:
 
 
 def tasks_with(mixture_or_task: str, split: str) -> list[seqio.Task]:
-    """Tasks of a mixture that have a split, none of them empty."""
+    """Tasks of a mixture that have a split; a UserError where one is empty."""
     tasks = tasks_of(mixture_or_task)
     found = [task for task in tasks if split in task.splits]
     if not found:

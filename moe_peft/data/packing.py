@@ -18,11 +18,9 @@ class Packer:
         self.limits = np.array(limits)
 
     def batches(self, lengths: Iterator[tuple[int, int]]) -> Iterator[list[int]]:
-        """For each batch, the row of each of its examples; a batch ends at the first that fits
-        nowhere.
+        """For each batch, the row of each of its examples; the first that fits nowhere ends it.
 
-        Args:
-          lengths: (inputs, targets) tokens of each example, none above the limits.
+        `lengths` are (inputs, targets) tokens of each example, none above the limits.
         """
         used = np.zeros((self.batch_size, 2), int)
         rows: list[int] = []
@@ -40,8 +38,7 @@ def fill_rows(
 ) -> dict[str, Int[np.ndarray, "b t"]]:
     """Tokens, segment ids (from 1; 0 is padding) and positions (restarting) of packed rows."""
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    used = np.zeros(shape[0], int)
-    counts = np.zeros(shape[0], int)
+    used, counts = np.zeros((2, shape[0]), int)
     for sequence, row in zip(sequences, rows):
         start, end = used[row], used[row] + len(sequence)
         counts[row] += 1

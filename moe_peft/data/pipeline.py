@@ -24,22 +24,10 @@ from moe_peft.data import (
 )
 from moe_peft.data.encoding import Batch
 from moe_peft.data.evaluation_data import EvalBatch, Example, eval_examples
-from moe_peft.data.lookup import check_vocabulary, get, num_tasks, tasks_of, vocabulary
+from moe_peft.data.lookup import check_vocabulary, get, tasks_of, vocabulary
 
-__all__ = [
-    "Batch",
-    "EvalBatch",
-    "Example",
-    "check_vocabulary",
-    "eval_examples",
-    "get",
-    "num_tasks",
-    "rates",
-    "stream_of",
-    "tasks_of",
-    "train_batches",
-    "vocabulary",
-]
+__all__ = ["Batch", "EvalBatch", "Example", "check_vocabulary", "eval_examples", "get"]
+__all__ += ["rates", "stream_of", "tasks_of", "train_batches", "vocabulary"]
 
 
 def train_batches(
@@ -64,8 +52,7 @@ def train_batches(
       seed: of the order and of the mixing.
       pack: fill rows with several examples. Packed rows mix tasks, so they carry no task ids.
       start_batch: batches to leave out: the continuation of a run that consumed that many.
-      shard_index: which part of each batch this host gets; the parts joined are the unsharded
-        batch.
+      shard_index: which part of each batch this host gets, of `shard_count` parts.
       shard_count: number of hosts.
       split: of the tasks.
       sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
@@ -120,14 +107,9 @@ def padded(
     start_batch: int,
     own: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Batches of one example a row, from batch number `start_batch` on.
+    """Batches of one example a row of `lengths` (inputs, targets) tokens, from `start_batch` on.
 
-    Args:
-      stream: of examples.
-      batch_size: rows of the whole batch.
-      lengths: tokens of a row, (inputs, targets).
-      start_batch: batches to leave out.
-      own: the rows of each batch that are wanted; no others are read.
+    `own` are the rows of each whole batch that are wanted; no others are read.
     """
     places = stream.places(start_batch * batch_size)
     while True:
@@ -165,25 +147,15 @@ def packed(
             yield encoding.encode(examples, lengths, in_part, len(wanted))
 
 
-def _streamed(
-    mixture_or_task: str,
-    batch_size: int,
-    lengths: tuple[int, int],
-    seed: int,
-    pack: bool,
-    start_batch: int,
-    split: str,
-) -> Iterator[Batch]:
-    """Any other SeqIO task, through tf.data."""
-    routed = set(feature_converter.ROUTING_FEATURES) <= set(
-        lookup.get(mixture_or_task).output_features
-    )
-    if routed and not pack:
+def _streamed(name, batch_size, lengths, seed, pack, start_batch, split) -> Iterator[Batch]:
+    """Any other SeqIO task, through tf.data; arguments as of `train_batches`."""
+    features = lookup.get(name).output_features
+    if set(feature_converter.ROUTING_FEATURES) <= set(features) and not pack:
         converter = feature_converter.RoutingEncDecFeatureConverter()
     else:
         converter = seqio.EncDecFeatureConverter(pack=pack)
     dataset = seqio.get_dataset(
-        mixture_or_task,
+        name,
         dict(zip(encoding.FEATURES, lengths)),
         converter,
         dataset_split=split,
@@ -193,6 +165,6 @@ def _streamed(
         verbose=False,
     )
     if start_batch:
-        logging.info("Skipping %d batches of %s to resume.", start_batch, mixture_or_task)
+        logging.info("Skipping %d batches of %s to resume.", start_batch, name)
     dataset = dataset.batch(batch_size, drop_remainder=True).skip(start_batch)
     yield from dataset.as_numpy_iterator()

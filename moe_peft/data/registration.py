@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+import zlib
 
 import numpy as np
 import seqio
@@ -37,17 +38,15 @@ class TextExample:
 class Reporting:
     """How a benchmark reports a task."""
 
-    metric: str | None = None  # a name in `evaluation.metrics`; None where nothing is laid down
-    group: str | None = None  # what it is reported under; None where it stands for itself
+    metric: str | None = None  # a name in `evaluation.metrics`; None: the benchmark names none
+    group: str | None = None  # what it is reported under; None: its own name
 
 
 class LazySource(rows.RowsSource):
     """Rows in memory whose splits and sizes are known only once the files are read.
 
-    Attributes:
-      settings: gives the settings in force of all tasks of this benchmark, a dataclass whose module
-        and gin name agree.
-      reporting: how the task is reported.
+    `settings` gives the settings in force of a benchmark, a dataclass whose module and gin name
+    agree; `reporting` is how the task is reported.
     """
 
     def __init__(
@@ -60,10 +59,7 @@ class LazySource(rows.RowsSource):
         self._list_splits, self.settings, self.reporting = list_splits, settings, reporting
         super().__init__(read_rows, {})
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits that have rows."""
-        return tuple(self._list_splits())
+    splits = property(lambda self: tuple(self._list_splits()))  # names of those that have rows
 
     def num_input_examples(self, split: str) -> int:
         """Rows of a split."""
@@ -94,19 +90,12 @@ class LazyMixture(seqio.Mixture):
         """The rate of each task."""
         return {task.name: self._rate(task.name) for task in self.tasks}
 
-    @property
-    def total_rate(self) -> float:
-        """The sum of the rates."""
-        return sum(self.rate_per_task_name.values())
+    total_rate = property(lambda self: sum(self.rate_per_task_name.values()))
+    output_features = property(lambda self: FEATURES)  # those of every task here
 
     def get_rate(self, task: seqio.Task) -> float:
         """The rate of a task of the mixture."""
         return self._rate(task.name)
-
-    @property
-    def output_features(self) -> Mapping[str, seqio.Feature]:
-        """Those of every task here."""
-        return FEATURES
 
 
 def task_name(prefix: str, name: str) -> str:
@@ -125,24 +114,14 @@ def add_task(
 ) -> str:
     """Registers a task unless it is there; returns SeqIO's name of it.
 
-    Args:
-      prefix: of the benchmark.
-      name: the benchmark's own name of the task.
-      read_rows: rows by that name and a split.
-      list_splits: splits by that name.
-      settings: see `LazySource`.
-      metric_fns: of SeqIO's evaluator.
-      reporting: how the benchmark reports it.
+    `read_rows` and `list_splits` get `name`, the benchmark's own; `settings` as in `LazySource`.
     """
     registered = task_name(prefix, name)
     if registered not in seqio.TaskRegistry.names():
-        rows_of, splits_of = (
-            functools.partial(read_rows, name),
-            functools.partial(list_splits, name),
-        )
+        own = [functools.partial(function, name) for function in (read_rows, list_splits)]
         seqio.TaskRegistry.add(
             registered,
-            source=LazySource(rows_of, splits_of, settings, reporting),
+            source=LazySource(*own, settings, reporting),
             preprocessors=[seqio.preprocessors.append_eos],
             output_features=FEATURES,
             metric_fns=metric_fns,
@@ -160,27 +139,34 @@ def add_mixture(
         seqio.MixtureRegistry.add_provider(name, LazyMixture(name, list_tasks, rate))
 
 
-def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_store.Line]:
-    """Examples as ids.
+def num_rows(registered: str) -> float:
+    """Training rows of a task: as its rate, every row of a mixture is drawn equally often."""
+    return float(seqio.TaskRegistry.get(registered).source.num_input_examples("train"))
 
-    Args:
-      examples: in order.
-      max_inputs: tokens of the inputs, end mark included. A longer input is cut from the right;
-        its `ending`, if it has one, is put back.
+
+def draw_answer(accepted: Sequence[str], text: str, seed: int) -> str:
+    """One of the accepted answers, drawn once for each seed and text."""
+    if len(accepted) == 1:
+        return accepted[0]
+    generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
+    return accepted[generator.integers(len(accepted))]
+
+
+def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_store.Line]:
+    """Examples as ids; inputs of over `max_inputs` tokens, end mark included, keep their `ending`.
+
+    Without an ending, an input stays as long as it is, and batches cut it from the right.
     """
     vocabulary = vocabularies.get()
-    ids = functools.cache(lambda text: np.array(vocabulary.encode(text), np.int32))
-
-    def inputs(example: TextExample) -> np.ndarray:
-        found = np.array(vocabulary.encode(example.inputs), np.int32)
-        if len(found) < max_inputs or not example.ending:
-            return found
-        ending = ids(example.ending)
-        return np.concatenate([found[: max_inputs - 1 - len(ending)], ending])
-
+    encode = lambda text: np.array(vocabulary.encode(text), np.int32)
+    remembered = functools.cache(encode)
     for example in examples:
-        targets = ids(example.targets)
-        yield row_store.Line(inputs(example), targets, references=example.references)
+        inputs = encode(example.inputs)
+        if len(inputs) >= max_inputs and example.ending:
+            ending = remembered(example.ending)
+            inputs = np.concatenate([inputs[: max_inputs - 1 - len(ending)], ending])
+        targets = remembered(example.targets)
+        yield row_store.Line(inputs, targets, references=example.references)
 
 
 def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
@@ -208,7 +194,7 @@ def as_rows(
     start: int = 0,
     end: int | None = None,
 ) -> rows.Rows:
-    """Rows `start` to `end` of a cache of ids, all of one task and wording."""
+    """Rows `start` to `end` (None: all) of a cache of ids, all of one task and wording."""
     end = len(found) if end is None else end
     inputs, targets = found.inputs.slice(start, end), found.targets.slice(start, end)
     return rows.Rows(inputs, targets, _scalars(end - start, task_id, template_id))

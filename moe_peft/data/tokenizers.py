@@ -36,13 +36,10 @@ def is_bytes(folder: epath.PathLike) -> bool:
 
 
 def sentencepiece(folder: epath.PathLike) -> pathlib.Path:
-    """Returns the path of the folder's SentencePiece model.
+    """The folder's SentencePiece model, a UserError if it has none and none can be made.
 
     Made from `tokenizer.json` where there is no `spiece.model`; it then lies in the user's cache,
     under a name that tells its content.
-
-    Raises:
-      UserError: there is neither, or the tokenizer does what no unigram model does.
     """
     folder = epath.Path(folder)
     if (folder / MODEL).exists():
@@ -81,8 +78,12 @@ def from_json(path: epath.PathLike) -> bytes:
     if [piece for piece, _ in pieces] != [piece for piece, _ in model["vocab"][: len(pieces)]]:
         raise _unlike(path, "model.vocab", "sentinels between words", "sentinels at the end")
     made = proto.ModelProto()
-    made.normalizer_spec.precompiled_charsmap = _charsmap(settings.get("normalizer"), path)
-    _check_splits(settings.get("pre_tokenizer"), path)
+    charsmap = b""  # the table of characters that are read as others
+    for part in _parts(settings, "normalizer", ("Precompiled", *_OF_SPACES), "Precompiled", path):
+        if part["type"] == "Precompiled":
+            charsmap = base64.b64decode(part["precompiled_charsmap"])
+    made.normalizer_spec.precompiled_charsmap = charsmap
+    _parts(settings, "pre_tokenizer", _SPLITS, " and ".join(_SPLITS), path)
     for index, (piece, score) in enumerate(pieces):
         added = made.pieces.add(piece=piece, score=score)
         if index == model["unk_id"]:
@@ -97,27 +98,16 @@ def from_json(path: epath.PathLike) -> bytes:
     return made.SerializeToString()
 
 
-def _charsmap(normalizer: Mapping[str, Any] | None, path: epath.Path) -> bytes:
-    """Returns the table of characters that are read as others; empty for none."""
-    found = b""
-    for part in _parts(normalizer, "normalizers"):
-        if part["type"] == "Precompiled":
-            found = base64.b64decode(part["precompiled_charsmap"])
-        elif part["type"] not in _OF_SPACES:
-            raise _unlike(path, "normalizer", part["type"], "Precompiled")
+def _parts(
+    settings: Mapping[str, Any], name: str, known: Sequence[str], expected: str, path: epath.Path
+) -> Sequence[Mapping[str, Any]]:
+    """The parts of a normaliser or splitter; a UserError for one that is not of a known type."""
+    node, several = settings.get(name) or {"type": "Sequence"}, name.replace("_", "") + "s"
+    found = node.get(several, ()) if node["type"] == "Sequence" else (node,)
+    for part in found:
+        if part["type"] not in known:
+            raise _unlike(path, name, part["type"], expected)
     return found
-
-
-def _check_splits(splits: Mapping[str, Any] | None, path: epath.Path) -> None:
-    for part in _parts(splits, "pretokenizers"):
-        if part["type"] not in _SPLITS:
-            raise _unlike(path, "pre_tokenizer", part["type"], " and ".join(_SPLITS))
-
-
-def _parts(node: Mapping[str, Any] | None, key: str) -> Sequence[Mapping[str, Any]]:
-    if node is None:
-        return ()
-    return node[key] if node["type"] == "Sequence" else (node,)
 
 
 def _unlike(path: epath.Path, key: str, value: Any, expected: str) -> errors.UserError:

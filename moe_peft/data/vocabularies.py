@@ -1,6 +1,5 @@
 """The vocabulary of tasks whose texts a user brings: chosen in gin, looked up when it is used."""
 
-from collections.abc import Sequence
 import functools
 import hashlib
 import pathlib
@@ -95,14 +94,7 @@ class Configured(seqio.Vocabulary):
     vocab_size = property(lambda self: get().vocab_size)  # each kind counts sentinels its own way
     _base_vocab_size = property(lambda self: get()._base_vocab_size)
 
-    def _encode(self, s: str) -> Sequence[int]:
-        return get()._encode(s)
-
-    def _decode(self, ids) -> str:
-        return get()._decode(ids)
-
-    def _encode_tf(self, s):
-        return get()._encode_tf(s)
-
-    def _decode_tf(self, ids):
-        return get()._decode_tf(ids)
+    _encode = lambda self, text: get()._encode(text)
+    _decode = lambda self, ids: get()._decode(ids)
+    _encode_tf = lambda self, text: get()._encode_tf(text)
+    _decode_tf = lambda self, ids: get()._decode_tf(ids)

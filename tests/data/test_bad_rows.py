@@ -83,7 +83,7 @@ def test_crossfit_broken_row(tmp_path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], "broken in", "two", *lines[2:]]) + "\n")
     task = f"crossfit_{crossfit.registration.task_name('x', name)[2:]}"
-    pipeline.num_tasks("crossfit_train")
+    pipeline.tasks_of("crossfit_train")
     read = lambda: pipeline.get(task).source.rows("train_13")
     stops(read, rf"{path.name}, row 3: 1 column, expected an input, a tab.*: 'broken in'\.")
     skip()
@@ -105,7 +105,7 @@ def test_p3_truncated_tfrecord_and_its_cache(tmp_path, caplog):
     (path,) = records.split_files(folder / task, "train")
     total = len(list(records.read(folder / task, "train")))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    pipeline.num_tasks("p3_t0")
+    pipeline.tasks_of("p3_t0")
     read = lambda: pipeline.get(f"p3_{task}").source.rows("train")
     stops(read, rf"{path.name}, row \d+: the file is damaged from here on: \w+")
     assert not list((tmp_path / "cache" / "p3").glob("*"))
@@ -174,7 +174,7 @@ def test_p3_wordings_are_not_matched_after_skipping(tmp_path):
     for split in ("train", "validation"):
         (path,) = records.split_files(folder / found.tasks[1], split)
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
-    pipeline.num_tasks("p3_heldout")
+    pipeline.tasks_of("p3_heldout")
     source = pipeline.get(f"p3_{found.name}").source
     skip()
     ids = source.rows("validation").scalars["template_ids"].tolist()
@@ -191,7 +191,7 @@ def test_p3_task_without_choices(tmp_path):
         path.unlink()
     ranked.rmdir()
     p3_writing.write_task(ranked, {"validation": rows}, "tfrecord")
-    pipeline.num_tasks("p3_heldout")
+    pipeline.tasks_of("p3_heldout")
     read = lambda: pipeline.get(f"p3_{table.held_out[0].name}").source.rows("validation")
     stops(read, r"'validation', row 0: 'idx' is missing; has this task answer choices\?")
     skip()

@@ -71,11 +71,11 @@ def test_which_source(whole, folder):
     with pytest.raises(errors.UserError, match=r"There is no folder .*p3.configured.raw"):
         sources.find(folder, prompt, "raw", raw_root=folder / "no")
     shutil.rmtree(folder / "raw")
-    with pytest.raises(errors.UserError, match="no folder in .*, nor can it be worded: There is"):
+    with pytest.raises(errors.UserError, match="no folder in .*, and cannot be worded: There is"):
         sources.find(folder, prompt, "either")
     shutil.rmtree(folder / "templates")
     with pytest.raises(
-        errors.UserError, match="no folder in .*, nor .*There is no folder .*/typo;"
+        errors.UserError, match="no folder in .*, and .*There is no folder .*/typo;"
     ):
         sources.find(folder, prompt, "either", template_root=folder / "typo")
     with pytest.raises(errors.UserError, match="has no folder in"):
@@ -146,7 +146,11 @@ def test_bad_templates(folder, old, new, message):
             "{{ one }}",
             "cannot be rendered .*'one' is undefined.*story_id",
         ),
-        ("ending - 1]", "ending + 1]", "gives a target that is none of its choices: '<NO LABEL>'"),
+        (
+            "ending - 1]",
+            "ending + 1]",
+            "gives a target that is not one of its choices: '<NO LABEL>'",
+        ),
         ("}} ||| {{", "}} ||| no ||| {{", "gives other than 2 choices"),
         ("{{ input_sentence_1 }}", "||| {{ input_sentence_1 }}", "applies to no row of .*'test'"),
     ],

@@ -80,7 +80,7 @@ def test_train_batches_show_training_examples_only():
             texts(batch), batch["task_ids"], batch["template_ids"]
         ):
             assert expected[inputs] == (targets, task_id, template_id)
-            assert task_id < pipeline.num_tasks("cldr_train")
+            assert task_id < len(pipeline.tasks_of("cldr_train"))
 
 
 def test_held_out_combinations_are_never_in_training():

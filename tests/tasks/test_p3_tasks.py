@@ -146,7 +146,7 @@ def test_official_tasks_are_registered():
     official = p3.names.official()
     assert all(f"p3_{task}" in names for d in official.training for task in d.tasks)
     assert all(f"p3_{found.name}" in names for found in official.held_out)
-    with pytest.raises(errors.UserError, match="'glue_qqp_answer' is in no mixture of"):
+    with pytest.raises(errors.UserError, match="'glue_qqp_answer' is not in any mixture of"):
         seqio.TaskRegistry.get("p3_glue_qqp_answer").source.rows("train")
 
 

@@ -85,15 +85,10 @@ def check(
     with_hashes: bool = True,
     progress: Callable[[Iterable[parts.Part]], Iterable[parts.Part]] = iter,
 ) -> Benchmark:
-    """Checks one benchmark; nothing is raised for its files.
+    """Checks the benchmark `name` in a folder; nothing is raised for its files.
 
-    Memory: the fingerprints of all reported examples, and of one part at a time.
-
-    Args:
-      name: one of `parts.BENCHMARKS`.
-      folder: of the benchmark.
-      with_hashes: read every file a second time for its SHA-256.
-      progress: goes through the parts.
+    `with_hashes` reads every file a second time for its SHA-256. Memory: the fingerprints of all
+    reported examples, and of one part at a time.
     """
     found = Benchmark(name)
     try:
@@ -132,8 +127,7 @@ def _has_files(part, group, found, folder, with_hashes) -> bool:
             group.size += path.stat().st_size
             group.files[name] = _hash(path, "sha256") if with_hashes else ""
             if with_hashes and part.md5 and _hash(path, "md5") != part.md5:
-                message = f"its MD5 is not {part.md5}"
-                found.findings.append(Finding("hash", str(path), message))
+                found.findings.append(Finding("hash", str(path), f"its MD5 is not {part.md5}"))
     return True
 
 
@@ -188,7 +182,7 @@ def _read(part, group, found, reported, leaks) -> None:
 
 def _find_leaks(part, chunk, prints, reported, leaks) -> None:
     for place, held_out, is_same in reported.find(prints[:, 0], prints[:, 1]):
-        # Another held-out task's shots are nobody's training.
+        # Nothing trains on the shots of another held-out task.
         if part.group == parts.HELD_OUT and part.task != held_out:
             continue
         leak = leaks.setdefault((part.task, held_out), _Leak())

@@ -32,10 +32,7 @@ def of_example(example: parts.Example) -> tuple[int, int]:
 
 
 class Reported:
-    """Fingerprints of all examples that scores are made of.
-
-    Memory: 20 bytes an example.
-    """
+    """Fingerprints of all examples that scores are made of, 20 bytes an example."""
 
     def __init__(self):
         self.tasks: list[str] = []
@@ -53,11 +50,6 @@ class Reported:
         self._owners.extend([len(self.tasks) - 1] * (len(self._inputs) - before))
         self._order = None
 
-    def _sort(self) -> None:
-        self._order = np.argsort(np.frombuffer(self._inputs, np.uint64), kind="stable")
-        self._sorted = np.frombuffer(self._inputs, np.uint64)[self._order]
-        self._sorted_pairs = np.sort(np.frombuffer(self._pairs, np.uint64))
-
     def find(
         self, inputs: UInt64[np.ndarray, " n"], pairs: UInt64[np.ndarray, " n"]
     ) -> Iterator[tuple[int, str, bool]]:
@@ -65,7 +57,10 @@ class Reported:
         if not self._inputs:
             return
         if self._order is None:
-            self._sort()
+            # No names for these views: an array that has one cannot grow.
+            self._order = np.argsort(np.frombuffer(self._inputs, np.uint64), kind="stable")
+            self._sorted = np.frombuffer(self._inputs, np.uint64)[self._order]
+            self._sorted_pairs = np.sort(np.frombuffer(self._pairs, np.uint64))
         first = np.searchsorted(self._sorted, inputs, "left")
         last = np.searchsorted(self._sorted, inputs, "right")
         for place in np.flatnonzero(last > first):

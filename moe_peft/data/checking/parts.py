@@ -33,9 +33,9 @@ class Part:
     is_reported: bool  # held-out examples that scores are made of: nothing may be trained on them
     files: Callable[[], Iterable[pathlib.Path]]  # raises a UserError if there cannot be any
     read: Callable[[], Iterable[Example]]
-    published: int | None = None  # how many the benchmark is said to have; None: nobody says
+    published: int | None = None  # how many the benchmark has; None: unknown
     is_optional: bool = False  # whether the benchmark is complete without
-    md5: str | None = None  # of its only file as published; None: nobody says
+    md5: str | None = None  # of its only file as published; None: unknown
 
 
 def superni(folder: pathlib.Path) -> Iterator[Part]:
@@ -89,12 +89,10 @@ def p3(folder: pathlib.Path) -> Iterator[Part]:
     optional = {d.name for d in table.training if d.mixture != names.MIXTURES[0]}
     optional |= {*names.NOT_PUBLISHED}
 
-    def part(
-        prompt: names.Prompt, split: str, source: sources.Source | None, problem: Exception | None
-    ) -> Part:
+    def part(prompt: names.Prompt, split: str, source: sources.Source | Exception) -> Part:
         def files() -> list[pathlib.Path]:
-            if source is None:
-                raise problem
+            if isinstance(source, Exception):
+                raise source
             return source.files(split)
 
         def read() -> Iterator[Example]:
@@ -103,19 +101,17 @@ def p3(folder: pathlib.Path) -> Iterator[Part]:
 
         group = HELD_OUT if prompt.is_ranked else TRAINING
         is_reported = prompt.is_ranked and split != "train"
-        is_optional = prompt.of.name in optional
-        rows = prompt.rows(split)
-        return Part(prompt.task, group, split, is_reported, files, read, rows, is_optional)
+        counts = (prompt.rows(split), prompt.of.name in optional)
+        return Part(prompt.task, group, split, is_reported, files, read, *counts)
 
     for prompt in table.prompts.values():
         try:
             source = sources.find(folder, prompt, "either")
             splits = source.splits() if prompt.is_ranked else ("train",)
         except errors.UserError as problem:
-            yield part(prompt, "train", None, problem)
-            continue
+            source, splits = problem, ("train",)
         for split in splits:
-            yield part(prompt, split, source, None)
+            yield part(prompt, split, source)
 
 
 def cldr(folder: pathlib.Path | None = None) -> Iterator[Part]:

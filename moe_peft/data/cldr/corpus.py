@@ -4,9 +4,8 @@ A line states facts of one or two items, `German month March = März` or `de mon
 = Mai`, for any function and any locale, held-out ones included: the backbone may read the data,
 never the instructions. Each line becomes one example, in one of two ways:
 
-* span corruption (Raffel et al. 2020, section 3.1.4), the spans being fields of the line: a value,
-  an item, a locale, a function. Inputs hold a sentinel per span; targets list each sentinel and the
-  text it hides.
+* span corruption (Raffel et al. 2020, section 3.1.4) of values, locales or functions: inputs hold a
+  sentinel per span; targets list each sentinel and the text it hides.
 * prefix (the LM adaptation of Lester et al. 2021, section 3.2, at this scale): the line is cut
   before its last value.
 """
@@ -75,12 +74,9 @@ def denoise(fields: list[tuple[str, str]], rng: np.random.Generator) -> Row:
         hidden.discard(values[0])
     inputs, targets, sentinels = [], [], iter(SENTINELS)
     for index, (_, text) in enumerate(fields):
+        inputs.append(next(sentinels) if index in hidden else text)
         if index in hidden:
-            sentinel = next(sentinels)
-            inputs.append(sentinel)
-            targets.append(sentinel + text)
-        else:
-            inputs.append(text)
+            targets.append(inputs[-1] + text)
     return Row("span", "".join(inputs), "".join(targets))
 
 
@@ -88,9 +84,8 @@ def restore(row: Row) -> str:
     """The line a row was made from."""
     if row.kind == "prefix":
         return row.inputs + row.targets
-    hidden = {
-        text[0]: text[1:] for text in re.findall(f"[{SENTINELS}][^{SENTINELS}]*", row.targets)
-    }
+    parts = re.findall(f"[{SENTINELS}][^{SENTINELS}]*", row.targets)
+    hidden = {text[0]: text[1:] for text in parts}
     return "".join(hidden.get(character, character) for character in row.inputs)
 
 

@@ -6,7 +6,7 @@ open functions (formats) draw theirs. Spaces of any width become a plain space, 
 changed, so values are CLDR's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import datetime
 import decimal
@@ -45,61 +45,38 @@ MAX_AMOUNT = 20  # of units and periods; enough for every plural form
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """One function: its items and its answer.
+    """One function: its items and its answer."""
 
-    Attributes:
-      name: short name, a part of task names.
-      value: (item, locale code) to CLDR's text.
-      items: every item of a closed function; empty for an open one.
-      draw: draws one item of an open function; None for a closed one.
-    """
-
-    name: str
-    value: Callable[[str, str], str]
-    items: tuple[str, ...] = ()
-    draw: Callable[[np.random.Generator], str] | None = None
+    name: str  # short, a part of task names
+    value: Callable[[str, str], str]  # (item, locale code) to CLDR's text
+    items: tuple[str, ...] = ()  # all of a closed function; empty for an open one
+    draw: Callable[[np.random.Generator], str] | None = None  # an item of an open function
 
     def pool(self) -> tuple[str, ...]:
         """The items that become task examples: the same in every locale and on every machine."""
-        if self.draw is None:
-            return self.items
         rng = np.random.default_rng([POOL_SEED, *self.name.encode()])
-        found: dict[str, None] = {}
-        while len(found) < POOL_SIZE:
+        found = dict.fromkeys(self.items)
+        while self.draw and len(found) < POOL_SIZE:
             found[self.draw(rng)] = None
         return tuple(found)
 
     def sample(self, rng: np.random.Generator) -> str:
         """One item, closed or open, for pre-training text."""
-        if self.draw is None:
-            return self.items[rng.integers(len(self.items))]
-        return self.draw(rng)
-
-
-def _plain(text: str) -> str:
-    """Replaces no-break and narrow spaces by a space and drops direction marks."""
-    return " ".join(text.translate({0x200E: None, 0x200F: None}).split())
-
-
-def _unused_tables(locale: str) -> dict:
-    """A locale's tables as stored, whatever babel did to its copies in memory."""
-    in_memory = dict(localedata._cache)
-    localedata._cache.clear()
-    try:
-        return localedata.load(locale)
-    finally:
-        localedata._cache.clear()
-        localedata._cache.update(in_memory)
+        return self.draw(rng) if self.draw else self.items[rng.integers(len(self.items))]
 
 
 @functools.cache
 def _names(kind: str, locale: str) -> dict[int, str]:
-    """Nominative month or weekday names.
-
-    Read from tables that babel has not used yet: it resolves the stand-alone alias inside a table
-    that locales share, so names would depend on which locale was formatted first.
-    """
-    tables = _unused_tables(locale)[kind]
+    """Nominative month or weekday names."""
+    # Read from tables that babel has not used yet: it resolves the stand-alone alias inside a table
+    # that locales share, so names would depend on which locale was formatted first.
+    in_memory = dict(localedata._cache)
+    localedata._cache.clear()
+    try:
+        tables = localedata.load(locale)[kind]
+    finally:
+        localedata._cache.clear()
+        localedata._cache.update(in_memory)
     alone = tables["stand-alone"]["wide"]
     own = alone[1] if isinstance(alone, tuple) else alone if isinstance(alone, dict) else {}
     return {**tables["format"]["wide"], **own}
@@ -118,26 +95,14 @@ def _display(kind: str, locale: str) -> dict[str, str]:
     return dict(getattr(babel.Locale.parse(locale), kind))
 
 
-def _display_name(kind: str) -> Callable[[str, str], str]:
-    return lambda item, locale: _display(kind, locale)[_english(kind)[item]]
+def _display_name(kind: str) -> tuple[Callable[[str, str], str], Iterable[str]]:
+    return lambda item, locale: _display(kind, locale)[_english(kind)[item]], _english(kind)
 
 
 def _draw_number(rng: np.random.Generator) -> str:
     digits = int(rng.integers(3, 7))
     whole = rng.integers(10 ** (digits - 1), 10**digits)
     return f"{whole}.{rng.integers(1, 10)}" if rng.random() < 0.5 else str(whole)
-
-
-def _number(item: str, locale: str) -> str:
-    return numbers.format_decimal(decimal.Decimal(item), locale=locale)
-
-
-def _draw_percent(rng: np.random.Generator) -> str:
-    return f"{rng.integers(1, 10 ** int(rng.integers(1, 4)))}%"
-
-
-def _percent(item: str, locale: str) -> str:
-    return numbers.format_percent(decimal.Decimal(item[:-1]) / 100, locale=locale)
 
 
 def _draw_currency(rng: np.random.Generator) -> str:
@@ -155,14 +120,6 @@ def _draw_date(rng: np.random.Generator) -> str:
     return str(first + datetime.timedelta(days=int(rng.integers(0, 365 * 40))))
 
 
-def _date(item: str, locale: str) -> str:
-    return dates.format_date(datetime.date.fromisoformat(item), "short", locale=locale)
-
-
-def _draw_day(rng: np.random.Generator) -> str:
-    return f"{MONTHS[rng.integers(12)]} {rng.integers(1, 29)}"
-
-
 def _day(item: str, locale: str) -> str:
     month, day = item.split()
     date = datetime.date(2024, MONTHS.index(month) + 1, int(day))
@@ -171,8 +128,8 @@ def _day(item: str, locale: str) -> str:
 
 @functools.cache
 def _english_units() -> dict[str, str]:
-    plural = {units.format_unit(2, unit, locale="en").split()[1]: unit for unit in UNITS}
-    return {**plural, **{units.format_unit(1, u, locale="en").split()[1]: u for u in UNITS}}
+    named = lambda amount, unit: units.format_unit(amount, unit, locale="en").split()[1]
+    return {named(amount, unit): unit for amount in (2, 1) for unit in UNITS}
 
 
 def _draw_unit(rng: np.random.Generator) -> str:
@@ -209,26 +166,39 @@ def _draw_list(rng: np.random.Generator) -> str:
     return " + ".join(rng.choice(NAMES, size=int(rng.integers(2, 4)), replace=False))
 
 
-def _list(item: str, locale: str) -> str:
-    return lists.format_list(item.split(" + "), locale=locale)
-
-
 def _make(name, value, items=(), draw=None) -> Function:
-    return Function(name, lambda item, locale: _plain(value(item, locale)), tuple(items), draw)
+    """A function whose values have only plain spaces and no direction marks."""
+    plain = lambda text: " ".join(text.translate({0x200E: None, 0x200F: None}).split())
+    return Function(name, lambda item, locale: plain(value(item, locale)), tuple(items), draw)
 
 
+_decimal, _day_of = decimal.Decimal, datetime.date.fromisoformat
 _ALL = (
     _make("month", lambda item, of: _names("months", of)[MONTHS.index(item) + 1], MONTHS),
     _make("weekday", lambda item, of: _names("days", of)[WEEKDAYS.index(item)], WEEKDAYS),
-    _make("country", _display_name("territories"), _english("territories")),
-    _make("language", _display_name("languages"), _english("languages")),
-    _make("number", _number, draw=_draw_number),
-    _make("percent", _percent, draw=_draw_percent),
+    _make("country", *_display_name("territories")),
+    _make("language", *_display_name("languages")),
+    _make(
+        "number",
+        lambda item, of: numbers.format_decimal(_decimal(item), locale=of),
+        draw=_draw_number,
+    ),
+    _make(
+        "percent",
+        lambda item, of: numbers.format_percent(_decimal(item[:-1]) / 100, locale=of),
+        draw=lambda rng: f"{rng.integers(1, 10 ** int(rng.integers(1, 4)))}%",
+    ),
     _make("currency", _currency, draw=_draw_currency),
-    _make("date", _date, draw=_draw_date),
-    _make("day", _day, draw=_draw_day),
+    _make(
+        "date",
+        lambda item, of: dates.format_date(_day_of(item), "short", locale=of),
+        draw=_draw_date,
+    ),
+    _make("day", _day, draw=lambda rng: f"{MONTHS[rng.integers(12)]} {rng.integers(1, 29)}"),
     _make("unit", _unit, draw=_draw_unit),
     _make("relative", _relative, draw=_draw_relative),
-    _make("list", _list, draw=_draw_list),
+    _make(
+        "list", lambda item, of: lists.format_list(item.split(" + "), locale=of), draw=_draw_list
+    ),
 )
 FUNCTIONS = {function.name: function for function in _ALL}

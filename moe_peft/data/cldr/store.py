@@ -1,7 +1,6 @@
 """Generated rows, written once to the cache folder and read from it afterwards.
 
-A file's name carries a fingerprint of
-babel's version and of this package's source, so rows of another version are never read.
+A file's name tells babel's version and this package's source: rows of others are never read.
 """
 
 from collections.abc import Callable
@@ -33,9 +32,7 @@ def fingerprint() -> str:
 def cached(name: str, make: Callable[[], Columns]) -> Columns:
     """The columns called `name`: read if present, otherwise made and written.
 
-    Written to a temporary file and renamed, so that processes started together cannot read half of
-    one. A folder that cannot be written, or a damaged file, costs the time of making the rows again
-    and a warning.
+    A damaged file, or a folder that cannot be written, is a warning, and rows are made again.
     """
     path = cache.folder() / f"{name}-{fingerprint()}.npz"
     try:
@@ -46,7 +43,7 @@ def cached(name: str, make: Callable[[], Columns]) -> Columns:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         logging.warning("Making %s again: %s", path, problem)
     columns = make()
-    try:
+    try:  # renamed when done: processes that start together cannot read half of a file
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:

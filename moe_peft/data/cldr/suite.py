@@ -45,10 +45,7 @@ class Task:
     function: str
     locale: str
 
-    @property
-    def name(self) -> str:
-        """SeqIO name, `cldr_<function>_<locale>`."""
-        return f"cldr_{self.function}_{self.locale}"
+    name = property(lambda self: f"cldr_{self.function}_{self.locale}")  # SeqIO's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,29 +73,23 @@ def tasks(group: str) -> tuple[Task, ...]:
     """Tasks of a group: "train", "heldout", "fewshot" or "new", in a fixed order."""
     if group == "new":
         return tuple(Task(name, locale) for name in NEW_FUNCTIONS for locale in NEW_LOCALES)
-    pairs = [
-        Task(function, locale)
-        for function in functions.FUNCTIONS
-        for locale in (FEWSHOT_LOCALES if group == "fewshot" else TRAINING_LOCALES)
-    ]
+    pairs = lambda names, locales: (Task(name, locale) for name in names for locale in locales)
     if group == "fewshot":
-        return tuple(pairs)
+        return tuple(pairs(functions.FUNCTIONS, FEWSHOT_LOCALES))
     wanted = {"train": False, "heldout": True}[group]
-    return tuple(task for task in pairs if held_out(task.function, task.locale) is wanted)
+    trained = pairs(functions.FUNCTIONS, TRAINING_LOCALES)
+    return tuple(task for task in trained if held_out(task.function, task.locale) is wanted)
 
 
 def split_items(task: Task) -> dict[str, tuple[str, ...]]:
     """Items of each split. A held-out combination has no training items."""
     pool = functions.FUNCTIONS[task.function].pool()
-    ordered = sorted(pool, key=lambda item: _digest(task, item))
+    digest = lambda item: hashlib.sha256(f"{task.function}|{task.locale}|{item}".encode()).digest()
+    ordered = tuple(sorted(pool, key=digest))
     cut = max(2, round(len(pool) / VALIDATION_FRACTION))
     if task.locale in TRAINING_LOCALES and held_out(task.function, task.locale):
-        return {"validation": tuple(ordered)}
-    return {"train": tuple(ordered[cut:]), "validation": tuple(ordered[:cut])}
-
-
-def _digest(task: Task, item: str) -> bytes:
-    return hashlib.sha256(f"{task.function}|{task.locale}|{item}".encode()).digest()
+        return {"validation": ordered}
+    return {"train": ordered[cut:], "validation": ordered[:cut]}
 
 
 def examples(task: Task, split: str) -> list[Example]:

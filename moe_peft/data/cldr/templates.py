@@ -1,5 +1,4 @@
-"""Instructions: four wordings per function. The position in the tuple is the template id, and never
-changes.
+"""Instructions: four wordings per function; their order gives template ids and never changes.
 
 Fields: `item`, `language` (the locale's English name), `code` (its CLDR code). Two wordings name
 the locale one way and two the other, and each function's wordings put item and locale in both

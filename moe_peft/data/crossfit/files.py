@@ -59,10 +59,7 @@ def table() -> Mapping[str, Listed]:
 
 @functools.cache
 def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
-    """Task names of "train", "dev" and "test", each sorted.
-
-    The official random partition, unless the folder has a file `random.json` of the same form.
-    """
+    """Sorted task names by group: the official partition, or that of the folder's `random.json`."""
     path = folder / PARTITION_FILE
     if not path.is_file():
         names_of = lambda group: (line.name for line in table().values() if line.group == group)
@@ -82,18 +79,12 @@ def partition(folder: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
 
 
 def own_metrics(folder: pathlib.Path) -> Mapping[str, str]:
-    """Task to the metric it is reported by, one of `METRICS`.
-
-    The official ones; for tasks of one's own, what `random.json` says under "metrics".
-    """
-    found = {listed.name: listed.metric for listed in table().values()}
+    """Each task's metric, of `METRICS`; `random.json` has those of own tasks under "metrics"."""
     path = folder / PARTITION_FILE
-    if not path.is_file():
-        return found
-    more = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
-    for task, metric in more.items():
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for task, metric in own.get("metrics", {}).items():
         errors.check_one_of(f"{path}: the metric of {task!r}", metric, METRICS)
-    return {**more, **found}
+    return own.get("metrics", {}) | {listed.name: listed.metric for listed in table().values()}
 
 
 def path_of(folder: pathlib.Path, task: str, seed: int, part: str) -> pathlib.Path:
@@ -116,11 +107,7 @@ def path_of(folder: pathlib.Path, task: str, seed: int, part: str) -> pathlib.Pa
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a file, none of them lacking an input or output column.
-
-    Only the line end is taken off, so an output may be empty (CrossFit's own reader shifts columns
-    there).
-    """
+    """The rows of a file; all have an input and an output column."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -131,11 +118,9 @@ def read(path: pathlib.Path) -> list[Row]:
 
 def _row(path: pathlib.Path, numbered: tuple[int, str]) -> Row:
     number, line = numbered
+    # Only the line end goes: an output may be empty (CrossFit's own reader shifts columns then).
     columns = line.removesuffix("\r").split("\t")
     if len(columns) < 2:
-        reason = (
-            "1 column, expected an input, a tab and at least one output (a line break inside a "
-            "text splits its row)"
-        )
+        reason = "1 column, expected an input, a tab and an output (does a line break split a row?)"
         raise bad_rows.BadRow(path, f"row {number}", reason, repr(line[:60]))
     return Row(columns[0], tuple(columns[1:]))

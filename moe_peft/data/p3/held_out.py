@@ -16,11 +16,7 @@ from moe_peft.data.p3 import records
 
 
 def examples(found: Iterable[records.Record], where: str) -> list[records.Record]:
-    """One record per example, in the order of their numbers, with `answer_choices`.
-
-    Args:
-      found: the rows of a `_score_eval` task.
-      where: what messages call them.
+    """One record per example of a `_score_eval` task, by their numbers, with `answer_choices`.
 
     Raises:
       UserError: rows without number, a choice that is missing or there twice, no right choice.
@@ -44,22 +40,19 @@ def examples(found: Iterable[records.Record], where: str) -> list[records.Record
         collections.deque(bad_rows.parsed(group, enumerate(found)), maxlen=0)
     # A row that was skipped may have been any example's last choice.
     least = max(map(len, groups.values()), default=0) if skipped else 1
-    examples_of = lambda number: _example(groups[number], number, where, least)
-    return list(bad_rows.parsed(examples_of, sorted(groups)))
 
+    def example(number: int) -> records.Record:
+        there = sorted(groups[number])
+        choices = [groups[number][i] for i in there]
+        right = next((choice for choice in choices if choice.is_correct), None)
+        reason = "" if right else "no choice is right"
+        if there != list(range(len(there))) or len(there) < least:
+            reason = f"only the choices {there} are there"
+        if reason:
+            raise bad_rows.BadRow(where, f"example {number}", reason)
+        return dataclasses.replace(right, answer_choices=tuple(c.targets for c in choices))
 
-def _example(
-    group: dict[int, records.Record], number: int, where: str, least: int
-) -> records.Record:
-    choices = [group[i] for i in sorted(group)]
-    if sorted(group) != list(range(len(group))) or len(group) < least:
-        reason = f"only the choices {sorted(group)} are there"
-        raise bad_rows.BadRow(where, f"example {number}", reason)
-    right = [choice for choice in choices if choice.is_correct]
-    if not right:
-        raise bad_rows.BadRow(where, f"example {number}", "no choice is right")
-    texts = tuple(choice.targets for choice in choices)
-    return dataclasses.replace(right[0], answer_choices=texts, idx=(number, right[0].idx[1]))
+    return list(bad_rows.parsed(example, sorted(groups)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +69,10 @@ class Joined:
         template = int(np.searchsorted(starts, index, side="right")) - 1
         return self.parts[template][index - starts[template]]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Length of every sequence."""
-        return np.concatenate([part.lengths for part in self.parts])
-
-    @property
-    def flat(self) -> np.ndarray:
-        """All ids, one sequence after another; a copy."""
-        return np.concatenate([self[i] for i in range(len(self))])
-
-    @property
-    def ends(self) -> np.ndarray:
-        """Where each sequence ends in `flat`."""
-        return np.cumsum(self.lengths)
+    # As of `rows.Ragged`; `flat` is a copy here.
+    lengths = property(lambda self: np.concatenate([part.lengths for part in self.parts]))
+    flat = property(lambda self: np.concatenate([self[i] for i in range(len(self))]))
+    ends = property(lambda self: np.cumsum(self.lengths))
 
 
 class Woven(Joined):
@@ -99,7 +82,4 @@ class Woven(Joined):
         item, template = divmod(index, len(self.parts))
         return self.parts[template][item]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Length of every sequence."""
-        return np.stack([part.lengths for part in self.parts], axis=1).ravel()
+    lengths = property(lambda self: np.stack([p.lengths for p in self.parts], axis=1).ravel())

@@ -17,14 +17,8 @@ def stored(
 ) -> row_store.Stored:
     """The rows of a split, in the order of its files, or of its examples' numbers.
 
-    Args:
-      source: of the task.
-      split: of the source.
-      limit: only the first so many; None for all.
-      retokenize: make ids from the texts, where others are published.
-
-    Raises:
-      UserError: no such split, a row that cannot be read, ids of another vocabulary.
+    Only the first `limit`, None for all. `retokenize` makes ids from the texts where others are
+    published; without it, a UserError where these are of another vocabulary.
     """
     files = source.files(split)
     if not files:
@@ -41,7 +35,7 @@ def stored(
 def opened(
     source: sources.Source, split: str, limit: int | None, retokenize: bool, key: tuple
 ) -> row_store.Stored:
-    """The rows of a split; `key` is whatever they depend on besides the other arguments."""
+    """The rows of a split; `key` is what else they depend on."""
     task, where = source.prompt.task, f"{source.where}, {split!r}"
     lines = lambda: _lines(itertools.islice(source.read(split), limit), source.where, retokenize)
     found = row_store.stored(cache.folder() / "p3", f"{task}-{split}", key, lines)

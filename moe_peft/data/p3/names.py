@@ -2,7 +2,7 @@
 
 Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization": 38 training
 data sets with 313 templates in `t0`, 10 more (79) in `t0+`, 6 more (72) in `t0++`. The 24 templates
-that the original mixture excludes by name belong to none of them.
+that the original mixture excludes by name are in none of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,6 @@ MAX_EXAMPLES = 500_000  # of a data set, over its templates
 MIXTURES = ("t0", "t0+", "t0++")
 TABLE_FILE = "tasks.json"
 ANLI_ROUNDS = ("r1", "r2", "r3")
-
 NOT_PUBLISHED = ("storycloze",)  # on request only, so not among P3's records
 
 
@@ -46,7 +45,7 @@ class Dataset:
     """A data set of the training mixtures."""
 
     name: str  # as its hub calls it
-    subset: str | None  # as its hub calls it; None where it has none
+    subset: str | None  # the same; None where it has none
     mixture: str  # the smallest of `MIXTURES` that trains on it
     train_size: int  # rows that T0's table of data sets gives
     templates: tuple[str, ...]  # names of all its templates, sorted
@@ -61,11 +60,10 @@ class Dataset:
         return tuple(task(self.name, self.subset, template) for template in self.templates)
 
     def cap(self, rule: str) -> int:
-        """Examples of each template that count.
+        """Examples of each template that count, where a share is `MAX_EXAMPLES` by templates.
 
-        Rule "t0" (T0, MoV): `MAX_EXAMPLES` divided among the templates where the data set has more
-        rows than `MAX_EXAMPLES`, all of them otherwise. Rule "t_few" (T-Few, MHR): that share, or
-        all rows if there are no more.
+        Rule "t0" (T0, MoV): the share if the data set has over `MAX_EXAMPLES` rows, otherwise all.
+        Rule "t_few" (T-Few, MHR): the share, or all rows if there are no more.
         """
         share = MAX_EXAMPLES // len(self.templates)
         if rule == "t_few":
@@ -78,8 +76,7 @@ class HeldOut:
     """A data set that T0 does not train on."""
 
     name: str  # short, such as "rte" or "anli_r1"
-    # Name of the data set as its hub calls it; its subset, None where it has none; "r1", "r2" or
-    # "r3" of ANLI, which is one data set, None otherwise.
+    # Name and subset (or None) as its hub calls them; one of `ANLI_ROUNDS`, None otherwise.
     source: tuple[str, str | None, str | None]
     tasks: tuple[str, ...]  # P3's names of its rank-classification tasks, in template order
     templates: tuple[str, ...]  # names of the templates that ask the original task, sorted
@@ -96,15 +93,10 @@ class Prompt:
     task = property(lambda self: self.of.tasks[self.number])  # P3's name
     template = property(lambda self: self.of.templates[self.number])  # promptsource's name
 
-    @property
-    def is_ranked(self) -> bool:
-        """Whether P3 has a row for each of its answer choices."""
-        return isinstance(self.of, HeldOut)
-
-    @property
-    def choices(self) -> str:
-        """A letter of `Published.choices`; empty where the table does not say."""
-        return self.of.published.choices[self.number : self.number + 1]
+    # Whether P3 has a row for each of its answer choices.
+    is_ranked = property(lambda self: isinstance(self.of, HeldOut))
+    # A letter of `Published.choices`; empty where the table does not say.
+    choices = property(lambda self: self.of.published.choices[self.number : self.number + 1])
 
     def rows(self, split: str) -> int | None:
         """Rows that P3 has of it, an example once; None where the table does not say."""
@@ -113,8 +105,7 @@ class Prompt:
     def has_answers(self, split: str) -> bool:
         """Whether P3 has rows of a split, with answers; True where the table does not say."""
         published = self.of.published
-        is_there = bool(self.rows(split)) or not published.rows
-        return is_there and split not in published.hidden
+        return split not in published.hidden and bool(self.rows(split) or not published.rows)
 
 
 def task(name: str, subset: str | None, template: str) -> str:
@@ -151,7 +142,7 @@ class Table:
 @functools.cache
 def official() -> Table:
     """T0's 54 training data sets and eleven evaluation sets."""
-    text = (importlib.resources.files(__package__) / "tasks.json").read_text(encoding="utf-8")
+    text = (importlib.resources.files(__package__) / TABLE_FILE).read_text(encoding="utf-8")
     return _table(json.loads(text))
 
 
@@ -173,10 +164,7 @@ def of_folder(folder: pathlib.Path) -> Table:
 def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     training = tuple(
         Dataset(
-            line["name"],
-            line["subset"],
-            line["mixture"],
-            line["train_size"],
+            *(line[key] for key in ("name", "subset", "mixture", "train_size")),
             tuple(line["templates"]),
             tuple(letter == "+" for letter in line.get("original", "")),
             _published(line, line.get("rows", {})),
@@ -188,8 +176,7 @@ def _table(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     names += [task for found in held_out for task in (found.name, *found.tasks)]
     if twice := errors.twice(names):
         raise ValueError(f"{twice!r} is there twice")
-    unknown = [dataset.mixture for dataset in training if dataset.mixture not in MIXTURES]
-    if unknown:
+    if unknown := [found.mixture for found in training if found.mixture not in MIXTURES]:
         raise ValueError(f"mixture {unknown[0]!r}, expected one of {', '.join(MIXTURES)}")
     return Table(training, held_out)
 

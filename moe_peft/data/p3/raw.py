@@ -2,8 +2,7 @@
 
 Under one folder, `<data set>/<subset>/`, or `<data set>/` where there is no subset:
 
-* JSON lines: `<split>.jsonl`, or `<split>-00000-of-00002.jsonl`, ...;
-* Parquet: `<split>.parquet`, `<split>-00000-of-00001.parquet` or `<split>/0000.parquet`;
+* JSON lines or Parquet: `<split>.jsonl`, `<split>-00000-of-00002.parquet`, `<split>/0000.parquet`;
 * a folder of TensorFlow Datasets, `[<version>/]features.json` and its records (their folder
   `~/tensorflow_datasets` has this layout);
 * StoryCloze's own files, see `storycloze`.
@@ -36,17 +35,14 @@ class Folder:
     names: Mapping[str, str] = dataclasses.field(hash=False)  # of splits, by P3's names of them
 
     def files(self, split: str) -> list[pathlib.Path]:
-        """Files of one of P3's splits, all of them; empty where there is no such split."""
+        """All files of one of P3's splits; empty where there is no such split."""
         return _files(self.path, self.form, self.names[split]) if split in self.names else []
 
     def read(self, split: str) -> Iterator[tuple[pathlib.Path, Row]]:
         """Every row of one of P3's splits, with its file."""
         if self.form == "tfds":
-            yield from _tfds_rows(self.path, self.names[split])
-            return
-        for path in self.files(split):
-            for row in _READERS[self.form](path):
-                yield path, row
+            return _tfds_rows(self.path, self.names[split])
+        return ((path, row) for path in self.files(split) for row in _READERS[self.form](path))
 
 
 def folder(root: pathlib.Path, name: str, subset: str | None, anli_round: str | None) -> Folder:
@@ -78,11 +74,11 @@ def folder(root: pathlib.Path, name: str, subset: str | None, anli_round: str | 
 
 
 def _named(path: pathlib.Path, form: str, splits: set[str], anli_round: str | None) -> Folder:
+    found = {name: name for name in sorted(splits)}
     if anli_round:
         theirs = {"train": "train", "validation": "dev", "test": "test"}
         found = {ours: f"{name}_{anli_round}" for ours, name in theirs.items()}
-        return Folder(path, form, {ours: name for ours, name in found.items() if name in splits})
-    return Folder(path, form, {name: name for name in sorted(splits)})
+    return Folder(path, form, {ours: name for ours, name in found.items() if name in splits})
 
 
 def _splits(folder: pathlib.Path, form: str) -> set[str]:
@@ -97,9 +93,9 @@ def _files(folder: pathlib.Path, form: str, split: str) -> list[pathlib.Path]:
         return storycloze.files(folder, split)
     if form == "tfds":
         return sorted(folder.glob(f"*-{split}.*-*"))
-    ending = f".{form}"
-    found = {*folder.glob(f"{split}{ending}"), *folder.glob(f"{split}-*{ending}")}
-    return records.complete(folder, split, sorted(found | {*folder.glob(f"{split}/*{ending}")}))
+    patterns = (f"{split}.{form}", f"{split}-*.{form}", f"{split}/*.{form}")
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return records.complete(folder, split, sorted(found))
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[Row]:
@@ -128,8 +124,7 @@ _READERS = {
 def _tfds_splits(folder: pathlib.Path) -> set[str]:
     path = folder / "dataset_info.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        return {split["name"] for split in found}
+        return {split["name"] for split in json.loads(path.read_text(encoding="utf-8"))["splits"]}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise errors.UserError(
             f"{path} cannot be used ({type(problem).__name__}); expected what TensorFlow Datasets "
@@ -148,8 +143,6 @@ def _tfds_rows(folder: pathlib.Path, split: str) -> Iterator[tuple[pathlib.Path,
         for row in dataset:
             yield folder, (count, _values(row))
             count += 1
-    except errors.UserError:
-        raise
     except (OSError, ValueError, AssertionError, tf.errors.OpError) as problem:
         message = " ".join(str(problem).split())
         raise errors.UserError(f"{folder}, {split!r}, after {count} rows: {message}.") from problem
@@ -159,13 +152,11 @@ def _values(value: Any) -> Any:
     """Tensors as what JSON would hold: texts, numbers, lists and mappings of them."""
     if isinstance(value, Mapping):
         return {key: _values(part) for key, part in value.items()}
-    if hasattr(value, "to_list"):  # ragged
-        return _texts(value.to_list())
-    found = value.numpy()
-    return _texts(found.tolist() if isinstance(found, (np.ndarray, np.generic)) else found)
-
-
-def _texts(value: Any) -> Any:
     if isinstance(value, list):
-        return [_texts(part) for part in value]
+        return [_values(part) for part in value]
+    if hasattr(value, "to_list"):  # ragged
+        return _values(value.to_list())
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+        return _values(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value)
     return value.decode("utf-8") if isinstance(value, bytes) else value

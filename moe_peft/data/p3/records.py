@@ -23,11 +23,12 @@ from moe_peft.data import bad_rows
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(\.parquet|\.jsonl)?$")
 _TARGETS_END = 1
+_TEXTS = ("inputs_pretokenized", "targets_pretokenized")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One row; ids are None where nobody has published them."""
+    """One row; ids are None where none are published."""
 
     inputs: str
     targets: str
@@ -38,24 +39,18 @@ class Record:
     is_correct: bool = False  # whether this choice is right, in such a task
 
 
-def _folder(root: pathlib.Path, task: str) -> pathlib.Path | None:
+def find_folder(root: pathlib.Path, task: str) -> pathlib.Path | None:
+    """Where a task's files are, complete or not; None if nowhere."""
     places = (root / "data" / task, root / task)
     return next((folder for folder in places if folder.is_dir()), None)
 
 
-def has_folder(root: pathlib.Path, task: str) -> bool:
-    """Whether a task has a folder, complete or not."""
-    return _folder(root, task) is not None
-
-
 def task_folder(root: pathlib.Path, task: str) -> pathlib.Path:
     """Where a task's files are; a UserError if nowhere, or not completely."""
-    folder = _folder(root, task)
+    folder = find_folder(root, task)
     if folder is None:
-        near = ""
-        if root.is_dir():
-            known = {p.name for r in (root, root / "data") if r.is_dir() for p in r.iterdir()}
-            near = errors.near(task, known)
+        known = {p.name for place in (root, root / "data") for p in place.glob("*")}
+        near = errors.near(task, known)
         raise errors.UserError(f"P3's task {task!r} has no folder in {root}.{near}")
     if any(folder.glob("*.tfrecord-*")) and not (folder / "COMPLETED").exists():
         raise errors.UserError(
@@ -68,9 +63,7 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The files of a split in order, all shards of it; empty where there is no such split."""
     patterns = (f"{split}.tfrecord-*", f"{split}-*.parquet", f"{split}/*.parquet")
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    if not found or _published_size(folder, split) == 0:
-        return []
-    return complete(folder, split, found)
+    return complete(folder, split, found) if found and _published_size(folder, split) != 0 else []
 
 
 def complete(folder: pathlib.Path, split: str, found: list[pathlib.Path]) -> list[pathlib.Path]:
@@ -123,14 +116,13 @@ def _published_size(folder: pathlib.Path, split: str) -> int | None:
 
 def _record(path: pathlib.Path, numbered: tuple[int, Mapping[str, Any]]) -> Record:
     number, row = numbered
-    for name in ("inputs", "targets", "inputs_pretokenized", "targets_pretokenized"):
+    for name in ("inputs", "targets", *_TEXTS):
         if row.get(name) is None or (name == "targets" and not len(row[name])):
             raise bad_rows.BadRow(path, f"row {number}", f"{name!r} is missing")
     targets = np.asarray(row["targets"], np.int32)
     choices, idx = row.get("answer_choices"), row.get("idx")
     return Record(
-        row["inputs_pretokenized"],
-        row["targets_pretokenized"],
+        *(row[name] for name in _TEXTS),
         np.asarray(row["inputs"], np.int32),
         targets[:-1] if targets[-1:] == _TARGETS_END else targets,
         tuple(choices) if choices is not None else (),
@@ -158,7 +150,7 @@ def _tfrecord_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     texts = tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)
     features = {
         **dict.fromkeys(("inputs", "targets", "idx", "is_correct"), ids),
-        **dict.fromkeys(("inputs_pretokenized", "targets_pretokenized", "answer_choices"), texts),
+        **dict.fromkeys((*_TEXTS, "answer_choices"), texts),
     }
     records = tf.data.TFRecordDataset(str(path))
     damage = (tf.errors.DataLossError, tf.errors.InvalidArgumentError)
@@ -186,11 +178,8 @@ def _plain(row: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A row of a TFRecord in the form of one of Parquet."""
     text = lambda name: row[name][0].decode("utf-8") if len(row[name]) else None
     return {
-        "inputs": row["inputs"],
-        "targets": row["targets"],
-        "inputs_pretokenized": text("inputs_pretokenized"),
-        "targets_pretokenized": text("targets_pretokenized"),
+        **{name: row[name] for name in ("inputs", "targets", "idx")},
+        **{name: text(name) for name in _TEXTS},
         "answer_choices": [choice.decode("utf-8") for choice in row["answer_choices"]],
-        "idx": row["idx"],
-        "is_correct": bool(row["is_correct"][0]) if len(row["is_correct"]) else None,
+        "is_correct": any(row["is_correct"]),
     }

@@ -16,15 +16,10 @@ _RENDERING = 1  # another number where the same template and row give another te
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
-    """What both kinds have.
+    """What both kinds have; besides, `where` names it in messages, and `key` is what its texts
+    depend on besides the files."""
 
-    Attributes:
-      prompt: the task.
-      where: what messages call it.
-      key: whatever its texts depend on besides the files.
-    """
-
-    prompt: names.Prompt
+    prompt: names.Prompt  # the task
 
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that have rows, and answers."""
@@ -66,9 +61,8 @@ class Published(Source):
 class Rendered(Source):
     """A raw data set worded by a template, as T0 made P3.
 
-    Rows that the template does not apply to are left out, as there. Random choices of a template
-    are drawn from the task, the split and the number of the row: always the same, and not those of
-    the published records.
+    Rows that the template does not apply to are left out, as there. A template's random choices
+    depend on the task, the file and the row's number: always the same, not those P3 published.
     """
 
     folder: raw.Folder
@@ -106,24 +100,17 @@ class Rendered(Source):
         rendered = self.template.render(row, path, number, seed)
         if rendered is None:
             return None
-        if self.prompt.is_ranked:
-            self._check(rendered, path, number)
-        return records.Record(rendered.inputs, rendered.targets, None, None, rendered.choices)
-
-    def _check(self, rendered: templates.Rendered, path: pathlib.Path, number: int) -> None:
-        """Raises a BadRow unless one of the choices is right and none is missing."""
         wanted, choices = self.prompt.of.published.num_choices, list(rendered.choices)
-        if rendered.targets not in choices:
-            reason, seen = (
-                "a target that is none of its choices",
-                f"{rendered.targets!r}, {choices}",
-            )
-        elif wanted not in (None, len(choices)):
-            reason, seen = f"other than {wanted} choices", str(choices)
-        else:
-            return
-        reason = f"{self.template.where} gives {reason}"
-        raise bad_rows.BadRow(path, f"row {number}", reason, seen)
+        reason, seen = "", str(choices)
+        if self.prompt.is_ranked and rendered.targets not in choices:
+            reason = "a target that is not one of its choices"
+            seen = f"{rendered.targets!r}, {choices}"
+        elif self.prompt.is_ranked and wanted not in (None, len(choices)):
+            reason = f"other than {wanted} choices"
+        if reason:
+            reason = f"{self.template.where} gives {reason}"
+            raise bad_rows.BadRow(path, f"row {number}", reason, seen)
+        return records.Record(rendered.inputs, rendered.targets, None, None, rendered.choices)
 
 
 def find(
@@ -135,25 +122,21 @@ def find(
 ) -> Source:
     """Where the rows of a task are; a UserError that says what is missing if they are nowhere.
 
-    Args:
-      root: P3's folder.
-      prompt: the task.
-      wanted: "published" records; "raw" rows; or "either": records where the task has some.
-      raw_root: of raw data sets; by default `raw/` in `root`.
-      template_root: of templates; by default `templates/` in `root`.
+    `root` is P3's folder; `raw_root` and `template_root` are by default its `raw/` and
+    `templates/`. `wanted`: "published", "raw" or "either": records where the task has some.
     """
     defaults = (root / RAW, root / TEMPLATES)
     has_raw = raw_root or template_root or any(place.is_dir() for place in defaults)
     raw_root, template_root = raw_root or defaults[0], template_root or defaults[1]
     if wanted == "raw":
         return _rendered(prompt, raw_root, template_root)
-    if wanted == "published" or not has_raw or records.has_folder(root, prompt.task):
+    if wanted == "published" or not has_raw or records.find_folder(root, prompt.task):
         return Published(prompt, records.task_folder(root, prompt.task))
     try:
         return _rendered(prompt, raw_root, template_root)
     except errors.UserError as problem:
         raise errors.UserError(
-            f"P3's task {prompt.task!r} has no folder in {root}, nor can it be worded: {problem}"
+            f"P3's task {prompt.task!r} has no folder in {root}, and cannot be worded: {problem}"
         ) from problem
 
 

@@ -43,15 +43,15 @@ def read(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
     def parse(numbered: tuple[int, dict]) -> tuple[int, Mapping[str, Any]]:
         number, row = numbered
-        missing = [name for name in COLUMNS if not row.get(name)]
+        missing, right = [name for name in COLUMNS if not row.get(name)], row["AnswerRightEnding"]
         if missing or None in row:
             reason = f"no {missing[0]!r}" if missing else f"more than {len(COLUMNS)} columns"
             raise bad_rows.BadRow(path, f"row {number}", reason)
-        if row["AnswerRightEnding"] not in ("1", "2"):
+        if right not in ("1", "2"):
             reason = "'AnswerRightEnding' is neither 1 nor 2"
-            raise bad_rows.BadRow(path, f"row {number}", reason, row["AnswerRightEnding"])
+            raise bad_rows.BadRow(path, f"row {number}", reason, right)
         values = {ours: row[theirs] for theirs, ours in COLUMNS.items()}
-        return number, values | {"answer_right_ending": int(row["AnswerRightEnding"])}
+        return number, values | {"answer_right_ending": int(right)}
 
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)

@@ -43,7 +43,7 @@ class Rendered:
 
 
 def path_of(folder: pathlib.Path, name: str, subset: str | None) -> pathlib.Path:
-    """Where the templates of a data set are; a UserError if there is no such file."""
+    """The templates of a data set; a UserError if there is no such file."""
     if not folder.is_dir():
         raise errors.UserError(
             f"There is no folder {folder}; expected promptsource's templates/, with "
@@ -66,10 +66,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := errors.twice(map(str, keys)):
-            place = f"line {node.start_mark.line + 1}"
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} is there twice, {place}"
-            )
+            message = f"{twice!r} is there twice, line {node.start_mark.line + 1}"
+            raise yaml.constructor.ConstructorError(None, None, message)
         return self.construct_mapping(node, deep=True)
 
 
@@ -78,19 +76,13 @@ for _tag in ("!Template", "!TemplateMetadata", "tag:yaml.org,2002:map"):
 
 
 def read(path: pathlib.Path) -> Mapping[str, "Template"]:
-    """The templates of a file by name.
-
-    Raises:
-      UserError: no YAML of that form, a name that is there twice. What a single template lacks is
-        said when it is used.
-    """
+    """The templates of a file by name; what a single one lacks is an error when it is used."""
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=128)
-def _read(path: pathlib.Path, *stamp: int) -> Mapping[str, "Template"]:
-    del stamp
+def _read(path: pathlib.Path, *_stamp: int) -> Mapping[str, "Template"]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
@@ -109,12 +101,7 @@ def _read(path: pathlib.Path, *stamp: int) -> Mapping[str, "Template"]:
     return {name: Template(path, name, *text) for name, text in zip(names, texts)}
 
 
-def highlight(text: str) -> str:
-    """The text in the colour of promptsource's pages."""
-    return f"<span style='color: #F08080'>{text}</span>"
-
-
-def most_frequent(items: Sequence[Any]) -> list[Any] | None:
+def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
     """The items that occur most often, in the order of their first occurrence; None of none."""
     counts = collections.Counter(items)
     most = max(counts.values(), default=0)
@@ -122,25 +109,12 @@ def most_frequent(items: Sequence[Any]) -> list[Any] | None:
 
 
 class Template:
-    """One template of a file, compiled when it is first used.
-
-    Attributes:
-      path: of its file.
-      name: in that file.
-      jinja: its text; None if it has none.
-      answer_choices: their text; None if it has none.
-    """
+    """One template of a file, compiled when it is first used."""
 
     def __init__(self, path: pathlib.Path, name: str, jinja: Any, answer_choices: Any):
-        self.path, self.name = path, name
-        self.jinja = jinja
-        self.answer_choices = answer_choices or None
+        self.where = f"{path}, template {name!r}"  # what messages call it
+        self.jinja, self.answer_choices = jinja, answer_choices or None  # None: it has none
         self._random = random.Random()
-
-    @property
-    def where(self) -> str:
-        """What messages call it."""
-        return f"{self.path}, template {self.name!r}"
 
     def check(self) -> None:
         """Raises a UserError unless the template can be compiled."""
@@ -160,24 +134,17 @@ class Template:
         """The row in the template's words, as T0 made P3; None where the template does not apply.
 
         A template applies to a row if it gives an input and exactly one separator. Hyphens in names
-        of columns become underscores.
-
-        Args:
-          row: values by column.
-          path: of the row's file, for messages.
-          number: of the row, for messages.
-          seed: what the template's random choices depend on.
-
-        Raises:
-          BadRow: the row lacks a variable, or Jinja cannot work with its values.
+        of columns become underscores. Random choices depend on `seed` alone. `path` and `number` of
+        the row are for messages: a BadRow where a variable is missing or Jinja fails.
         """
         wording, listing = self._text, self._choices
-        row = {key.replace("-", "_"): _protected(value) for key, value in row.items()}
+        keep = lambda v: v.replace(SEPARATOR, _KEPT_SEPARATOR) if isinstance(v, str) else v
+        row = {key.replace("-", "_"): keep(value) for key, value in row.items()}
         self._random.seed(seed)
         try:
             choices = _split(listing.render(row)) if listing else []
             parts = _split(wording.render(row | {"answer_choices": choices or None}))
-        except Exception as problem:  # whatever an expression can raise
+        except Exception as problem:  # an expression can raise anything
             message = " ".join(str(problem).split())
             reason = f"{self.where} cannot be rendered ({type(problem).__name__}: {message})"
             seen = f"the row has {', '.join(row)}"
@@ -190,7 +157,7 @@ class Template:
     def _text(self) -> jinja2.Template:
         if not isinstance(self.jinja, str) or SEPARATOR not in self.jinja:
             raise errors.UserError(f"{self.where}: expected 'jinja' with {SEPARATOR!r} in it.")
-        # Where promptsource cuts: after whatever stands last in an expression.
+        # Where promptsource cuts: after the last part of an expression.
         cut = f" | string | truncate({MAX_CHARACTERS}) }}}}"
         return self._compiled(self.jinja.replace("}}", cut))
 
@@ -217,7 +184,10 @@ class Template:
         draw = lambda items: self._random.choice(list(items))
         shuffle = lambda items: self._random.sample(list(items), len(list(items)))
         found.filters |= {"choice": draw, "random": draw, "shuffle": shuffle}
-        found.filters |= {"highlight": highlight, "most_frequent": most_frequent}
+        found.filters |= {
+            "highlight": lambda text: f"<span style='color: #F08080'>{text}</span>",
+            "most_frequent": _most_frequent,
+        }
         found.undefined = _undefined(_names_set(found, self.jinja, self.answer_choices))
         return found
 
@@ -236,16 +206,8 @@ def _names_set(environment: jinja2.Environment, *texts: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _protected(value: Any) -> Any:
-    return value.replace(SEPARATOR, _KEPT_SEPARATOR) if isinstance(value, str) else value
-
-
 def _undefined(own: Collection[str]) -> type[jinja2.Undefined]:
-    """What is missing: a column is an error; an item, or what the template itself sets, is empty.
-
-    Args:
-      own: names that the template sets, see `_names_set`.
-    """
+    """What is missing: a column is an error; an item, or a name of the template's `own`, empty."""
 
     class Missing(jinja2.StrictUndefined):
         def __new__(cls, hint=None, obj=runtime.missing, name=None, *args, **options):

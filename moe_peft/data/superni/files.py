@@ -67,10 +67,9 @@ def table() -> Mapping[str, Listed]:
 
 
 def split_list(folder: pathlib.Path, split: str) -> tuple[str, ...]:
-    """Names of the tasks of "train" or "test", sorted, from the user's folder.
+    """Names of the tasks of "train" or "test" in the user's folder.
 
-    Sorted, so that a task's place in the list, which is its task id, does not depend on the
-    version of the file.
+    They are sorted, so that a task's id, its place, does not depend on the file's version.
     """
     path = folder / "splits" / "default" / f"{split}_tasks.txt"
     try:
@@ -116,16 +115,14 @@ def read(folder: pathlib.Path, name: str) -> TaskFile:
     path = path_of(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise errors.UserError(f"{path} cannot be read: {problem}.") from problem
-    except json.JSONDecodeError as problem:
+    except (OSError, ValueError) as problem:
         raise errors.UserError(f"{path} is not JSON (cut off?): {problem}.") from problem
     fields = _Fields(path, "", content)
     return TaskFile(
         name,
         fields.first("Definition", "Definition"),
-        tuple(_demonstration(item) for item in fields.items("Positive Examples")),
-        tuple(_demonstration(item) for item in fields.items("Negative Examples")),
+        tuple(map(_demonstration, fields.items("Positive Examples"))),
+        tuple(map(_demonstration, fields.items("Negative Examples"))),
         tuple(bad_rows.parsed(_instance, fields.items("Instances"))),
     )
 
@@ -170,8 +167,7 @@ class _Fields:
 def _demonstration(fields: _Fields) -> Demonstration:
     output = fields.first("output", f"{fields.place}['output']")
     reason = fields.content.get("explanation")
-    explanation = reason if isinstance(reason, str) else ""
-    return Demonstration(fields.get("input", str), output, explanation)
+    return Demonstration(fields.get("input", str), output, reason if type(reason) is str else "")
 
 
 def _instance(fields: _Fields) -> Instance:

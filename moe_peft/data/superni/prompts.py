@@ -53,12 +53,8 @@ def write_prompt(
 ) -> tuple[str, str]:
     """(inputs, ending): the prompt, and its tail that must survive when it is cut ("" if none).
 
-    Args:
-      name: one of `NAMES`.
-      task: what the prompt explains.
-      instance: what it asks.
-      num_tokens: of a text; demonstrations are shown as long as all fits.
-      max_inputs: tokens of the inputs, end mark included.
+    Demonstrations are shown as long as all fits in `max_inputs` tokens, end mark included;
+    `num_tokens` counts those of a text.
     """
     check_name(name)
     question = "Now complete the following example -\n" + _stop(f"Input: {instance.input.strip()}")
@@ -67,9 +63,8 @@ def write_prompt(
         return f"{definition}\n{question}{MHR_ENDING}", MHR_ENDING
     setting = TK_INSTRUCT[name]
     start = f"{task.name}. " if setting.with_name else ""
-    definition = ""
-    if setting.with_definition:
-        definition = _stop(f"Definition: {task.definition.strip()}") + "\n\n"
+    definition = _stop(f"Definition: {task.definition.strip()}") + "\n\n"
+    definition = definition if setting.with_definition else ""
     question += "\nOutput: "
     shown: list[str] = []
     for kind, examples in (

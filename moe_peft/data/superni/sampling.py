@@ -39,11 +39,3 @@ def split(
         shuffled = [task.instances[i] for i in order[: amounts.train + amounts.validation]]
         found = {"train": shuffled[: amounts.train], "validation": shuffled[amounts.train :]}
     return {name: chosen for name, chosen in found.items() if chosen}
-
-
-def reference(task: files.TaskFile, instance: files.Instance, seed: int) -> str:
-    """One of the accepted answers, drawn once for each instance."""
-    if len(instance.outputs) == 1:
-        return instance.outputs[0]
-    key = zlib.crc32(f"{task.name}\n{instance.input}".encode())
-    return instance.outputs[np.random.default_rng([seed, key]).integers(len(instance.outputs))]
