@@ -3,6 +3,7 @@
 Eight virtual CPU devices are there for the tests of meshes. Everything else runs on the first one.
 """
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -17,7 +18,10 @@ _GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
 # Toy programs run for milliseconds and compile for seconds.
 _FLAGS = (
     f"{_GIVEN_FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
 )
+# Tracing makes millions of objects that live on: looking through them so often takes a tenth of it.
+gc.set_threshold(20_000, 20, 20)
 if "MOE_PEFT_TEST_CACHE" not in os.environ:  # the first process of the session; workers inherit it
     os.environ["MOE_PEFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="moe_peft_compiled_")
     _IS_OWNER = True
@@ -110,10 +114,10 @@ def _configure(settings):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keeps compiled programs on disk: dozens of runs of the toy compile the same three."""
+def compiled_once():
+    """Keeps small programs on disk too: dozens of runs of the toy compile the same three."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(pathlib.Path(os.environ["MOE_PEFT_TEST_CACHE"], "toy")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -1,4 +1,4 @@
-"""Experiments on the benchmarks train on samples; both phases: commands/test_experiments.py."""
+"""Experiments on the benchmarks train on samples. Rows of all three: cli/test_data_show.py."""
 
 import gin
 import pytest
@@ -26,8 +26,8 @@ RANDOM = (*SHORT, "BACKBONE=random:0")
     ("experiment", "sample"),
     [
         ("mhr/superni/poly", "superni"),
-        ("poly_s/crossfit/poly", "crossfit"),
-        ("mhr/t0_xl/poly", "p3"),
+        pytest.param("poly_s/crossfit/poly", "crossfit", marks=pytest.mark.slow),
+        pytest.param("mhr/t0_xl/poly", "p3", marks=pytest.mark.slow),
     ],
 )
 def test_train_on_a_sample(tmp_path, experiment, sample):

@@ -33,10 +33,18 @@ def arrays(dtype=jnp.float32, task_ids=IDS, **site):
 
 def trained(adapter, seed=1):
     """Parameters far from their initial values."""
-    params = adapter.init(jax.random.key(0), *arrays())["params"]
+    inputs, outputs, site = arrays()
+    init = lambda key: adapter.init(key, inputs, outputs, site)["params"]
+    params = jax.eval_shape(init, jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return treedef.unflatten([jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])
+
+
+def apply(adapter, params, inputs, outputs, site):
+    """The adapter as one program."""
+    run = lambda params: adapter.apply({"params": params}, inputs, outputs, site)
+    return jax.jit(run)(params)
 
 
 def numpy_weights(logits, noise=0.0):
@@ -77,11 +85,12 @@ def without_router(params):
 def test_values_equal_numpy_and_fresh_is_identity(name):
     inputs, outputs, site = arrays()
     adapter = TABLE[name](router_factory=task_router)
-    fresh = adapter.init(jax.random.key(0), inputs, outputs, site)
+    run = jax.jit(lambda variables: adapter.apply(variables, inputs, outputs, site))
+    fresh = jax.jit(lambda key: adapter.init(key, inputs, outputs, site))(jax.random.key(0))
     # (IA)3: weights sum to one within float32 rounding.
-    np.testing.assert_allclose(adapter.apply(fresh, inputs, outputs, site), outputs, rtol=1e-6)
+    np.testing.assert_allclose(run(fresh), outputs, rtol=1e-6)
     params = trained(adapter)
-    result = adapter.apply({"params": params}, inputs, outputs, site)
+    result = run({"params": params})
     weights = numpy_weights(params["router"]["logits"])
     alpha = getattr(adapter, "alpha", 1.0)
     expected = numpy_adapter(without_router(params), inputs, outputs, weights, alpha)
@@ -96,7 +105,7 @@ def test_gradients_equal_finite_differences():
     params = trained(adapter)
     probe = np.random.default_rng(5).normal(size=outputs.shape)
     objective = lambda p: jnp.vdot(adapter.apply({"params": p}, inputs, outputs, site), probe)
-    grads = jax.grad(objective)(params)
+    grads = jax.jit(jax.grad(objective))(params)
     flat, treedef = jax.tree.flatten(params)
     for index, grad in enumerate(jax.tree.leaves(grads)):
         direction = np.random.default_rng(index).normal(size=grad.shape)
@@ -135,11 +144,14 @@ def test_only_b_has_gradient_at_the_first_step():
     inputs, outputs, site = arrays()
     for name in TABLE:
         adapter = TABLE[name](router_factory=task_router)
-        params = adapter.init(jax.random.key(0), inputs, outputs, site)["params"]
-        objective = lambda p, a=adapter: jnp.sum(
-            jnp.sin(a.apply({"params": p}, inputs, outputs, site))
-        )
-        grads = jax.grad(objective)(params)
+
+        def gradients(key, a=adapter):
+            params = a.init(key, inputs, outputs, site)["params"]
+            return jax.grad(
+                lambda p: jnp.sum(jnp.sin(a.apply({"params": p}, inputs, outputs, site)))
+            )(params)
+
+        grads = jax.jit(gradients)(jax.random.key(0))
         moving = "vectors" if "ia3" in name else "lora_b"
         assert jnp.abs(grads[moving]).max() > 1e-2
         # Rounding of weights that cancel: sum_s dw_s = 0 in exact arithmetic.
@@ -163,8 +175,8 @@ def test_one_split_of_equal_modules_is_any_number_of_splits():
         "router": {"logits": jnp.repeat(params["router"]["logits"], 3, axis=1)},
     }
     np.testing.assert_allclose(
-        mhr.apply({"params": split}, inputs, outputs, site),
-        poly.apply({"params": params}, inputs, outputs, site),
+        apply(mhr, split, inputs, outputs, site),
+        apply(poly, params, inputs, outputs, site),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -182,8 +194,8 @@ def test_one_skill_is_lora():
         "lora_b": jnp.moveaxis(params["lora_b"][:, 0], 0, 1).reshape(2, 4, OUT // 4),
     }
     np.testing.assert_allclose(
-        adapter.apply({"params": params}, inputs, outputs, site),
-        lora.apply({"params": single}, inputs, outputs, site),
+        apply(adapter, params, inputs, outputs, site),
+        apply(lora, single, inputs, outputs, site),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -198,8 +210,8 @@ def test_uniform_weights_are_the_mean_adapter_and_one_hot_weights_one_module():
         num_skills=1, num_splits=3, rank=2, alpha=3.0, router_factory=routing.UniformSkillRouter
     )
     np.testing.assert_allclose(
-        uniform.apply({"params": params}, inputs, outputs, site),
-        one.apply({"params": mean}, inputs, outputs, site),
+        apply(uniform, params, inputs, outputs, site),
+        apply(one, mean, inputs, outputs, site),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -207,8 +219,8 @@ def test_uniform_weights_are_the_mean_adapter_and_one_hot_weights_one_module():
     inputs, outputs, site = arrays(task_ids=np.array([2, 2, 2]))
     module = {name: leaf[:, 2:3] for name, leaf in params.items()}
     np.testing.assert_allclose(
-        private.apply({"params": params}, inputs, outputs, site),
-        one.apply({"params": module}, inputs, outputs, site),
+        apply(private, params, inputs, outputs, site),
+        apply(one, module, inputs, outputs, site),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -237,8 +249,8 @@ def test_one_row_of_logits_serves_every_example(name):
     row = params["router"]["logits"]
     copies = {**params, "router": {"logits": jnp.repeat(row, TASKS, axis=0)}}
     run = lambda adapter, p: jnp.sin(adapter.apply({"params": p}, inputs, outputs, site)).sum()
-    value, grads = jax.value_and_grad(functools.partial(run, one))(params)
-    expected, wanted = jax.value_and_grad(functools.partial(run, many))(copies)
+    value, grads = jax.jit(jax.value_and_grad(functools.partial(run, one)))(params)
+    expected, wanted = jax.jit(jax.value_and_grad(functools.partial(run, many)))(copies)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     wanted["router"]["logits"] = wanted["router"]["logits"].sum(0, keepdims=True)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), grads, wanted)
@@ -248,9 +260,10 @@ def test_dtype_of_outputs_is_kept():
     inputs, outputs, site = arrays(jnp.bfloat16)
     for name in TABLE:
         adapter = TABLE[name](router_factory=task_router)
-        variables = adapter.init(jax.random.key(0), inputs, outputs, site)
+        init = lambda a=adapter: a.init_with_output(jax.random.key(0), inputs, outputs, site)
+        result, variables = jax.eval_shape(init)
         assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.float32.dtype}
-        assert adapter.apply(variables, inputs, outputs, site).dtype == jnp.bfloat16
+        assert result.dtype == jnp.bfloat16
 
 
 def test_mistakes():

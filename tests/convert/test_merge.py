@@ -71,7 +71,9 @@ def merge(method_name, path, *flags):
     return main.main(["merge", "--gin_file", "models/tiny.gin", *(f"--gin.{s}" for s in settings)])
 
 
-@pytest.mark.parametrize(("method_name", "task"), [("lora", None), ("poly", 2)])
+@pytest.mark.parametrize(
+    ("method_name", "task"), [pytest.param("lora", None, marks=pytest.mark.slow), ("poly", 2)]
+)
 def test_the_file_is_a_backbone_with_the_runs_logits(run_of, method_name, task, tmp_path, capsys):
     params = run_of(method_name)
     path = tmp_path / "deep" / "merged.safetensors"

@@ -94,14 +94,17 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return mesh_lib.make_mesh()
+    return mesh_lib.make_mesh(devices=jax.devices())
 
 
 @pytest.fixture(scope="module")
-def model_and_params(backbone, mesh):
+def model_and_params(backbone):
+    """On one device."""
     model = encoder_decoder.EncoderDecoder(MODULE, losses.LossConfig())
     params = safetensors_files.read_tree(backbone.removeprefix("file:"))
-    return model, jax.device_put(params, mesh_lib.replicated(mesh))
+    return model, jax.device_put(
+        params, mesh_lib.replicated(mesh_lib.make_mesh(devices=jax.devices()[:1]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +195,10 @@ def test_one_forward_pass_and_greedy_decoding_find_the_known_scores(suite, model
     assert means == {"toy/mean": (1.0 + 0.5) / 2 / 2, "toy/median": (1.0 + 0.5) / 2 / 2}
 
 
-def test_choices_are_ranked_as_if_scored_one_by_one(asked, model_and_params):
+def test_choices_are_ranked_as_if_scored_one_by_one(asked, model_and_params, mesh):
+    """On eight devices; one does not see whether rows get lost between them."""
     model, params = model_and_params
+    params = jax.device_put(params, mesh_lib.replicated(mesh))
     rng = np.random.default_rng(1)
     inputs = [text for text, _ in asked[:9]]
     draw = lambda: "".join(rng.choice(list(LETTERS), rng.integers(1, 7)))

@@ -71,8 +71,18 @@ poly = functools.partial(methods.poly, num_tasks=3, num_skills=4, rank=2, relaxe
 mhr = functools.partial(methods.mhr, num_tasks=3, num_skills=4, num_splits=4, rank=2)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("options", [{"num_splits": 4}, {"adapter": "ia3", "num_splits": 2}])
+LORA, IA3 = {"num_splits": 4}, {"adapter": "ia3", "num_splits": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "scan_layers"),
+    [
+        (LORA, True),
+        (IA3, False),
+        pytest.param(LORA, False, marks=pytest.mark.slow),
+        pytest.param(IA3, True, marks=pytest.mark.slow),
+    ],
+)
 def test_mu_is_the_uniform_forward_as_one_adapter(options, scan_layers):
     method = poly(**options)
     frozen, trainable = trained(method, scan_layers)
@@ -89,8 +99,17 @@ def test_mu_is_the_uniform_forward_as_one_adapter(options, scan_layers):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("granularity", ["linear", "coder", "block"])
-@pytest.mark.parametrize("variant", ["new_logits", "z"])
+@pytest.mark.parametrize(
+    ("variant", "granularity"),
+    [
+        ("new_logits", "block"),
+        ("z", "coder"),
+        ("z", "linear"),
+        pytest.param("new_logits", "linear", marks=pytest.mark.slow),
+        pytest.param("new_logits", "coder", marks=pytest.mark.slow),
+        pytest.param("z", "block", marks=pytest.mark.slow),
+    ],
+)
 def test_new_logits_are_fresh_and_modules_stay(variant, granularity):
     method = mhr(granularity=granularity)
     frozen, trainable = trained(method)

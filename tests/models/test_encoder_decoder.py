@@ -111,7 +111,13 @@ def test_packed_rows_cost_what_their_examples_cost():
     assert len({float(value) for value in one_by_one}) == 3
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers",
+    [
+        pytest.param(False, id="unscanned", marks=pytest.mark.slow),
+        pytest.param(True, id="scanned"),
+    ],
+)
 def test_router_losses_reach_the_objective_and_the_routers(scan_layers):
     method = methods.mov(num_experts=3, load_balancing_weight=0.5, z_weight=0.25)
     model = make_model(method, scan_layers=scan_layers)

@@ -145,7 +145,13 @@ class Other(nn.Module):
         return self.network.decode(*args, **kwargs)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers",
+    [
+        pytest.param(False, id="unscanned", marks=pytest.mark.slow),
+        pytest.param(True, id="scanned"),
+    ],
+)
 def test_a_network_need_not_say_whether_it_is_scanned(scan_layers):
     model, params = model_and_params(scan_layers)
     module, base = model.module.module, model.method.split(params)[0]

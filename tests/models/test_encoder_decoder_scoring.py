@@ -67,7 +67,13 @@ def one_by_one(model, params, inputs, choices):
     return found
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers",
+    [
+        pytest.param(False, id="unscanned"),
+        pytest.param(True, id="scanned", marks=pytest.mark.slow),
+    ],
+)
 def test_sharing_the_encoder_equals_scoring_one_by_one(scan_layers):
     model, params = model_and_params(scan_layers)
     inputs, choices = questions()

@@ -1,5 +1,7 @@
 """T-Few's losses against plain NumPy, and what must not change them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -57,6 +59,7 @@ def plain(choices, batch, logits, loss, config):
 TOKEN_MEAN = losses.LossConfig()
 
 
+@functools.partial(jax.jit, static_argnames=("loss", "config"))
 def objective(logits, batch, loss, config=TOKEN_MEAN):
     loss_sum, normalizer, _ = few_shot.loss_sums(loss, 5, config, logits, batch)
     return loss_sum / normalizer

@@ -217,8 +217,12 @@ def test_dropout_needs_its_rng_and_follows_it():
 
 @pytest.mark.parametrize(
     ("scan_layers", "collections", "num_tokens"),
-    [(False, ("cache",), 1), (False, ("cache", "cross_cache"), 2), (True, ("cache",), 2)]
-    + [(True, ("cache", "cross_cache"), 1)],
+    [
+        pytest.param(False, ("cache",), 1, marks=pytest.mark.slow),
+        (False, ("cache", "cross_cache"), 2),
+        (True, ("cache",), 2),
+        pytest.param(True, ("cache", "cross_cache"), 1, marks=pytest.mark.slow),
+    ],
 )
 def test_cached_decoding_equals_the_full_forward(params_for, scan_layers, collections, num_tokens):
     module = network(scan_layers=scan_layers)

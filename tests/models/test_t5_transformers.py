@@ -82,7 +82,7 @@ def check_logits_and_gradients(name, arrays, from_transformers):
 
 
 def continuation(module, params, inputs, length):
-    """`tokens_to_logits` and an empty cache for padded inputs."""
+    """`tokens_to_logits` and an empty cache for padded inputs, to be called under jit."""
     variables = {"params": params}
     encoded = module.apply(variables, inputs, enable_dropout=False, method=module.encode)
     step = functools.partial(
@@ -107,12 +107,14 @@ def continuation(module, params, inputs, length):
 def check_greedy(name, arrays, from_transformers):
     expected = arrays["greedy"]
     params = from_transformers(subtree(arrays, "weight/"))
-    tokens_to_logits, cache = continuation(
-        network(name), params, jnp.asarray(arrays["inputs"]), expected.shape[1]
-    )
     greedy = decoding.Greedy(expected.shape[1])
-    ids = greedy(tokens_to_logits, cache, batch_size=len(expected))
-    np.testing.assert_array_equal(ids, expected)
+
+    @jax.jit
+    def generate(params, inputs):
+        tokens_to_logits, cache = continuation(network(name), params, inputs, expected.shape[1])
+        return greedy(tokens_to_logits, cache, batch_size=len(expected))
+
+    np.testing.assert_array_equal(generate(params, arrays["inputs"]), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -135,11 +137,16 @@ def test_beam_search_equals_generate(name, from_transformers):
     expected, num_beams = arrays["beam"], 4
     params = from_transformers(subtree(arrays, "weight/"))
     inputs = batches.repeat_rows(jnp.asarray(arrays["inputs"]), num_beams)
-    tokens_to_logits, cache = continuation(network(name), params, inputs, expected.shape[1])
     strategy = decoding.BeamSearch(
         expected.shape[1], num_beams=num_beams, alpha=1.0, length_penalty="transformers"
     )
-    ids, scores = strategy.search(tokens_to_logits, cache, len(expected))
+
+    @jax.jit
+    def search(params, inputs):
+        tokens_to_logits, cache = continuation(network(name), params, inputs, expected.shape[1])
+        return strategy.search(tokens_to_logits, cache, len(expected))
+
+    ids, scores = search(params, inputs)
     np.testing.assert_array_equal(ids[:, 0], expected)
     np.testing.assert_allclose(scores[:, 0], arrays["beam_scores"], **TOLERANCE)
 

@@ -11,10 +11,8 @@ from moe_peft import errors, patching
 from moe_peft.runtime import processes
 
 
-def main(folder, method, shape, num_steps, spec=None, timeout="60"):
-    jax.config.update("jax_num_cpu_devices", 2 if spec else 1)
-    if spec:
-        processes.join(processes.find(spec, {}), int(timeout))
+def run(folder, method, shape, num_steps):
+    """Trains, and writes what was trained into trained.npz."""
     path = pathlib.Path(__file__).parent / "test_layout.py"
     module = importlib.util.spec_from_file_location("layout_runs", path)
     runs = importlib.util.module_from_spec(module)
@@ -25,6 +23,13 @@ def main(folder, method, shape, num_steps, spec=None, timeout="60"):
     values = {path: processes.fetch_to_host(leaf) for path, leaf in flat.items()}
     if processes.is_first():
         np.savez(pathlib.Path(folder) / "trained.npz", **values)
+
+
+def main(folder, method, shape, num_steps, spec=None, timeout="60"):
+    jax.config.update("jax_num_cpu_devices", 2 if spec else 1)
+    if spec:
+        processes.join(processes.find(spec, {}), int(timeout))
+    run(folder, method, shape, num_steps)
 
 
 if __name__ == "__main__":

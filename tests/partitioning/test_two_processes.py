@@ -1,5 +1,6 @@
 """Two processes of two devices each, joined by jax.distributed, against one process."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -21,7 +22,7 @@ def free_port():
 
 
 def start(folder, method, shape, num_steps, *more):
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(RUN), str(folder), method, shape, str(num_steps), *more]
     return subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -39,6 +40,14 @@ def end(processes, code=0):
     return outputs
 
 
+def run_here(folder, method, num_steps):
+    """The same run in the process of the tests, on one device."""
+    module = importlib.util.spec_from_file_location("distributed_run", RUN)
+    runs = importlib.util.module_from_spec(module)
+    module.loader.exec_module(runs)
+    runs.run(folder, method, "1,1,1", num_steps)
+
+
 def assert_equal(one, other):
     one, other = (dict(np.load(folder / "trained.npz")) for folder in (one, other))
     assert one.keys() == other.keys()
@@ -48,13 +57,13 @@ def assert_equal(one, other):
 
 def test_two_processes_equal_one_and_hand_over_to_another_number(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    single = start(alone, "mhr", "1,1,1", 10)
-    outputs = end(start_two(together, "mhr", "2,1,2", 6))
+    started = start_two(together, "mhr", "2,1,2", 6)
+    run_here(alone, "mhr", 10)
+    outputs = end(started)
     assert "step 6/6" in outputs[0]
     assert "step" not in outputs[1]  # Only the first one talks.
-    end([single])
     # Another number of processes, another mesh, the same data: one goes on, then two again.
-    end([start(together, "mhr", "1,1,1", 8)])
+    run_here(together, "mhr", 8)
     end(start_two(together, "mhr", "1,2,2", 10))
     assert_equal(alone, together)
     lines = (together / "metrics.jsonl").read_text().splitlines()

@@ -43,6 +43,25 @@ def logits_of(method, module):
     return found
 
 
+@functools.cache
+def adapted_paths():
+    """Paths of the layers with a router of their own in a network of two layers each."""
+    paths = logits_of(methods.poly(num_tasks=3), network(2))
+    return [path.removesuffix("/adapter/router/logits") for path in paths]
+
+
+def groups(level, num_blocks, num_layers):
+    """Routers of a network of `num_layers` in encoder and decoder each, told from paths alone."""
+    first = [path for path in adapted_paths() if "/layers_0/" in path]
+    paths = [
+        path.replace("/layers_0/", f"/layers_{layer}/")
+        for path in first
+        for layer in range(num_layers)
+    ]
+    granularity = patching.Granularity(level, num_blocks)
+    return set(map(granularity.group, paths)) if granularity.is_shared else set(paths)
+
+
 @pytest.mark.parametrize(
     ("granularity", "num_blocks", "counts"),
     [  # routers of a network of 8, 12, 24 layers in encoder and decoder each: facts of the papers
@@ -55,13 +74,17 @@ def logits_of(method, module):
     ],
 )
 def test_number_of_routers(granularity, num_blocks, counts):
+    assert tuple(len(groups(granularity, num_blocks, n)) for n in (8, 12, 24)) == counts
+    # A network has the routers that its paths tell.
+    num_blocks = num_blocks and 2
     method = methods.poly(num_tasks=3, granularity=granularity, num_blocks=num_blocks)
-    for layers, expected in zip((8, 12, 24), counts, strict=True):
-        if layers == 24 and granularity not in ("blocks", "linear"):
-            continue  # The abstract network of 24 layers takes seconds.
-        found = logits_of(method, network(layers))
-        assert len(found) == expected
-        assert {leaf.shape for leaf in found.values()} == {(3, 1, 8)}
+    found = logits_of(method, network(2))
+    told = groups(granularity, num_blocks, 2)
+    if granularity == "linear":
+        assert found.keys() == {f"{path}/adapter/router/logits" for path in told}
+    else:
+        assert found.keys() == {f"adapter/router/{group}/logits" for group in told}
+    assert {leaf.shape for leaf in found.values()} == {(3, 1, 8)}
 
 
 def test_names_of_groups():
@@ -96,11 +119,18 @@ def randomised(params, seed=0):
     )
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("granularity", ["coder", "model"])
+@pytest.mark.parametrize(
+    ("granularity", "scan_layers"),
+    [
+        ("coder", True),
+        ("model", False),
+        pytest.param("coder", False, marks=pytest.mark.slow),
+        pytest.param("model", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_shared_router_is_the_same_logits_everywhere(granularity, scan_layers):
     """One set at the root equals copies of it at every layer, in value."""
-    module = network(scan_layers=scan_layers)
+    module = network(layers=2 if scan_layers else 1, scan_layers=scan_layers)
     shared = methods.mhr(num_tasks=3, num_splits=4, granularity=granularity)
     single = methods.mhr(num_tasks=3, num_splits=4)
     init = lambda method: jax.eval_shape(
@@ -118,9 +148,13 @@ def test_a_shared_router_is_the_same_logits_everywhere(granularity, scan_layers)
             root = flat[f"adapter/router/{group}/logits"]
             copies[path] = jnp.repeat(root[:, None], 2, axis=1) if leaf.ndim == 4 else root
     expected = jit(functools.partial(run, single, module))(patching.trees.unflatten(copies))
-    found = jit(functools.partial(run, shared, module))(params)
+
+    def objective(params):
+        logits = run(shared, module, params)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    grads, found = jit(jax.grad(objective, has_aux=True))(params)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    grads = jit(jax.grad(lambda p: jnp.sum(jnp.sin(run(shared, module, p)))))(params)
     for path, grad in patching.flatten(grads["adapter"]).items():
         assert np.abs(grad[jnp.asarray([0, 2])]).max() > 1e-4, path
         assert not np.any(grad[1]), path

@@ -54,12 +54,13 @@ def made(method):
     model = encoder_decoder.EncoderDecoder(
         method.patch(t5.Transformer(CONFIG)), encoder_decoder.LossConfig(), method
     )
-    params = jax.jit(lambda: model.init(jax.random.key(0), jax.tree.map(np.shape, batch(0))))()
-    leaves = patching.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
+    shapes = jax.tree.map(np.shape, batch(0))
+    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
+    rng = np.random.default_rng(1)
     moved = {
-        path: leaf + 0.3 * jax.random.normal(key, leaf.shape)
-        for key, (path, leaf) in zip(keys, leaves.items(), strict=True)
+        path: path.endswith(("/scale", "/vectors"))
+        + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in patching.flatten(abstract).items()
     }
     return model, *method.split(patching.trees.unflatten(moved))
 
