@@ -307,7 +307,7 @@ def test_missing_part_of_a_head(gin_folder):
 
 
 def test_what_was_recorded_counts_today():
-    """No record is of settings that have changed since: `moe-peft experiments` shows all of them."""
+    """No record is of settings that have changed since."""
     record = json.loads(record_lib.default_record().read_text())
     stale = [n for n, entry in record.items() if files_lib.load(n).fingerprint != entry["settings"]]
     assert len(record) == 104
