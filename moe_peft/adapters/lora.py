@@ -61,6 +61,11 @@ class LoRA(adapter.Adapter):
         errors.check_one_of("a_init", self.a_init, A_INITS)
         super().__post_init__()
 
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied by."""
+        return self.alpha / self.rank
+
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "..."], outputs: Float[Array, "..."], site: routing.Site
@@ -95,7 +100,7 @@ class LoRA(adapter.Adapter):
                 site = dataclasses.replace(site, project=project)
             weights = router(site)
         hidden = hidden[0] if hidden else narrow_matmul.narrow_matmul(x, down)
-        delta = low_rank.expand(hidden, lora_b, self.alpha / self.rank, weights)
+        delta = low_rank.expand(hidden, lora_b, self.scale, weights)
         return outputs + delta.reshape(outputs.shape)
 
     def _factors(self, in_shape, out_shape, site):
