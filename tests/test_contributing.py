@@ -47,9 +47,9 @@ def trained(method, optimizer, module=t5.Transformer(TINY), steps=2):
     assert metrics["bad_leaf"] == step.ALL_FINITE
     return before, jax.device_get(patching.flatten(state.trainable)), frozen
 
-def plan(*files):
+def plan(*files, bindings=()):
     gin.clear_config()
-    return main.configure("plan", list(files))()
+    return main.configure("plan", list(files), bindings)()
 
 def test_example():
 """
@@ -96,6 +96,19 @@ for question, answer in zip(batch["encoder_input_tokens"], batch["decoder_target
 described = identity.describe("sums", lengths, 16, seed=0)
 assert described["gin"]["sums.configured.largest"] == 99
 """,
+    "A backbone family": """
+from moe_peft.models import mixer
+from moe_peft.preflight import operations
+from moe_peft.weights import identity, records
+
+found = plan("models/mixer_tiny.gin", "methods/mov.gin", bindings=["mov.family = 'mixer'"])
+assert [rule.layers for rule in found.rules] == [("body/blocks_0/down", "body/blocks_1/down")]
+assert found.trainable == 2 * 10 * (64 + 64)  # vectors and routers of ten experts
+module = gin.query_parameter("%MODEL").scoped_configurable_fn()
+described = identity.as_json({"model": identity.describe_model(module)})
+assert records.network(described, "file") == module
+assert operations.forward(module.config, 8, 8) == 2 * 8 * 32 * (4 * 64 + 384)
+""",
 }
 # Tests of the project that see the example.
 ARCHITECTURE = [
@@ -114,6 +127,11 @@ TESTS = {
         "tests/routing/test_routers.py::test_temperature",
         f"{RECORDS}::test_made_again[mov sharp]",
         f"{RECORDS}::test_every_adapter_and_router_is_made_again",
+    ],
+    "A backbone family": [
+        "tests/models/test_mixer.py",
+        "tests/config/test_packaged_files.py::test_model_plans[models/mixer_tiny.gin]",
+        "tests/weights/test_t5_sizes.py::test_unknown_names",
     ],
 }
 

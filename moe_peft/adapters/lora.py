@@ -32,24 +32,18 @@ class LoRA(adapter.Adapter):
 
     Hu et al. 2021, "LoRA", section 4.1. With a router it is `MoLoRA`.
 
-    Attributes:
-        rank: at least 1.
-        alpha: scale times rank; MoV's code uses 16, Poly's uses 1.
-        dropout_rate: of the inputs of A, in [0, 1), when an rng "dropout" is given.
-        a_init: law of lora_a: "normal", N(0, 0.02^2), as in MoV's code, or "uniform", as in Poly's
-            (`mttl_uniform`).
-        num_experts: pairs of A and B; 1 without a router.
-        router_factory: called as `router_factory(num_experts=..., name="router")`.
-
     Example:
         y = LoRA(rank=4).apply(variables, inputs, outputs, routing.Site())
     """
 
-    rank: int
-    alpha: float = 16.0
-    dropout_rate: float = 0.0
+    rank: int  # at least 1
+    alpha: float = 16.0  # scale times rank; MoV's code uses 16, Poly's uses 1
+    dropout_rate: float = 0.0  # of the inputs of A, in [0, 1), when an rng "dropout" is given
+    # law of lora_a: "normal", N(0, 0.02^2), as in MoV's code, or "uniform", as in Poly's
+    # (`mttl_uniform`)
     a_init: str = "normal"
-    num_experts: int = 1
+    num_experts: int = 1  # pairs of A and B; 1 without a router
+    # called as `router_factory(num_experts=..., name="router")`
     router_factory: routing.RouterFactory | None = None
 
     def __post_init__(self) -> None:
