@@ -44,7 +44,7 @@ def of(config: Config) -> Family:
     return next(family for family in FAMILIES.values() if isinstance(config, family.config))
 
 
-def of_network(name: str) -> Family | None:
+def of_network(name: str | None) -> Family | None:
     """Returns the family whose network is the class of that name."""
     return next((each for each in FAMILIES.values() if each.network.__name__ == name), None)
 
