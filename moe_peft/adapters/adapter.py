@@ -12,15 +12,11 @@ Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 class Adapter(nn.Module):
-    """Base of all adapters: `__call__(inputs, outputs, site)` and a field `router_factory`.
+    """Base of all adapters: `__call__(inputs, outputs, site)` and a field `router_factory`."""
 
-    Attributes:
-        router_sizes: fields that the router has too.
-        only_scales: what it returns is `outputs` times a vector, whatever the inputs. Only such an
-            adapter can be merged where it changes the inputs of a layer.
-    """
-
-    router_sizes: ClassVar[tuple[str, ...]] = ("num_experts",)
+    router_sizes: ClassVar[tuple[str, ...]] = ("num_experts",)  # fields that the router has too
+    # what it returns is `outputs` times a vector, whatever the inputs. Only such an adapter can be
+    # merged where it changes the inputs of a layer.
     only_scales: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

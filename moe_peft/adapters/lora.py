@@ -32,24 +32,18 @@ class LoRA(adapter.Adapter):
 
     Hu et al. 2021, "LoRA", section 4.1. With a router it is `MoLoRA`.
 
-    Attributes:
-        rank: at least 1.
-        alpha: scale times rank; MoV's code uses 16, Poly's uses 1.
-        dropout_rate: of the inputs of A, in [0, 1), when an rng "dropout" is given.
-        a_init: law of lora_a: "normal", N(0, 0.02^2), as in MoV's code, or "uniform", as in Poly's
-            (`mttl_uniform`).
-        num_experts: pairs of A and B; 1 without a router.
-        router_factory: called as `router_factory(num_experts=..., name="router")`.
-
     Example:
         y = LoRA(rank=4).apply(variables, inputs, outputs, routing.Site())
     """
 
-    rank: int
-    alpha: float = 16.0
-    dropout_rate: float = 0.0
+    rank: int  # at least 1
+    alpha: float = 16.0  # scale times rank; MoV's code uses 16, Poly's uses 1
+    dropout_rate: float = 0.0  # of the inputs of A, in [0, 1), when an rng "dropout" is given
+    # law of lora_a: "normal", N(0, 0.02^2), as in MoV's code, or "uniform", as in Poly's
+    # (`mttl_uniform`)
     a_init: str = "normal"
-    num_experts: int = 1
+    num_experts: int = 1  # pairs of A and B; 1 without a router
+    # called as `router_factory(num_experts=..., name="router")`
     router_factory: routing.RouterFactory | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +54,11 @@ class LoRA(adapter.Adapter):
             )
         errors.check_one_of("a_init", self.a_init, A_INITS)
         super().__post_init__()
+
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied by."""
+        return self.alpha / self.rank
 
     @nn.compact
     def __call__(
@@ -95,7 +94,7 @@ class LoRA(adapter.Adapter):
                 site = dataclasses.replace(site, project=project)
             weights = router(site)
         hidden = hidden[0] if hidden else narrow_matmul.narrow_matmul(x, down)
-        delta = low_rank.expand(hidden, lora_b, self.alpha / self.rank, weights)
+        delta = low_rank.expand(hidden, lora_b, self.scale, weights)
         return outputs + delta.reshape(outputs.shape)
 
     def _factors(self, in_shape, out_shape, site):

@@ -39,17 +39,14 @@ class IA3(adapter.Adapter):
     Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
     Learning", section 3.3. With a router it is `MoV`.
 
-    Attributes:
-        num_experts: sets of vectors; 1 without a router.
-        router_factory: called as `router_factory(num_experts=..., name="router")`.
-
     Example:
         y = IA3().apply(variables, inputs, outputs, routing.Site())
     """
 
     only_scales: ClassVar[bool] = True
 
-    num_experts: int = 1
+    num_experts: int = 1  # sets of vectors; 1 without a router
+    # called as `router_factory(num_experts=..., name="router")`
     router_factory: routing.RouterFactory | None = None
 
     @nn.compact

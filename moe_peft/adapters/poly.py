@@ -85,21 +85,15 @@ class SkilledLoRA(Skilled):
 
     Caccia et al. 2023, equations 4 to 6; one split is Poly, one skill is LoRA.
 
-    Attributes:
-        num_skills: S, modules in the inventory; the papers use 8.
-        num_splits: heads of MHR; has to divide the widths of inputs and outputs.
-        rank: of every module.
-        alpha: scale times rank; 1 in the released code.
-        router_factory: called as `router_factory(num_skills=..., num_splits=..., name="router")`.
-
     Example:
         y = SkilledLoRA(router_factory=UniformSkillRouter).apply(variables, x, y, routing.Site())
     """
 
-    num_skills: int = 8
-    num_splits: int = 1
-    rank: int = 1
-    alpha: float = 1.0
+    num_skills: int = 8  # S, modules in the inventory; the papers use 8
+    num_splits: int = 1  # heads of MHR; has to divide the widths of inputs and outputs
+    rank: int = 1  # of every module
+    alpha: float = 1.0  # scale times rank; 1 in the released code
+    # called as `router_factory(num_skills=..., num_splits=..., name="router")`
     router_factory: routing.SkillRouterFactory = routing.TaskRouter
 
     def __post_init__(self) -> None:
@@ -157,18 +151,13 @@ class SkilledIA3(Skilled):
     """`y = l_task * outputs`, an inventory of (IA)3 vectors; all ones at first: the identity.
 
     Caccia et al. 2023 (P1's runs on T0); splits part the outputs.
-
-    Attributes:
-        num_skills: vectors in the inventory.
-        num_splits: has to divide the width of the outputs.
-        router_factory: as in `SkilledLoRA`.
     """
 
     only_scales: ClassVar[bool] = True
 
-    num_skills: int = 8
-    num_splits: int = 1
-    router_factory: routing.SkillRouterFactory = routing.TaskRouter
+    num_skills: int = 8  # vectors in the inventory
+    num_splits: int = 1  # has to divide the width of the outputs
+    router_factory: routing.SkillRouterFactory = routing.TaskRouter  # as in `SkilledLoRA`
 
     @nn.compact
     def __call__(

@@ -71,25 +71,19 @@ def arguments_of(
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """An adapter method, complete.
-
-    Attributes:
-        name: of the method.
-        rules: which layers get which adapter.
-        trainable: regular expression on full parameter paths; what matches it trains.
-        load_balancing_weight: times the mean load-balancing loss of all routers, in the objective.
-        z_weight: times the mean router z-loss.
-        average: the method with one adapter that its modules become when averaged (mu); None where
-            there is nothing to average.
-        transfer: how its parameters come from a run of another method; see `transfer`.
-    """
+    """An adapter method, complete."""
 
     name: str
-    rules: tuple[patching.Rule, ...] = ()
+    rules: tuple[patching.Rule, ...] = ()  # which layers get which adapter
+    # regular expression on full parameter paths; what matches it trains
     trainable: str = ADAPTER_LEAVES
+    # times the mean load-balancing loss of all routers, in the objective
     load_balancing_weight: float = 0.0
-    z_weight: float = 0.0
+    z_weight: float = 0.0  # times the mean router z-loss
+    # the method with one adapter that its modules become when averaged (mu); None where there is
+    # nothing to average
     average: "Method | None" = None
+    # how its parameters come from a run of another method; see `transfer`
     transfer: "Transfer | None" = None
 
     def __post_init__(self) -> None:
@@ -158,15 +152,10 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Where a method's parameters come from; `transfer.initial` makes them.
+    """Where a method's parameters come from; `transfer.initial` makes them."""
 
-    Attributes:
-        source: the method of the multi-task run.
-        variant: what is done with its parameters, one of `transfer.VARIANTS`.
-    """
-
-    source: Method
-    variant: str
+    source: Method  # the method of the multi-task run
+    variant: str  # what is done with its parameters, one of `transfer.VARIANTS`
 
 
 def _describe_rule(rule: patching.Rule) -> dict[str, Any]:

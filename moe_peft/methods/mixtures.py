@@ -12,9 +12,13 @@ ROUTERS = {router.option: router for router in routing_lib.ROUTERS}
 
 
 @method_lib.register(adapters.IA3)
-def ia3() -> method_lib.Method:
-    """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022)."""
-    return method_lib.Method("ia3", targets.scaling_rules(adapters.IA3, "as_in_paper"))
+def ia3(family: str = "t5") -> method_lib.Method:
+    """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022).
+
+    Args:
+        family: of networks, whose places are scaled.
+    """
+    return method_lib.Method("ia3", targets.scaling_rules(adapters.IA3, "as_in_paper", family))
 
 
 @method_lib.register(adapters.LoRA)
@@ -61,6 +65,7 @@ def mov(
     routing: str = "token",
     load_balancing_weight: float = 0.0,
     z_weight: float = 0.0,
+    family: str = "t5",
 ) -> method_lib.Method:
     """MoV: mixtures of (IA)3 vectors.
 
@@ -75,19 +80,20 @@ def mov(
         routing: "token", "sentence" (needs `sentence_embeddings` in the batch) or "uniform".
         load_balancing_weight: of the load-balancing loss; the papers train without.
         z_weight: of the router z-loss; the papers train without.
+        family: as in `ia3`.
     """
     options = {"top_k": top_k, "renormalize": renormalize, "jitter": jitter}
     factory = functools.partial(
         adapters.MoV, num_experts=num_experts, router_factory=_router_factory(routing, **options)
     )
-    rules = targets.scaling_rules(factory, router_input)
+    rules = targets.scaling_rules(factory, router_input, family)
     return method_lib.Method(
         "mov", rules, load_balancing_weight=load_balancing_weight, z_weight=z_weight
     )
 
 
 @method_lib.register(adapters.MoLoRA)
-@method_lib.arguments_of(lora, mov, without=("router_input",), placement="molora_released")
+@method_lib.arguments_of(lora, mov, without=("router_input", "family"), placement="molora_released")
 def molora(num_experts: int = 10, **options) -> method_lib.Method:
     """MoLoRA: mixtures of LoRAs; a token router sees what the frozen layer reads, undropped.
 

@@ -36,6 +36,7 @@ def poly(
     granularity: str = "linear",
     num_blocks: int | None = None,
     seed: int = 0,
+    family: str = "t5",
 ) -> method_lib.Method:
     """Poly: modules combined by task (Ponti et al. 2022; Caccia et al. 2023, section 2).
 
@@ -56,6 +57,7 @@ def poly(
         granularity: what shares a router, see `patching.Granularity` ("learned" only if shared).
         num_blocks: for granularity "blocks".
         seed: of "random_task".
+        family: as in `mixtures.ia3`; placements of LoRAs name their own.
     """
     level = patching.Granularity(granularity, num_blocks)
     if routing == "private":
@@ -74,7 +76,7 @@ def poly(
         average = mixtures.lora(rank, alpha, 0.0, placement, "uniform")
     else:
         factory = functools.partial(module, **sizes, router_factory=router)
-        rules, average = targets.scaling_rules(factory, "as_in_paper"), mixtures.ia3()
+        rules, average = targets.scaling_rules(factory, "as_in_paper", family), mixtures.ia3(family)
     rules = tuple(
         dataclasses.replace(rule, granularity=level, shared_router=shared) for rule in rules
     )

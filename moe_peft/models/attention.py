@@ -55,11 +55,6 @@ class Attention(nn.Module):
     its tokens. Attention to the encoder (`decode="cross"`) uses the collection "cross_cache" when
     it is given or mutable: keys and values of the encoded text are then computed once instead of at
     every token. Without that collection they are recomputed, as in T5X.
-
-    Attributes:
-        kernel_is_3d: store kernels as (embed, heads, kv) like T5X's `scalable_t5`, not as matrices.
-        decode: "none", "self" or "cross".
-        max_decode_length: tokens in the cache; the length of the first call's inputs if None.
     """
 
     num_heads: int
@@ -67,8 +62,10 @@ class Attention(nn.Module):
     dropout_rate: float
     dtype: DTypeLike
     float32_logits: bool
+    # store kernels as (embed, heads, kv) like T5X's `scalable_t5`, not as matrices
     kernel_is_3d: bool
-    decode: str = "none"
+    decode: str = "none"  # "none", "self" or "cross"
+    # tokens in the cache; the length of the first call's inputs if None
     max_decode_length: int | None = None
 
     @nn.compact

@@ -119,17 +119,11 @@ class Greedy(Strategy):
 @gin.register(module="decoding")
 @dataclasses.dataclass(frozen=True)
 class Sample(Greedy):
-    """Draws every token from what `restrict` leaves; the same key gives the same sequences.
+    """Draws every token from what `restrict` leaves; the same key gives the same sequences."""
 
-    Attributes:
-      temperature: above 0; below 1 sharpens. `Greedy` is its limit at 0.
-      top_k: draw among the k most probable ids only; None for all.
-      top_p: in (0, 1]; draw among the fewest ids whose probabilities reach this sum.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
+    temperature: float = 1.0  # above 0; below 1 sharpens. `Greedy` is its limit at 0.
+    top_k: int | None = None  # draw among the k most probable ids only; None for all
+    top_p: float = 1.0  # in (0, 1]; draw among the fewest ids whose probabilities reach this sum
 
     is_random = True
 
@@ -179,18 +173,15 @@ class BeamSearch(Strategy):
 
     The score of a sequence with n ids, end-of-text included, is `log p / penalty(n)`. The search
     ends when no live beam can still beat the worst of `num_beams` finished ones.
-
-    Attributes:
-      num_beams: at least 1.
-      alpha: exponent of the penalty; 0 compares log probabilities, larger favours longer ones.
-      length_penalty: "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an
-        end-of-text id count. "transformers": n ** alpha; sequences that fill all of
-        `max_decode_length` count as finished too, and end-of-text must be among the best
-        `num_beams` candidates instead of twice that (`generate` with early_stopping="never").
     """
 
-    num_beams: int = 4
+    num_beams: int = 4  # at least 1
+    # exponent of the penalty; 0 compares log probabilities, larger favours longer ones
     alpha: float = 0.6
+    # "t5x": the penalty is ((5 + n) / 6) ** alpha, and only sequences with an end-of-text id count.
+    # "transformers": n ** alpha; sequences that fill all of `max_decode_length` count as finished
+    # too, and end-of-text must be among the best `num_beams` candidates instead of twice that
+    # (`generate` with early_stopping="never").
     length_penalty: str = "t5x"
 
     def __post_init__(self):

@@ -28,19 +28,16 @@ class EncoderDecoder:
     Every method is a pure function of its arguments and may be jitted. `params` is the whole
     parameter tree, frozen and trainable merged.
 
-    Attributes:
-      module: a linen module with T5X's `__call__`, `encode` and `decode`, patched or not.
-      loss_config: how token losses become the objective.
-      method: gives router losses their weights; without it they do not count.
-
     Example (a batch is a dictionary with T5X's feature names):
       model = EncoderDecoder(method.patch(t5.Transformer(config)), LossConfig(), method)
       params = model.init(jax.random.key(0), jax.tree.map(jnp.shape, batch))
       objective, metrics = model.loss(params, batch)
     """
 
+    # a linen module with T5X's `__call__`, `encode` and `decode`, patched or not
     module: patching.Patched | nn.Module
-    loss_config: LossConfig = LossConfig()
+    loss_config: LossConfig = LossConfig()  # how token losses become the objective
+    # gives router losses their weights; without it they do not count
     method: methods_lib.Method | None = None
 
     def init_variables(self, rng: Array, batch_shapes: Mapping[str, Any]) -> PyTree:

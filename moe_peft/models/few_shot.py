@@ -31,19 +31,14 @@ GOLD = "gold_choice"  # feature of a batch: Int[b], number of the right choice
 @gin.register(module="losses")
 @dataclasses.dataclass(frozen=True)
 class FewShotLoss:
-    """Weights of the three losses; examples without choices have the first one only.
+    """Weights of the three losses; examples without choices have the first one only."""
 
-    Attributes:
-      language_modelling: of the right answers' cross entropy. Its normalisation and smoothing are
-        `LossConfig`'s: the token mean for T-Few; on SuperNI and CrossFit, which use this loss
-        alone, "per_example" and 0.1.
-      choices: of the length-normalised choice loss.
-      unlikelihood: of the wrong choices.
-    """
-
+    # of the right answers' cross entropy. Its normalisation and smoothing are `LossConfig`'s: the
+    # token mean for T-Few; on SuperNI and CrossFit, which use this loss alone, "per_example" and
+    # 0.1.
     language_modelling: float = 1.0
-    choices: float = 1.0
-    unlikelihood: float = 1.0
+    choices: float = 1.0  # of the length-normalised choice loss
+    unlikelihood: float = 1.0  # of the wrong choices
 
     def __post_init__(self):
         weights = dataclasses.asdict(self)
@@ -144,16 +139,11 @@ class FewShotModel:
     A batch has encoder_input_tokens, decoder features from `scoring.pack_choices` and
     "gold_choice". Without "gold_choice" it is a batch as anywhere else and only language modelling
     counts.
-
-    Attributes:
-      model: gives logits.
-      loss: weights.
-      num_choices: the largest number of choices in any batch, at least.
     """
 
-    model: encoder_decoder.EncoderDecoder
-    loss: FewShotLoss = FewShotLoss()
-    num_choices: int = 1
+    model: encoder_decoder.EncoderDecoder  # gives logits
+    loss: FewShotLoss = FewShotLoss()  # weights
+    num_choices: int = 1  # the largest number of choices in any batch, at least
 
     def loss_sums(
         self, params: PyTree, batch: losses.Batch, dropout_rng: Array | None = None

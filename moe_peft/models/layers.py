@@ -34,22 +34,14 @@ class Dense(nn.Module):
     The kernel is drawn as a matrix [prod(inputs), prod(features)] and stored in `kernel_shape`, so
     that the 2-D form of T5X's `examples/t5` and the 3-D form of `examples/scalable_t5` hold the
     same numbers.
-
-    Attributes:
-        features: output axes, for example (heads, head width).
-        kernel_axes: logical axis names of the stored kernel.
-        kernel_shape: shape in which the kernel is stored.
-        kernel_init: initialiser of the kernel as a matrix.
-        dtype: in which the product is computed; the kernel is stored in float32.
-        num_input_axes: trailing axes of the inputs that are contracted.
     """
 
-    features: tuple[int, ...]
-    kernel_axes: tuple[str, ...]
-    kernel_shape: tuple[int, ...]
-    kernel_init: Initializer
-    dtype: DTypeLike
-    num_input_axes: int = 1
+    features: tuple[int, ...]  # output axes, for example (heads, head width)
+    kernel_axes: tuple[str, ...]  # logical axis names of the stored kernel
+    kernel_shape: tuple[int, ...]  # shape in which the kernel is stored
+    kernel_init: Initializer  # initialiser of the kernel as a matrix
+    dtype: DTypeLike  # in which the product is computed; the kernel is stored in float32
+    num_input_axes: int = 1  # trailing axes of the inputs that are contracted
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -27,26 +27,22 @@ Sums = dict[str, Float[Array, ""]]
 @gin.register(module="losses")
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How token losses become one number.
+    """How token losses become one number."""
 
-    Attributes:
-      normalization: what the weighted sum of token losses is divided by.
-        "token_mean": the sum of the loss weights (T-Few; T5X's NUM_REAL_TARGET_TOKENS).
-        "per_sequence": every target counts 1, whatever its length: a token weighs 1 / (weight of
-        its target), the divisor is the number of targets. Targets packed into one row are told
-        apart by decoder_segment_ids (MoV and MoLoRA; T5X's AVERAGE_PER_SEQUENCE).
-        "per_example": the plain sum over tokens divided by the number of targets (MHR on SuperNI
-        and CrossFit: "summed over tokens, divided by batch size"; rows without a target do not
-        count).
-      z_loss: coefficient of log(Z)^2, Z the normalisation constant of the softmax. MoV: 1e-4.
-      label_smoothing: eps in [0, 1). The loss is (1 - eps) * nll + eps * mean over the vocabulary
-        of -log p: the "uniform" definition, in which the target gets its share of eps too (MHR on
-        SuperNI: 0.1). T5X spreads its eps over the other V - 1 classes and subtracts a constant:
-        T5X's eps corresponds to eps * V / (V - 1) here, the gradients are then equal.
-    """
-
+    # what the weighted sum of token losses is divided by. "token_mean": the sum of the loss weights
+    # (T-Few; T5X's NUM_REAL_TARGET_TOKENS). "per_sequence": every target counts 1, whatever its
+    # length: a token weighs 1 / (weight of its target), the divisor is the number of targets.
+    # Targets packed into one row are told apart by decoder_segment_ids (MoV and MoLoRA; T5X's
+    # AVERAGE_PER_SEQUENCE). "per_example": the plain sum over tokens divided by the number of
+    # targets (MHR on SuperNI and CrossFit: "summed over tokens, divided by batch size"; rows
+    # without a target do not count).
     normalization: str = "token_mean"
+    # coefficient of log(Z)^2, Z the normalisation constant of the softmax. MoV: 1e-4.
     z_loss: float = 0.0
+    # eps in [0, 1). The loss is (1 - eps) * nll + eps * mean over the vocabulary of -log p: the
+    # "uniform" definition, in which the target gets its share of eps too (MHR on SuperNI: 0.1). T5X
+    # spreads its eps over the other V - 1 classes and subtracts a constant: T5X's eps corresponds
+    # to eps * V / (V - 1) here, the gradients are then equal.
     label_smoothing: float = 0.0
 
     def __post_init__(self):

@@ -19,17 +19,13 @@ from moe_peft.models import losses
 
 @flax.struct.dataclass
 class ChoiceScores:
-    """Log-likelihoods of answer choices, natural logarithm.
-
-    Attributes:
-      log_likelihood: Float[b c], log p(tokens of the choice | input), summed over its tokens, the
-        end-of-sequence token included if the data has one.
-      num_tokens: Float[b c], 0 where an example has fewer choices than the batch.
-    """
+    """Log-likelihoods of answer choices, natural logarithm."""
 
     # Not annotated with shapes: jax rebuilds pytrees around placeholders of its own.
+    # Float[b c], log p(tokens of the choice | input), summed over its tokens, the end-of-sequence
+    # token included if the data has one
     log_likelihood: Array
-    num_tokens: Array
+    num_tokens: Array  # Float[b c], 0 where an example has fewer choices than the batch
 
     def best(self, *, is_length_normalized: bool) -> Int[Array, "b"]:
         """The most likely choice of each example; of equal ones the first.

@@ -14,40 +14,29 @@ REMAT_POLICIES = ("none", "minimal", "full")
 @gin.register(module="models")
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes and options of a T5.
+    """Sizes and options of a T5."""
 
-    Attributes:
-        vocab_size: rows of the embedding, id 0 is padding.
-        emb_dim: model width d.
-        num_heads: attention heads; heads * head_dim need not be emb_dim.
-        head_dim: width of one head.
-        mlp_dim: feed-forward width f.
-        num_encoder_layers: at least 1.
-        num_decoder_layers: at least 1.
-        mlp_activations: ("relu",) is T5 1.0, ("gelu", "linear") is T5 1.1.
-        dropout_rate: in [0, 1); one mask for all tokens of an example.
-        logits_via_embedding: reuse the embedding as output layer (T5 1.0), scaled by d ** -0.5.
-        float32_attention_logits: keep attention logits in float32 when activations are bfloat16.
-        dtype: of activations, "float32" or "bfloat16"; norms, softmax and logits are float32 always
-            (float16 overflows in T5's feed-forward blocks).
-        scan_layers: compile one layer and loop over it, with T5X's scanned parameter tree.
-        remat_policy: what the backward pass recomputes: "none"; "minimal" keeps the products with
-            weights; "full" keeps only the inputs of a layer.
-    """
-
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    head_dim: int
-    mlp_dim: int
-    num_encoder_layers: int
-    num_decoder_layers: int
+    vocab_size: int  # rows of the embedding, id 0 is padding
+    emb_dim: int  # model width d
+    num_heads: int  # attention heads; heads * head_dim need not be emb_dim
+    head_dim: int  # width of one head
+    mlp_dim: int  # feed-forward width f
+    num_encoder_layers: int  # at least 1
+    num_decoder_layers: int  # at least 1
+    # ("relu",) is T5 1.0, ("gelu", "linear") is T5 1.1
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
-    dropout_rate: float = 0.1
+    dropout_rate: float = 0.1  # in [0, 1); one mask for all tokens of an example
+    # reuse the embedding as output layer (T5 1.0), scaled by d ** -0.5
     logits_via_embedding: bool = False
+    # keep attention logits in float32 when activations are bfloat16
     float32_attention_logits: bool = False
+    # of activations, "float32" or "bfloat16"; norms, softmax and logits are float32 always (float16
+    # overflows in T5's feed-forward blocks)
     dtype: str = "float32"
+    # compile one layer and loop over it, with T5X's scanned parameter tree
     scan_layers: bool = False
+    # what the backward pass recomputes: "none"; "minimal" keeps the products with weights; "full"
+    # keeps only the inputs of a layer
     remat_policy: str = "none"
 
     def __post_init__(self) -> None:

@@ -14,18 +14,12 @@ def _residual(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share: the parts, made under T5X's names.
-
-    Attributes:
-        deterministic: no dropout.
-        decode: use and extend the caches.
-        max_decode_length: tokens in a new cache.
-    """
+    """What encoder and decoder layers share: the parts, made under T5X's names."""
 
     config: t5_config.T5Config
-    deterministic: bool
-    decode: bool = False
-    max_decode_length: int | None = None
+    deterministic: bool  # no dropout
+    decode: bool = False  # use and extend the caches
+    max_decode_length: int | None = None  # tokens in a new cache
 
     def norm(self, name: str) -> layers.LayerNorm:
         return layers.LayerNorm(self.config.dtype, name=name)

@@ -26,30 +26,19 @@ _LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device while a program runs.
+    """Bytes of one device while a program runs."""
 
-    Attributes:
-      arguments: what it is given.
-      temporaries: what it needs in between.
-      peak: all at once.
-    """
-
-    arguments: int
-    temporaries: int
-    peak: int
+    arguments: int  # what it is given
+    temporaries: int  # what it needs in between
+    peak: int  # all at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of communication in a program.
+    """One kind of communication in a program."""
 
-    Attributes:
-      count: how often a device takes part.
-      num_bytes: of the results on a device, all together.
-    """
-
-    count: int
-    num_bytes: int
+    count: int  # how often a device takes part
+    num_bytes: int  # of the results on a device, all together
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:

@@ -37,19 +37,15 @@ Axes = Mapping[str, tuple[str | None, ...]]
 @gin.configurable(module="partitioning", denylist=["mesh"])
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules by which arrays are split over it.
+    """A mesh and the rules by which arrays are split over it."""
 
-    Attributes:
-      mesh: with the axes `data`, `fsdp` and `model`.
-      first: rules (logical axis, axis or axes of the mesh, or None) that come before
-        `LOGICAL_AXIS_RULES`; adapters' axes are "expert", "rank", "task", "skill" and "split",
-        besides those of the layer they belong to.
-      adapters: "replicated" keeps a whole copy of adapters and their optimiser state on every
-        device; "sharded" splits them as the rules say.
-    """
-
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh  # with the axes `data`, `fsdp` and `model`
+    # rules (logical axis, axis or axes of the mesh, or None) that come before `LOGICAL_AXIS_RULES`;
+    # adapters' axes are "expert", "rank", "task", "skill" and "split", besides those of the layer
+    # they belong to
     first: Sequence[tuple[str, str | Sequence[str] | None]] = ()
+    # "replicated" keeps a whole copy of adapters and their optimiser state on every device;
+    # "sharded" splits them as the rules say
     adapters: str = "replicated"
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """How adapters meet a model: rules over layers, an interceptor, and the proxy around the model."""
 
+from moe_peft.patching import paths
 from moe_peft.patching.granularity import Granularity
 from moe_peft.patching.proxy import Patched, matches, num_rows
 from moe_peft.patching.rules import Matches, Rule, Sibling
@@ -17,5 +18,6 @@ __all__ = [
     "matches",
     "merge",
     "num_rows",
+    "paths",
     "split",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import re
 from typing import Any
 import zlib
 
@@ -11,29 +10,23 @@ import jax
 from jaxtyping import Array, Float
 
 from moe_peft import errors, routing
+from moe_peft.patching import paths as paths_lib
 from moe_peft.patching import trees
 from moe_peft.routing import task_routers
 
 LEVELS = ("linear", "sublayer", "block", "blocks", "coder", "model")
 
-_BLOCK = re.compile(r"(?P<coder>(?:.*?/)??(?:encoder|decoder))/layers_(?P<number>\d+)/.*")
-_CODER = re.compile(r"((?:.*?/)??(?:encoder|decoder))/.*")
-
 
 @dataclasses.dataclass(frozen=True)
 class Granularity:
-    """One router per ... (Caccia et al. 2023, section 5; names of the released code in brackets).
+    """One router per ... (Caccia et al. 2023, section 5; in brackets the released code's names)."""
 
-    Attributes:
-        level: "linear": adapted layer (finegrained; the papers' tables), "sublayer": attention or
-            feed-forward block (layerwise), "block": transformer block (blockwise), "blocks": every
-            `num_blocks` of them, "coder": encoder or decoder (coderwise), "model": whole model
-            (coarsegrained).
-        num_blocks: for "blocks", counted within encoder and decoder.
-    """
-
+    # "linear": adapted layer (finegrained; the papers' tables), "sublayer": attention or
+    # feed-forward block (layerwise), "block": transformer block (blockwise), "blocks": every
+    # `num_blocks` of them, "coder": encoder or decoder (coderwise), "model": whole model
+    # (coarsegrained)
     level: str = "linear"
-    num_blocks: int | None = None
+    num_blocks: int | None = None  # for "blocks", counted within encoder and decoder
 
     def __post_init__(self) -> None:
         errors.check_one_of("granularity", self.level, LEVELS)
@@ -58,7 +51,7 @@ class Granularity:
         """
         if self.level == "model":
             return "model"
-        found = (_CODER if self.level == "coder" else _BLOCK).fullmatch(path)
+        found = (paths_lib.part if self.level == "coder" else paths_lib.block)(path)
         if not found:
             raise errors.UserError(
                 f"Granularity {self.level!r} cannot tell which block {path} belongs to. In scanned "
@@ -66,12 +59,11 @@ class Granularity:
                 "set scan_layers to False."
             )
         if self.level == "coder":
-            return found[1]
-        number = int(found["number"])
+            return found
         if self.level == "blocks":
-            return f"{found['coder']}/blocks_{number // self.num_blocks}"
+            return f"{found.part}/blocks_{found.number // self.num_blocks}"
         if self.level == "block":
-            return f"{found['coder']}/layers_{number}"
+            return found.path
         return path.rpartition("/")[0]
 
 

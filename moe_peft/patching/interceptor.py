@@ -1,18 +1,14 @@
 """The interceptor: what happens at every module call while a patched model runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-import re
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 
 from moe_peft import errors, routing
+from moe_peft.patching import paths, trees
 from moe_peft.patching import rules as rules_lib
-from moe_peft.patching import trees
-
-# Layers of the decoder that read the encoder's tokens.
-_ENCODER_TOKENS = re.compile(r"encoder/.*|(.*/)?encoder_decoder_attention/(key|value)")
 
 
 class _Call(NamedTuple):
@@ -126,13 +122,14 @@ class Interceptor:
         path = "/".join(module.path)
         num_token_axes = call.inputs.ndim - len(call.in_axes)
         router_input, router_axis = _router_input(rule, module, parent, call)
-        reads_encoder = _ENCODER_TOKENS.fullmatch(path)
         site = routing.Site(
             in_axes=call.in_axes,
             out_axes=call.out_axes,
             router_input=router_input,
             router_axis=router_axis,
-            mask=self.context.encoder_mask if reads_encoder else self.context.decoder_mask,
+            mask=self.context.encoder_mask
+            if paths.reads_encoder(path)
+            else self.context.decoder_mask,
             context=self.context,
             num_token_axes=num_token_axes,
             has_rng=self.has_rng,

@@ -30,18 +30,14 @@ class Patched:
     shapes and axes; an adapter's parameters lie next to the frozen `kernel` under "adapter". All
     other attributes are the module's own, so that `method=patched.encode` works.
 
-    Attributes:
-        module: the model, unbound.
-        rules: at most one of them may match a layer.
-
     Example:
         patched = Patched(module, (Rule(".*/(key|value)", IA3),))
         variables = patched.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
         encoded = patched.apply(variables, tokens, method=patched.encode)
     """
 
-    module: nn.Module
-    rules: tuple[rules_lib.Rule, ...] = ()
+    module: nn.Module  # the model, unbound
+    rules: tuple[rules_lib.Rule, ...] = ()  # at most one of them may match a layer
 
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the variables of model and adapters; see `init_with_output`."""

@@ -16,48 +16,41 @@ AdapterFactory = Callable[..., nn.Module]
 
 @dataclasses.dataclass(frozen=True)
 class Sibling:
-    """Router input: something of another dense layer that the same parent called before.
+    """Router input: something of another dense layer that the same parent called before."""
 
-    Attributes:
-        name: of that layer.
-        array: "inputs": what it read. "activated": its output after the parent's activation; the
-            i-th dense layer that a parent calls has the i-th entry of the parent's `activations`,
-            as in the feed-forward blocks of T5X and of this library, so that
-            `Sibling("wi_0", "activated")` is gelu(wi_0 x) in T5 1.1.
-    """
-
-    name: str
+    name: str  # of that layer
+    # "inputs": what it read. "activated": its output after the parent's activation; the i-th dense
+    # layer that a parent calls has the i-th entry of the parent's `activations`, as in the
+    # feed-forward blocks of T5X and of this library, so that `Sibling("wi_0", "activated")` is
+    # gelu(wi_0 x) in T5 1.1.
     array: Literal["inputs", "activated"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Puts an adapter on every dense layer whose full path matches.
+    """Puts an adapter on every dense layer whose full path matches."""
 
-    Attributes:
-        pattern: regular expression, matched against the whole path of the frozen layer:
-            'encoder/layers_0/attention/query', or 'encoder/encoder/attention/query' if scanned.
-        adapter_factory: called as `adapter_factory(name="adapter")`; makes a linen module with
-            `__call__(inputs, outputs, site)`.
-        side: "outputs": the adapter changes what the layer returns. "inputs": it changes what the
-            layer reads, and finds those inputs in the place of its outputs.
-        router_input: "inputs": what the frozen layer reads, feature axes joined. "outputs": what
-            the adapter changes; with two feature axes (heads, head width) one decision per head.
-            Or something of a sibling.
-        beside: matches only where the same parent called a dense layer of this name before.
-        site: rules with one `site` name are alternatives, of which a model needs only one (gated
-            and ungated feed-forward blocks); the pattern by default: each rule stands alone.
-        granularity: which of the matched layers share a task router.
-        shared_router: that router, where several layers share one; the same for all rules.
-    """
-
+    # regular expression, matched against the whole path of the frozen layer:
+    # 'encoder/layers_0/attention/query', or 'encoder/encoder/attention/query' if scanned
     pattern: str
+    # called as `adapter_factory(name="adapter")`; makes a linen module with `__call__(inputs,
+    # outputs, site)`
     adapter_factory: AdapterFactory
+    # "outputs": the adapter changes what the layer returns. "inputs": it changes what the layer
+    # reads, and finds those inputs in the place of its outputs.
     side: Literal["outputs", "inputs"] = "outputs"
+    # "inputs": what the frozen layer reads, feature axes joined. "outputs": what the adapter
+    # changes; with two feature axes (heads, head width) one decision per head. Or something of a
+    # sibling.
     router_input: Literal["inputs", "outputs"] | Sibling = "inputs"
+    # matches only where the same parent called a dense layer of this name before
     beside: str | None = None
+    # rules with one `site` name are alternatives, of which a model needs only one (gated and
+    # ungated feed-forward blocks); the pattern by default: each rule stands alone
     site: str | None = None
+    # which of the matched layers share a task router
     granularity: granularity_lib.Granularity = granularity_lib.Granularity()
+    # that router, where several layers share one; the same for all rules
     shared_router: task_routers.TaskRouter | None = None
 
     def __post_init__(self) -> None:
@@ -84,17 +77,12 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Which layers of a model each rule applies to.
+    """Which layers of a model each rule applies to."""
 
-    Attributes:
-        rules: as given.
-        paths: the layers each rule matches, in the order in which the model calls them.
-        layers: every dense layer of the model, matched or not.
-    """
-
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...]  # as given
+    # the layers each rule matches, in the order in which the model calls them
     paths: tuple[tuple[str, ...], ...]
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # every dense layer of the model, matched or not
 
     @property
     def unused(self) -> tuple[Rule, ...]:

@@ -1,10 +1,11 @@
 """Two trees from one and back: what is frozen, and what trains."""
 
 from collections.abc import Callable, Mapping
-import re
 from typing import Any
 
 import flax.traverse_util
+
+from moe_peft.patching import paths
 
 Params = Mapping[str, Any]
 
@@ -12,13 +13,7 @@ ADAPTER = "adapter"  # name of the submodule that an adapter is
 
 # Leaves of scanned layers hold all layers of one stack, on this axis.
 LAYER_AXIS = 1
-_STACK = re.compile(r"(encoder/encoder|decoder/decoder)/.*")
-
-
-def stack(path: str) -> str | None:
-    """Returns the scanned stack that a parameter belongs to, or None for a single layer's."""
-    found = _STACK.fullmatch(path)
-    return found and found[1]
+stack = paths.scanned_stack
 
 
 def flatten(params: Params) -> dict[str, Any]:

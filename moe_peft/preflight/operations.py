@@ -10,31 +10,16 @@ import copy
 
 import gin
 
-from moe_peft.models import t5
+from moe_peft.models import family
 
 
-def forward(config: t5.T5Config, inputs: int, targets: int) -> float:
-    """Operations of one pass over one row of so many tokens.
-
-    The encoder's weights meet the inputs, the decoder's the targets, except keys and values of
-    attention to the inputs.
-    """
-    attended = config.num_heads * config.head_dim
-    projection = config.emb_dim * attended  # query, key, value and out each
-    feed_forward = (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
-    encoder = inputs * (4 * projection + feed_forward) + 2 * inputs**2 * attended
-    decoder = (
-        targets * (6 * projection + feed_forward)
-        + inputs * 2 * projection
-        + 2 * targets * (targets + inputs) * attended
-    )
-    logits = targets * config.emb_dim * config.vocab_size
-    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
-    return 2.0 * (layers + logits)
+def forward(config: family.Config, inputs: int, targets: int) -> float:
+    """Operations of one pass over one row of so many tokens."""
+    return family.of(config).operations(config, inputs, targets)
 
 
 def training(
-    config: t5.T5Config, rows: int, inputs: int, targets: int, *, is_full: bool = False
+    config: family.Config, rows: int, inputs: int, targets: int, *, is_full: bool = False
 ) -> float:
     """Operations of training on so many rows.
 
@@ -49,5 +34,5 @@ def of_settings(*, is_full: bool) -> float:
     # A copy has values where macros refer to others.
     lengths = copy.deepcopy(gin.query_parameter("%FEATURE_LENGTHS"))
     rows = gin.query_parameter("%BATCH_SIZE") * gin.query_parameter("%TRAIN_STEPS")
-    config = gin.get_configurable("T5Config")()
+    config = gin.query_parameter("%MODEL").scoped_configurable_fn().config
     return training(config, rows, lengths["inputs"], lengths["targets"], is_full=is_full)

@@ -29,17 +29,13 @@ def check_positive(name: str, value: int) -> None:
 
 
 class AnyRouter(nn.Module, abc.ABC):
-    """Base of routers over experts and over skills: what each says of itself.
+    """Base of routers over experts and over skills: what each says of itself."""
 
-    Attributes:
-        option: its name where a method takes the argument `routing`.
-        why_not_merged: why no fixed kernel does the same as an adapter with this router; None for
-            one that gives every token of a task the same weights.
-        is_learned: it has a row of logits for every task, which a new task can start from.
-    """
-
-    option: ClassVar[str]
+    option: ClassVar[str]  # its name where a method takes the argument `routing`
+    # why no fixed kernel does the same as an adapter with this router; None for one that gives
+    # every token of a task the same weights
     why_not_merged: ClassVar[str | None] = "may decide for every token"
+    # it has a row of logits for every task, which a new task can start from
     is_learned: ClassVar[bool] = False
 
     @property
@@ -64,13 +60,9 @@ class AnyRouter(nn.Module, abc.ABC):
 
 
 class Router(AnyRouter):
-    """Base of routers over experts.
+    """Base of routers over experts."""
 
-    Attributes:
-        num_experts: at least 1.
-    """
-
-    num_experts: int
+    num_experts: int  # at least 1
 
     def __post_init__(self) -> None:
         check_positive("num_experts", self.num_experts)
@@ -97,19 +89,17 @@ class SoftmaxRouter(Router):
     """`softmax(x W)` over the experts, in float32; W has no bias and starts at N(0, 0.02^2).
 
     MoV and MoLoRA (appendix A.5 and released code). What x is, subclasses say.
-
-    Attributes:
-        top_k: keep the k most probable experts, the others get weight 0 and no gradient; None
-            merges all of them (the papers' choice).
-        renormalize: divide the kept weights by their sum. Without it, as released, top-k scales
-            MoV's activations by the kept mass, so that a fresh MoV is not the identity. With it and
-            k = 1 the weight is always 1 and teaches the router nothing: only router losses do.
-        jitter: in [0, 1); with an rng "routing", x is multiplied by uniform(1 - jitter, 1 + jitter)
-            in training.
     """
 
+    # keep the k most probable experts, the others get weight 0 and no gradient; None merges all of
+    # them (the papers' choice)
     top_k: int | None = None
+    # divide the kept weights by their sum. Without it, as released, top-k scales MoV's activations
+    # by the kept mass, so that a fresh MoV is not the identity. With it and k = 1 the weight is
+    # always 1 and teaches the router nothing: only router losses do.
     renormalize: bool = True
+    # in [0, 1); with an rng "routing", x is multiplied by uniform(1 - jitter, 1 + jitter) in
+    # training
     jitter: float = 0.0
 
     def __post_init__(self) -> None:

@@ -28,14 +28,10 @@ EPSILON = 1e-12  # in the normalisation
 
 
 class SkillRouter(routers.AnyRouter):
-    """Base of all task routers.
+    """Base of all task routers."""
 
-    Attributes:
-        num_skills: modules to combine, at least 1.
-        num_splits: parts of the features with weights of their own (the heads of MHR), at least 1.
-    """
-
-    num_skills: int
+    num_skills: int  # modules to combine, at least 1
+    # parts of the features with weights of their own (the heads of MHR), at least 1
     num_splits: int = 1
 
     def __post_init__(self) -> None:
@@ -71,23 +67,17 @@ class TaskRouter(SkillRouter):
     With an rng "routing" and `relaxed`, `z = sigmoid(logits + log u - log(1 - u))`, u uniform and
     drawn for each example, split and skill: the Gumbel-sigmoid at temperature 1 of Poly and P1; the
     runs of MHR on T0 train without it. Logits start uniform within 1e-3 of zero.
-
-    Attributes:
-        num_tasks: rows of logits; with one row every example has it, whatever its task id.
-        relaxed: add the noise above in training.
-        straight_through: use z rounded to 0 or 1, with the gradient of z itself. The papers never
-            round.
-        is_shared: the logits lie at the root of the model, see `patching.Granularity`.
     """
 
     option: ClassVar[str] = "learned"
     why_not_merged: ClassVar[str | None] = None
     is_learned: ClassVar[bool] = True
 
-    num_tasks: int = 1
-    relaxed: bool = True
+    num_tasks: int = 1  # rows of logits; with one row every example has it, whatever its task id
+    relaxed: bool = True  # add the noise above in training
+    # use z rounded to 0 or 1, with the gradient of z itself. The papers never round.
     straight_through: bool = False
-    is_shared: bool = False
+    is_shared: bool = False  # the logits lie at the root of the model, see `patching.Granularity`
 
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:
@@ -156,17 +146,13 @@ class RandomTaskRouter(SkillRouter):
 
     Nothing is learned or stored: the allocation is a function of `seed` and of the router's path
     (an own draw for each adapted layer; layers stacked by a scan share theirs).
-
-    Attributes:
-        num_tasks: rows of the allocation.
-        seed: of the draw.
     """
 
     option: ClassVar[str] = "random_task"
     why_not_merged: ClassVar[str | None] = None
 
-    num_tasks: int = 1
-    seed: int = 0
+    num_tasks: int = 1  # rows of the allocation
+    seed: int = 0  # of the draw
 
     @nn.compact
     def __call__(self, site: context.Site) -> Float[Array, "b p s"]:

@@ -68,14 +68,10 @@ class Adapted:
 
     Every method below runs the model's own, on a copy whose module tells adapters what the batch
     says of its examples.
-
-    Attributes:
-      method: says what is adapted.
-      adapters: trained leaves by path that replace fresh ones, or None.
     """
 
-    method: methods.Method
-    adapters: Mapping[str, Array] | None
+    method: methods.Method  # says what is adapted
+    adapters: Mapping[str, Array] | None  # trained leaves by path that replace fresh ones, or None
 
     def get_initial_variables(
         self,
@@ -145,18 +141,13 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """A patched module for one batch, called the way T5X calls a module.
+    """A patched module for one batch, called the way T5X calls a module."""
 
-    Attributes:
-      patched: the module.
-      context: of the batch. Where a call has several rows for each example, as in beam search,
-        they lie next to each other, and so are repeated here.
-      losses: where router losses of a call go, None for nowhere.
-    """
-
-    patched: patching.Patched
+    patched: patching.Patched  # the module
+    # of the batch. Where a call has several rows for each example, as in beam search, they lie next
+    # to each other, and so are repeated here.
     context: routing.RoutingContext
-    losses: dict[str, Array] | None = None
+    losses: dict[str, Array] | None = None  # where router losses of a call go, None for nowhere
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> PyTree:
         """See `Patched.init`."""

@@ -46,16 +46,11 @@ class Adapters:
     For `utils.SaveCheckpointConfig.state_transformation_fns`. `moe-peft eval`, `merge`, `convert`
     and `adapted.model` read these files; they know the method, and by a fingerprint the backbone.
     T5X's own checkpoint stays as it is, backbone and optimiser included: T5X resumes from it.
-
-    Attributes:
-      method: says what trains.
-      model_dir: of the run.
-      backbone: checkpoint that the run started from.
     """
 
-    method: methods.Method
-    model_dir: str
-    backbone: str
+    method: methods.Method  # says what trains
+    model_dir: str  # of the run
+    backbone: str  # checkpoint that the run started from
     _fingerprint: str | None = dataclasses.field(default=None, init=False)
 
     def __call__(

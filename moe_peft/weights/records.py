@@ -4,8 +4,10 @@ from collections.abc import Mapping
 import functools
 from typing import Any
 
+from flax import linen as nn
+
 from moe_peft import errors, methods, patching, routing
-from moe_peft.models import t5
+from moe_peft.models import family
 from moe_peft.weights import identity
 
 _ROUTERS = {cls.__name__: cls for cls in (*routing.ROUTERS, *routing.SKILL_ROUTERS)}
@@ -36,20 +38,21 @@ def method(described: Mapping[str, Any], where: str) -> methods.Method:
     return made
 
 
-def network(description: Mapping[str, Any], where: str) -> t5.Transformer:
+def network(description: Mapping[str, Any], where: str) -> nn.Module:
     """Returns the network without adapters that a run's description tells of.
 
     Raises:
       UserError: it tells of none, or of another kind.
     """
     found = description.get("model") or {}
-    if found.get("class") != "Transformer":
+    own = family.of_network(found.get("class"))
+    if own is None:
         raise errors.UserError(
             f"{where} does not say which network it belongs to; name a folder with --base."
         )
-    config = dict(found["config"])
-    activations = tuple(config.pop("mlp_activations"))  # JSON has lists only.
-    return t5.Transformer(t5.T5Config(**config, mlp_activations=activations))
+    # JSON has lists only.
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in found["config"].items()}
+    return own.network(own.config(**tuples))
 
 
 def _method(described: Mapping[str, Any], where: str) -> methods.Method:

@@ -1,45 +1,11 @@
-"""Names of parameters in transformers' T5 and in our unscanned tree (T5X's), both ways."""
+"""Names of parameters in transformers and in our unscanned tree (T5X's), both ways."""
 
 from collections.abc import Mapping
 import re
 
+from moe_peft.models import family
 
-def _attention(theirs: str, ours: str, norm: str) -> dict[str, str]:
-    maps = {"q": "query", "k": "key", "v": "value", "o": "out"}
-    kernels = {f"{theirs}.{name}": f"{ours}/{own}/kernel" for name, own in maps.items()}
-    return {**kernels, "layer_norm": f"{norm}/scale"}
-
-
-_MLP = {
-    **{f"DenseReluDense.{name}": f"mlp/{name}/kernel" for name in ("wi", "wi_0", "wi_1", "wo")},
-    "layer_norm": "pre_mlp_layer_norm/scale",
-}
-# The numbered parts of a block: name there, without ".weight", to the path below "layers_N/".
-_BLOCKS = {
-    "encoder": (_attention("SelfAttention", "attention", "pre_attention_layer_norm"), _MLP),
-    "decoder": (
-        _attention("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
-        _attention(
-            "EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"
-        ),
-        _MLP,
-    ),
-}
-_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-# Theirs to ours, with "{}" for the number of a layer.
-_PATHS = {
-    "shared.weight": "token_embedder/embedding",
-    "lm_head.weight": "decoder/logits_dense/kernel",
-    **{f"{stack}.final_layer_norm.weight": f"{stack}/{stack}_norm/scale" for stack in _BLOCKS},
-    **{f"{stack}.{_BIAS}": f"{stack}/relpos_bias/rel_embedding" for stack in _BLOCKS},
-    **{
-        f"{stack}.block.{{}}.layer.{number}.{theirs}.weight": f"{stack}/layers_{{}}/{ours}"
-        for stack, parts in _BLOCKS.items()
-        for number, part in enumerate(parts)
-        for theirs, ours in part.items()
-    },
-}
-_NAMES = {ours: theirs for theirs, ours in _PATHS.items()}
+_NUMBER = r"(?<=[._])\d+(?=[./])"
 
 
 def path_of(name: str) -> str | None:
@@ -48,7 +14,7 @@ def path_of(name: str) -> str | None:
     >>> path_of("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'decoder/layers_3/encoder_decoder_attention/query/kernel'
     """
-    return _translated(name, r"(?<=coder\.block\.)\d+(?=\.)", _PATHS)
+    return _translated(name, [each.hugging_face for each in family.FAMILIES.values()])
 
 
 def name_of(path: str) -> str | None:
@@ -57,7 +23,8 @@ def name_of(path: str) -> str | None:
     >>> name_of("encoder/layers_0/pre_mlp_layer_norm/scale")
     'encoder.block.0.layer.1.layer_norm.weight'
     """
-    return _translated(path, r"(?<=coder/layers_)\d+(?=/)", _NAMES)
+    tables = (each.hugging_face.items() for each in family.FAMILIES.values())
+    return _translated(path, [{ours: theirs for theirs, ours in table} for table in tables])
 
 
 def is_transposed(path: str) -> bool:
@@ -65,10 +32,13 @@ def is_transposed(path: str) -> bool:
     return path.endswith(("/kernel", "/rel_embedding"))
 
 
-def _translated(name: str, number: str, names: Mapping[str, str]) -> str | None:
-    """Returns what a name is in `names`, where a layer's number, found by the pattern, is "{}"."""
-    if name in names:  # of the whole network, or the bias, which is that of layer 0 only
-        return names[name]
-    layer = re.search(number, name)
-    found = layer and names.get(re.sub(number, "{}", name, count=1))
-    return found and found.format(layer[0])
+def _translated(name: str, tables: list[Mapping[str, str]]) -> str | None:
+    """Returns what a name is in a table, where the number of its block is "{}"."""
+    block = re.search(_NUMBER, name)
+    for table in tables:
+        if name in table:  # of the whole network, or the bias, which is that of block 0 only
+            return table[name]
+        found = block and table.get(re.sub(_NUMBER, "{}", name, count=1))
+        if found:
+            return found.format(block[0])
+    return None

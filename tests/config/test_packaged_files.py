@@ -50,7 +50,9 @@ def test_folder_cannot_hide_the_gin_library():
 
 @pytest.mark.parametrize("name", names("models"))
 def test_model_plans(name):
-    plan = main.configure("plan", [name, "methods/ia3.gin"], [SCANNED])()
+    is_t5 = "T5Config" in (ROOT / name).read_text()
+    method, scanned = ("ia3", [SCANNED]) if is_t5 else ("full", [])
+    plan = main.configure("plan", [name, f"methods/{method}.gin"], scanned)()
     assert plan.base > 0
     assert plan.trainable > 0
     if plan.nominal_size is not None:
