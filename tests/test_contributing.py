@@ -50,8 +50,6 @@ def trained(method, optimizer, module=t5.Transformer(TINY), steps=2):
 def plan(*files, bindings=()):
     gin.clear_config()
     return main.configure("plan", list(files), bindings)()
-
-def test_example():
 """
 CHECKS = {
     "A method": """
@@ -140,27 +138,42 @@ def test_every_example_is_checked():
     assert set(EXAMPLES) == set(CHECKS)
 
 
-@pytest.mark.parametrize("title", CHECKS)
-def test_example(title, tmp_path):
-    number, files = EXAMPLES[title]
-    assert len({path for path, *_ in files}) == len(files) == number
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project with all examples in it: none stands in the way of another."""
+    folder = tmp_path_factory.mktemp("copy")
     for name in COPIED:
         copy = functools.partial(shutil.copytree, symlinks=True, ignore=_IGNORED)
-        (copy if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, tmp_path / name)
-    for path, kind, text in files:
-        if kind == "diff":
-            subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=text, text=True, check=True)
-        else:
-            assert not (tmp_path / path).exists()
-            (tmp_path / path).write_text(text)
-    sources = [path for path, *_ in files if path.endswith(".py")]
-    run = functools.partial(_run, tmp_path)
-    run("ruff", "check", *sources)
-    run("ruff", "format", "--check", *sources)
-    check = tmp_path / "tests" / "test_example.py"
-    check.write_text(PRELUDE + textwrap.indent(CHECKS[title], "    "))
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
-    run("pytest", *options, str(check), *ARCHITECTURE, *TESTS.get(title, ()))
+        (copy if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, folder / name)
+    for number, files in EXAMPLES.values():
+        assert len({path for path, *_ in files}) == len(files) == number
+        for path, kind, text in files:
+            if kind == "diff":
+                subprocess.run(["git", "apply", "-"], cwd=folder, input=text, text=True, check=True)
+            else:
+                assert not (folder / path).exists()
+                (folder / path).write_text(text)
+    return folder
+
+
+def test_examples_are_in_the_style_of_the_project(copy):
+    paths = {path for _, files in EXAMPLES.values() for path, *_ in files if path.endswith(".py")}
+    assert len(paths) >= len(EXAMPLES)
+    _run(copy, "ruff", "check", *sorted(paths))
+    _run(copy, "ruff", "format", "--check", *sorted(paths))
+
+
+def test_examples_work(copy):
+    checks = copy / "tests" / "test_examples.py"
+    written = [PRELUDE.rstrip()]
+    for title, check in CHECKS.items():
+        written.append(f"def test_{re.sub(' ', '_', title)}():{textwrap.indent(check, '    ')}")
+    checks.write_text("\n\n".join(written))
+    project = dict.fromkeys(test for tests in TESTS.values() for test in tests)
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    printed = _run(copy, "pytest", *options, str(checks), *ARCHITECTURE, *project)
+    least = len(CHECKS) + len(ARCHITECTURE) + len(project)
+    assert int(re.search(r"(\d+) passed", printed)[1]) >= least
 
 
 def _run(folder, *command):
@@ -173,3 +186,4 @@ def _run(folder, *command):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,14 +1,15 @@
 """`merge`: a run's adapters folded into the network's own weights, checked on logits."""
 
+import dataclasses
 import math
 import pathlib
 
 from flax import linen as nn
-import gin
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from moe_peft import errors, methods
+from moe_peft.config import settings as settings_lib
 from moe_peft.convert import adapter_trees
 from moe_peft.training import restore
 from moe_peft.training import start as start_lib
@@ -18,53 +19,53 @@ from moe_peft.weights import identity, leaves, merging, safetensors_files, saved
 _ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-@gin.register(module="commands")
-def merge(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    backbone: str = gin.REQUIRED,
-    model_dir: str = gin.REQUIRED,
-    path: str = gin.REQUIRED,
-    task: int | None = None,
-    step: int | None = None,
-    dtype: str = "float32",
-    frozen_dtype: str = "float32",
-    seed: int = 0,
-    member: str | None = None,
-) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `merge`."""
+
+    model: nn.Module  # the network without adapters
+    method: methods.Method  # as trained
+    backbone: str  # as trained
+    model_dir: str  # folder of the run or of the adaptation, or an exported file
+    path: str  # the file to write, ending in .safetensors
+    task: int | None = None  # id of the task to merge for, where the method tells tasks apart
+    step: int | None = None  # which checkpoint; None takes the newest
+    dtype: str = "float32"  # of the file, or "bfloat16"
+    # As trained: a run on rounded weights is merged into rounded weights.
+    frozen_dtype: str = "float32"
+    seed: int = 0  # of the batch on which logits are compared
+    member: str | None = None  # which run of an adaptation, "TASK:SEED"
+
+
+@settings_lib.entry_point(Settings, "merge", module="commands")
+def merge(settings: Settings) -> pathlib.Path:
     """Writes the merged weights of a run as safetensors and returns the file's path.
 
     The file is a backbone, `BACKBONE = "file:PATH"`, for `METHOD = @methods.frozen()` or as the
     start of another adaptation; `moe-peft convert` writes it, or the run itself, for Hugging Face
     and T5X. Before it is written, the logits of both networks on a random batch are compared; the
-    largest and the mean difference are printed.
-
-    Args:
-      model: the network without adapters.
-      method: as trained.
-      backbone: as trained.
-      model_dir: folder of the run or of the adaptation, or an exported file.
-      path: the file to write, ending in .safetensors.
-      task: id of the task to merge for, where the method tells tasks apart.
-      step: which checkpoint; None takes the newest.
-      dtype: of the file, "float32" or "bfloat16".
-      frozen_dtype: as trained: a run on rounded weights is merged into rounded weights.
-      seed: of the batch on which logits are compared.
-      member: which run of an adaptation, "TASK:SEED"; needed where `model_dir` is one.
-
-    Raises:
-      UserError: the method cannot be merged, the run or the file is wrong, or the logits differ.
+    largest and the mean difference are printed. A method that cannot be merged, a wrong run or
+    file, or logits that differ raise UserError.
     """
-    if not path.endswith(".safetensors"):
-        raise errors.UserError(f"The merged file is called {path!r}; expected *.safetensors.")
-    leaves.check_dtype(dtype)
-    check_method(method, task)
-    saved, where = saved_run.load(model_dir, step, member), str(model_dir)
-    options = {"task": task, "frozen_dtype": frozen_dtype, "seed": seed}
-    params, gap, record = merge_saved(model, method, backbone, saved, where, **options)
+    if not settings.path.endswith(".safetensors"):
+        raise errors.UserError(
+            f"The merged file is called {settings.path!r}; expected *.safetensors."
+        )
+    leaves.check_dtype(settings.dtype)
+    check_method(settings.method, settings.task)
+    params, gap, record = merge_saved(
+        settings.model,
+        settings.method,
+        settings.backbone,
+        saved_run.load(settings.model_dir, settings.step, settings.member),
+        str(settings.model_dir),
+        task=settings.task,
+        frozen_dtype=settings.frozen_dtype,
+        seed=settings.seed,
+    )
     print(f"logits before and after on a random batch: {gap}")
-    metadata = identity.as_json({**record, "model": identity.describe_model(model)})
-    return safetensors_files.save_tree(params, path, dtype, metadata)
+    metadata = identity.as_json({**record, "model": identity.describe_model(settings.model)})
+    return safetensors_files.save_tree(params, settings.path, settings.dtype, metadata)
 
 
 def check_method(method: methods.Method, task: int | None) -> None:

@@ -12,11 +12,11 @@ import re
 from typing import Any
 
 from flax import linen as nn
-import gin
 import jax
 import rich.console
 
 from moe_peft import methods, patching
+from moe_peft.config import settings as settings_lib
 from moe_peft.models import encoder_decoder
 from moe_peft.patching import rules as rules_lib
 from moe_peft.runtime import tables
@@ -73,46 +73,38 @@ class Plan:
     target_trainable: int | None = None  # parameters that learn there
 
 
-@gin.configurable(module="analysis")
-def plan(
-    model: nn.Module = gin.REQUIRED,
-    method: methods.Method = gin.REQUIRED,
-    nominal_size: int | float | None = None,
-    embedding_dim: int = 384,
-    target_method: methods.Method | None = None,
-    backbone: str | None = None,
-) -> Plan:
-    """Returns what `method` does to `model`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of `plan`."""
 
-    Args:
-      model: an encoder-decoder with T5X's calls.
-      method: which layers get what, and what learns.
-      nominal_size: the size in the model's name, which papers divide by.
-      embedding_dim: width of sentence embeddings, if routers use them.
-      target_method: what trains on a new task after a multi-task run of `method`.
-      backbone: if it is "hf:" or "t5x:", the headers of its files are compared with the model.
+    model: nn.Module  # an encoder-decoder with T5X's calls
+    method: methods.Method  # which layers get what, and what learns
+    nominal_size: int | float | None = None  # the size in the model's name; papers divide by it
+    embedding_dim: int = 384  # width of sentence embeddings, if routers use them
+    target_method: methods.Method | None = None  # what trains on a new task after `method`
+    # If it is "hf:" or "t5x:", the headers of its files are compared with the model.
+    backbone: str | None = None
 
-    Raises:
-      UserError: a rule matches nothing, two rules match one layer, or the backbone is of another
-        size than the model.
+
+@settings_lib.entry_point(Settings, "plan", module="analysis")
+def plan(settings: Settings) -> Plan:
+    """Returns what a method does to a model, from shapes alone.
+
+    A rule that matches nothing, two rules that match one layer, or a backbone of another size than
+    the model raise UserError.
     """
+    model, method, nominal_size = settings.model, settings.method, settings.nominal_size
     found = patching.matches(model, method.rules, _SHAPES, enable_dropout=False)
     found.check()
-    variables = _abstract_variables(model, method, embedding_dim)
+    variables = _abstract_variables(model, method, settings.embedding_dim)
     params = patching.flatten(variables["params"])
     sizes = {path: leaf.size for path, leaf in params.items()}
     in_adapters = {path: size for path, size in sizes.items() if patching.is_adapter(path)}
-    if backbone is not None:
+    if settings.backbone is not None:
         from moe_peft.weights import backbone as backbone_lib  # imports what saves checkpoints
 
         own = {path: leaf for path, leaf in params.items() if path not in in_adapters}
-        backbone_lib.check_headers(backbone, patching.trees.unflatten(own))
-    target = {}
-    if target_method is not None and target_method != method:
-        params_then = _abstract_variables(model, target_method, embedding_dim)["params"]
-        learns = target_method.split(params_then)[1]
-        target["target_method"] = target_method.name
-        target["target_trainable"] = sum(leaf.size for leaf in jax.tree.leaves(learns))
+        backbone_lib.check_headers(settings.backbone, patching.trees.unflatten(own))
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
     num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())
@@ -132,8 +124,19 @@ def plan(
         export_bytes=4 * num_trainable,
         frozen_bytes=2 * num_frozen,
         leaves=_leaves({path: params[path] for path in in_adapters}, axes),
-        **target,
+        **_target(settings),
     )
+
+
+def _target(settings: Settings) -> dict[str, Any]:
+    """What trains on a new task, where that is another method."""
+    method = settings.target_method
+    if method is None or method == settings.method:
+        return {}
+    variables = _abstract_variables(settings.model, method, settings.embedding_dim)
+    learns = method.split(variables["params"])[1]
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(learns))
+    return {"target_method": method.name, "target_trainable": trainable}
 
 
 def _abstract_variables(model: nn.Module, method: methods.Method, embedding_dim: int) -> Any:

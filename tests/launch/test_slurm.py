@@ -56,7 +56,7 @@ def test_submits(stand_ins, tmp_path):
         (["--prozesses", "2", *TRAIN], "unknown flag --prozesses"),
         (["python", "train.py"], "the command begins with 'python'; expected moe-peft"),
         (["moe-peft", "train"], "the command names no MODEL_DIR"),
-        (["moe-peft", "train", "--gin.MODEL_DIR='gs://b/x'"], "MODEL_DIR is gs://b/x, and runs"),
+        (["moe-peft", "train", "--gin.MODEL_DIR='gs://b/x'"], "MODEL_DIR is gs://b/x, but runs"),
         ([], "Submits a training run to Slurm"),
         (TRAIN, "sbatch was not found"),
     ],

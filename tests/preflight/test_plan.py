@@ -69,7 +69,7 @@ def planned_base(size):
 
 
 def test_parts_rules_and_leaves_add_up():
-    found = plan.plan(tiny(), methods.mov(num_experts=5))
+    found = plan.plan(model=tiny(), method=methods.mov(num_experts=5))
     assert found.trainable == found.adapters == sum(found.parts.values())
     assert found.adapters == sum(rule.num_parameters for rule in found.rules)
     assert found.adapters == sum(leaf.num_parameters for leaf in found.leaves)
@@ -79,7 +79,7 @@ def test_parts_rules_and_leaves_add_up():
 
 
 def test_every_adapter_leaf_has_named_axes():
-    found = plan.plan(tiny(), methods.molora(num_experts=3, rank=2))
+    found = plan.plan(model=tiny(), method=methods.molora(num_experts=3, rank=2))
     assert len(found.leaves) > 0
     for leaf in found.leaves:
         assert len(leaf.axes) == len(leaf.shape), leaf
@@ -87,23 +87,25 @@ def test_every_adapter_leaf_has_named_axes():
 
 
 def test_scanned_and_unscanned_count_the_same():
-    unscanned, scanned = (plan.plan(tiny(scan_layers=s), methods.mov()) for s in (False, True))
+    unscanned, scanned = (
+        plan.plan(model=tiny(scan_layers=s), method=methods.mov()) for s in (False, True)
+    )
     assert unscanned.adapters == scanned.adapters
     assert any("layers" in leaf.axes for leaf in scanned.leaves)
 
 
 def test_ungated_feed_forward_is_adapted_too():
-    assert plan.plan(tiny(mlp_activations=("relu",)), methods.ia3()).rules[-1].pattern
+    assert plan.plan(model=tiny(mlp_activations=("relu",)), method=methods.ia3()).rules[-1].pattern
 
 
 def test_rule_matching_nothing_lists_what_exists():
     method = methods.Method("odd", (patching.Rule(".*/keyy", IA3),))
     with pytest.raises(errors.UserError, match="'.*/keyy' matches no layer.*attention/key"):
-        plan.plan(tiny(), method)
+        plan.plan(model=tiny(), method=method)
 
 
 def test_json_has_every_number_the_table_has(capsys):
-    found = plan.plan(tiny(), methods.mov(), nominal_size=1_000_000)
+    found = plan.plan(model=tiny(), method=methods.mov(), nominal_size=1_000_000)
     plan.show(found, as_json=True)
     loaded = json.loads(capsys.readouterr().out)
     assert loaded["trainable"] == found.trainable

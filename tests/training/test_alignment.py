@@ -58,8 +58,8 @@ def made(method):
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), shapes))
     rng = np.random.default_rng(1)
     moved = {
-        path: path.endswith(("/scale", "/vectors"))
-        + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+        path: jnp.float32(path.endswith(("/scale", "/vectors")))
+        + jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
         for path, leaf in patching.flatten(abstract).items()
     }
     return model, *method.split(patching.trees.unflatten(moved))
