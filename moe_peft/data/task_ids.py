@@ -46,6 +46,19 @@ def check_ids(ids: np.ndarray, num_tasks: int, where: str) -> None:
         )
 
 
+def check_declared(method: methods.Method, mixture_or_task: str) -> None:
+    """Raises UserError where a method routes by task and the tasks, not yet read, have no ids."""
+    from moe_peft.data import lookup  # Imports TensorFlow.
+
+    tasks = lookup.tasks_of(mixture_or_task)
+    if method.num_tasks is not None and any("task_ids" not in t.output_features for t in tasks):
+        raise errors.UserError(_no_feature(method, mixture_or_task))
+
+
+def _no_feature(method: methods.Method, where: str) -> str:
+    return f"{method.name!r} routes by task, but {where!r} has no feature 'task_ids'."
+
+
 def checked_batches(
     batches: Iterator[Batch], method: methods.Method, where: str
 ) -> Iterator[Batch]:
@@ -55,8 +68,6 @@ def checked_batches(
         return
     for batch in batches:
         if "task_ids" not in batch:
-            raise errors.UserError(
-                f"{method.name!r} routes by task, but {where!r} has no feature 'task_ids'."
-            )
+            raise errors.UserError(_no_feature(method, where))
         check_ids(np.asarray(batch["task_ids"]), method.num_tasks, repr(where))
         yield batch

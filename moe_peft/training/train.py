@@ -62,7 +62,7 @@ def train(settings: Settings) -> loop.Result:
     numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit. A setting, folder,
     backbone or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import pipeline  # Imports TensorFlow.
+    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
 
     model, method = settings.model, settings.method
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -73,6 +73,7 @@ def train(settings: Settings) -> loop.Result:
     base = encoder_decoder.EncoderDecoder(model, loss)
     evaluator = settings.evaluator
     _check_tasks(method, settings.mixture, settings.pack, settings.start_from)
+    task_ids.check_declared(method, settings.mixture)
     if evaluator is not None and jax.process_count() > 1:
         raise errors.UserError(
             f"train.evaluator works in one process, and this run has {jax.process_count()}. Leave "
