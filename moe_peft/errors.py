@@ -1,9 +1,9 @@
-"""Errors that a person can mend, in one line."""
+"""Errors that a person can fix, in one line."""
 
 from collections.abc import Iterable
 import difflib
 
-EXIT_CODE = 2  # of the command line, for what a person can mend
+EXIT_CODE = 2  # of the command line, for what a person can fix
 
 
 class UserError(ValueError):

@@ -50,7 +50,7 @@ def test_signature_types_and_docstring_come_from_the_fields():
 
 
 def test_what_is_not_a_field_is_refused():
-    with pytest.raises(TypeError, match="tests_settings|unexpected keyword argument 'counts'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'counts'"):
         command(counts=1)
 
 

@@ -1,4 +1,4 @@
-"""The committed table of preflights: the rule that chooses meshes, resuming, and a sample anew."""
+"""The committed table of preflights: the rule that chooses meshes, resuming, one sample again."""
 
 import datetime
 import importlib.util

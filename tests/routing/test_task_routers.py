@@ -86,7 +86,7 @@ def test_logits_of_absent_tasks_have_no_gradient():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
 def test_random_allocations(num_skills, num_tasks, seed):
-    """Exactly half of the skills, rounded up; other paths and seeds draw anew."""
+    """Exactly half of the skills, rounded up; other paths and seeds draw again."""
     router = routing.RandomTaskRouter(num_skills, num_tasks=num_tasks, seed=seed)
     table = router.allocation("a/b")
     assert table.shape == (num_tasks, num_skills)
