@@ -16,7 +16,7 @@ import functools
 import numpy as np
 import seqio
 
-from moe_peft.data import rows
+from moe_peft.data import registration, rows
 from moe_peft.data.cldr import corpus, store, suite, templates
 from moe_peft.tasks import scores
 
@@ -113,12 +113,12 @@ def register() -> None:
     for task in task_ids():
         items = suite.split_items(task)
         sizes = {split: templates.NUM_TEMPLATES * len(names) for split, names in items.items()}
-        source = rows.RowsSource(functools.partial(_load_task, task), sizes)
+        source = registration.RowsSource(functools.partial(_load_task, task), sizes)
         add(task.name, source, output_features=FEATURES, metric_fns=scores.METRIC_FNS)
     for mixture, group in MIXTURES.items():
         names = [task.name for task in suite.tasks(group)]
         seqio.MixtureRegistry.add(mixture, names, default_rate=1.0)
-    source = rows.RowsSource(denoise_rows, DENOISE_ROWS)
+    source = registration.RowsSource(denoise_rows, DENOISE_ROWS)
     add("cldr_denoise", source, output_features=TEXT_FEATURES, metric_fns=[])
 
 

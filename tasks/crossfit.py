@@ -17,7 +17,7 @@ import pathlib
 import gin
 
 from moe_peft import errors
-from moe_peft.data import bad_rows, registration, roots, rows, vocabularies
+from moe_peft.data import bad_rows, registration, roots, row_store, rows, vocabularies
 from moe_peft.data.crossfit import files
 from moe_peft.tasks import scores
 
@@ -85,7 +85,7 @@ def _read(
     examples = [
         registration.TextExample(
             prefix + row.input,
-            " " + registration.draw_answer(row.outputs, row.input, settings.seed),
+            " " + row_store.draw_answer(row.outputs, row.input, settings.seed),
             references=row.outputs,
         )
         for seed in seeds
@@ -96,7 +96,7 @@ def _read(
 
 def _register_task(name: str, metric: str | None) -> str:
     """Registers a task of this name, reported by one of CrossFit's metrics; returns SeqIO's."""
-    reporting = registration.Reporting(metric and files.METRICS[metric], name)
+    reporting = rows.Reporting(metric and files.METRICS[metric], name)
     shared = (_rows, _splits, Settings, scores.METRIC_FNS)
     return registration.add_task(PREFIX, name, *shared, reporting)
 

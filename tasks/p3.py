@@ -52,8 +52,8 @@ class Settings:
     # "published" records; "raw" rows worded by templates; "either": records where there are some.
     source: Literal["either", "published", "raw"] = "either"
     # Folders of raw data sets and of promptsource's templates; `raw/` and `templates/` in P3's.
-    raw: str | None = dataclasses.field(default=None, metadata=registration.PATH)
-    templates: str | None = dataclasses.field(default=None, metadata=registration.PATH)
+    raw: str | None = dataclasses.field(default=None, metadata=rows.PATH)
+    templates: str | None = dataclasses.field(default=None, metadata=rows.PATH)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _chosen(
             settings.prompt, task, instance, num_tokens, settings.max_input_tokens
         )
         question = f"{task.name}\n{instance.input}"
-        targets = registration.draw_answer(instance.outputs, question, settings.seed)
+        targets = row_store.draw_answer(instance.outputs, question, settings.seed)
         accepted = instance.outputs if settings.references == "all" else (targets,)
         return registration.TextExample(inputs, targets, ending=ending, references=accepted)
 
@@ -144,7 +144,7 @@ def _register_task(name: str) -> str:
     category = getattr(files.table().get(name), "category", None)
     metric = "exact_match_normalized" if category in EXACT_MATCH else "rouge_l"
     shared = (_rows, lambda own: tuple(_rows_by_split(own)), Settings, scores.METRIC_FNS)
-    return registration.add_task(PREFIX, name, *shared, registration.Reporting(metric, category))
+    return registration.add_task(PREFIX, name, *shared, rows.Reporting(metric, category))
 
 
 def _list(split: str) -> Sequence[str]:

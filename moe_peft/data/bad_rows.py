@@ -49,6 +49,7 @@ def configured(action: Literal["stop", "skip"] = "stop") -> str:
 
 _skipped: collections.Counter[tuple[str, str]] = collections.Counter()
 _forced: list[None] = []
+_uncounted: list[None] = []
 
 
 def is_skipping() -> bool:
@@ -66,8 +67,20 @@ def skipping() -> Iterator[None]:
         _forced.pop()
 
 
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, bad rows are left out without a word: the file is read again later."""
+    _uncounted.append(None)
+    try:
+        yield
+    finally:
+        _uncounted.pop()
+
+
 def skip_row(row: BadRow, count: int = 1) -> None:
     """Counts a row, or `count` of them, as skipped; raises it where rows are not skipped."""
+    if _uncounted:
+        return
     if not is_skipping():
         raise row
     key = (row.path, row.reason)

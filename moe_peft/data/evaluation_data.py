@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 
 import numpy as np
-import seqio
 
 from moe_peft import errors
 from moe_peft.data import encoding, lookup, rows, sentences, task_ids
@@ -37,7 +36,7 @@ class EvalBatch:
 
 
 def eval_examples(
-    mixture_or_task: str,
+    mixture_or_task: lookup.Mixture,
     feature_lengths: Mapping[str, int],
     split: str = "validation",
     batch_size: int = 64,
@@ -47,7 +46,7 @@ def eval_examples(
     """Every example of a split once, task after task.
 
     Args:
-      mixture_or_task: a registered name.
+      mixture_or_task: a registered name, or `files.Files`.
       feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included.
       split: of the tasks; tasks without it are left out.
       batch_size: rows of a batch.
@@ -86,7 +85,7 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
         yield EvalBatch(features, [example(*place) for place in chosen])
 
 
-def example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
+def example(task: lookup.Task, source: rows.Rows, index: int) -> Example:
     """What one row of a task is, as text."""
 
     def text(name: str) -> str:
@@ -105,10 +104,10 @@ def example(task: seqio.Task, source: rows.Rows, index: int) -> Example:
 
 
 def task_rows(
-    task: seqio.Task, split: str, lengths: tuple[int, int], limit: int | None = None
+    task: lookup.Task, split: str, lengths: tuple[int, int], limit: int | None = None
 ) -> rows.Rows:
     """The rows of a task, from memory or, the first `limit` of them, through SeqIO."""
-    if isinstance(task.source, rows.RowsSource):
+    if hasattr(task.source, "rows"):
         encoding.warn_if_cut(task.name, task.source.rows(split), lengths)
         return task.source.rows(split)
     dataset = task.get_dataset(None, split, shuffle=False)

@@ -13,14 +13,13 @@ from typing import Any
 
 import gin
 import numpy as np
-import seqio
 
 from moe_peft.data import (
     bad_rows,
     lookup,
     mixing,
     pipeline,
-    registration,
+    rows,
     sentences,
     task_ids,
     vocabularies,
@@ -30,7 +29,7 @@ NUM_BATCHES = 2
 
 
 def describe(
-    mixture_or_task: str,
+    mixture_or_task: lookup.Mixture,
     feature_lengths: Mapping[str, int],
     batch_size: int,
     seed: int,
@@ -59,7 +58,7 @@ def describe(
     return {"gin": settings_of(lookup.tasks_with(mixture_or_task, split)), "seen": seen}
 
 
-def settings_of(tasks: Iterable[seqio.Task]) -> dict[str, Any]:
+def settings_of(tasks: Iterable[lookup.Task]) -> dict[str, Any]:
     """The settings in force of every configurable that some task, or the pipeline, reads."""
     encoder = sentences.configured()
     found = {
@@ -67,14 +66,15 @@ def settings_of(tasks: Iterable[seqio.Task]) -> dict[str, Any]:
         "task_ids.per_template.num_templates": _bound("task_ids.per_template.num_templates"),
     }
     sources = (task.source for task in tasks)
-    own = {of.settings for of in sources if isinstance(of, registration.LazySource)}
+    own = {of.settings for of in sources if hasattr(of, "settings")}
     if own:
         found["bad_rows.configured.action"] = "skip" if bad_rows.is_skipping() else "stop"
-        found["vocabularies.configured.vocabulary"] = vocabularies.fingerprint()
     for settings in (read() for read in own):
+        name = vocabularies.fingerprint(getattr(settings, "vocabulary", None))
+        found["vocabularies.configured.vocabulary"] = name
         module = type(settings).__module__.rpartition(".")[2]
         for field in dataclasses.fields(settings):
-            if field.metadata != registration.PATH:
+            if field.metadata != rows.PATH:
                 value = getattr(settings, field.name)
                 found[f"{module}.configured.{field.name}"] = value
     return json.loads(json.dumps(found))

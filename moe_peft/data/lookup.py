@@ -1,52 +1,67 @@
-"""Tasks and mixtures by name, and what can be wrong with asking for one."""
+"""Tasks and mixtures, and what can be wrong with asking for one.
+
+A mixture or task is the name of one that SeqIO knows, or `files.Files`: rows of a user's own files.
+SeqIO, and TensorFlow with it, is imported when a name is looked up.
+"""
 
 from collections.abc import Mapping
-
-import seqio
+from typing import Any
 
 from moe_peft import errors
-from moe_peft.data import registration
+from moe_peft.data import files, rows
 
 FEATURES = ("inputs", "targets")
 
+Mixture = str | files.Files
+Task = Any  # a seqio.Task, or a files.Task with the attributes of one that are used here
 
-def get(name: str) -> seqio.Task | seqio.Mixture:
+
+def get(mixture: Mixture) -> Any:
     """The task or mixture of that name; a UserError with near names if there is none."""
+    if not isinstance(mixture, str):
+        return mixture
+    import seqio
+
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    if name not in known:
+    if mixture not in known:
         raise errors.UserError(
-            f"No task or mixture is called {name!r}.{errors.near(name, known)} "
+            f"No task or mixture is called {mixture!r}.{errors.near(mixture, known)} "
             "Import the module that registers it (for the CLDR suite, moe_peft.tasks.cldr)."
         )
-    return seqio.get_mixture_or_task(name)
+    return seqio.get_mixture_or_task(mixture)
 
 
-def tasks_of(name: str) -> list[seqio.Task]:
+def tasks_of(mixture: Mixture) -> list[Task]:
     """The tasks of a mixture, or the task itself, in order."""
-    return list(seqio.get_subtasks(get(name)))
+    found = get(mixture)
+    if isinstance(found, files.Files):
+        return found.tasks
+    import seqio
+
+    return list(seqio.get_subtasks(found))
 
 
-def reporting(task: seqio.Task) -> registration.Reporting:
+def reporting(task: Task) -> rows.Reporting:
     """How the benchmark of a task reports it, as far as its registration says so."""
-    return getattr(task.source, "reporting", registration.Reporting())
+    return getattr(task.source, "reporting", rows.NOT_REPORTED)
 
 
-def vocabulary(name: str) -> seqio.Vocabulary:
-    """The vocabulary of inputs and targets; they must agree."""
-    features = get(name).output_features
+def vocabulary(mixture: Mixture) -> Any:
+    """The vocabulary of inputs and targets, with `encode` and `decode`; they must agree."""
+    features = get(mixture).output_features
     found = features["targets"].vocabulary
     if features["inputs"].vocabulary != found:
-        raise errors.UserError(f"{name!r} uses different vocabularies for inputs and targets.")
+        raise errors.UserError(f"{mixture!r} uses different vocabularies for inputs and targets.")
     return found
 
 
-def check_vocabulary(name: str, vocab_size: int) -> None:
+def check_vocabulary(mixture: Mixture, vocab_size: int) -> None:
     """Refuses a mixture whose ids the model has no embedding for."""
-    needed = vocabulary(name).vocab_size
+    needed = vocabulary(mixture).vocab_size
     if needed > vocab_size:
         raise errors.UserError(
-            f"{name!r} has token ids up to {needed - 1}, the model's vocab_size is {vocab_size}: "
-            f"the backbone was trained with another vocabulary than the tasks."
+            f"{mixture!r} has token ids up to {needed - 1}, the model's vocab_size is "
+            f"{vocab_size}: the backbone was trained with another vocabulary than the tasks."
         )
 
 
@@ -62,14 +77,14 @@ def check_lengths(feature_lengths: Mapping[str, int]) -> tuple[int, int]:
     return feature_lengths["inputs"], feature_lengths["targets"]
 
 
-def tasks_with(mixture_or_task: str, split: str) -> list[seqio.Task]:
+def tasks_with(mixture: Mixture, split: str) -> list[Task]:
     """Tasks of a mixture that have a split; a UserError where one is empty."""
-    tasks = tasks_of(mixture_or_task)
+    tasks = tasks_of(mixture)
     found = [task for task in tasks if split in task.splits]
     if not found:
         splits = sorted({split for task in tasks for split in task.splits})
         raise errors.UserError(
-            f"{mixture_or_task!r} has no split {split!r}; it has {', '.join(splits) or 'none'}."
+            f"{mixture!r} has no split {split!r}; it has {', '.join(splits) or 'none'}."
             f"{errors.near(split, splits)}"
         )
     for task in found:

@@ -1,24 +1,20 @@
-"""Batches for training, from any SeqIO task or mixture; the door to the rest of `data`.
+"""Batches for training, from any task or mixture; the door to the rest of `data`.
 
-Tasks over `rows.RowsSource` are read from memory: the example at any place of the stream is a pure
-function of the seed and the place, so a run resumes exactly where it stopped, at once. Everything
-else goes through `seqio.get_dataset`, where resuming skips what was read.
+Tasks whose rows are in memory, or mapped into it, are read row by row: the example at any place of
+the stream is a pure function of the seed and the place, so a run resumes exactly where it stopped,
+at once. Everything else goes through `seqio.get_dataset`, where resuming skips what was read.
 """
 
 from collections.abc import Iterator, Mapping
 import itertools
 import logging
 
-import seqio
-
 from moe_peft import errors
 from moe_peft.data import (
     encoding,
-    feature_converter,
     lookup,
     mixing,
     packing,
-    rows,
     sentences,
     task_ids,
 )
@@ -31,7 +27,7 @@ __all__ += ["rates", "stream_of", "tasks_of", "train_batches", "vocabulary"]
 
 
 def train_batches(
-    mixture_or_task: str,
+    mixture_or_task: lookup.Mixture,
     batch_size: int,
     feature_lengths: Mapping[str, int],
     seed: int,
@@ -45,7 +41,7 @@ def train_batches(
     """Endless batches; the same arguments give the same batches on every machine.
 
     Args:
-      mixture_or_task: a registered name.
+      mixture_or_task: a registered name, or `files.Files`.
       batch_size: rows of the whole batch, over all shards.
       feature_lengths: {"inputs": tokens, "targets": tokens}, end mark included. Longer examples are
         cut from the right, with a warning; when packing, the capacity of a row.
@@ -83,19 +79,19 @@ def train_batches(
     return (sentences.add_embeddings(batch, ids, sentence_encoder) for batch in batches)
 
 
-def stream_of(mixture_or_task: str, split: str, seed: int) -> mixing.Stream | None:
+def stream_of(mixture_or_task: lookup.Mixture, split: str, seed: int) -> mixing.Stream | None:
     """The examples in training order, of tasks in memory; None where a task is elsewhere."""
     tasks = lookup.tasks_with(mixture_or_task, split)
-    if not all(isinstance(task.source, rows.RowsSource) for task in tasks):
+    if not all(hasattr(task.source, "rows") for task in tasks):
         return None
     sources = [task.source.rows(split) for task in tasks]
     return mixing.Stream(sources, rates(mixture_or_task, tasks), seed)
 
 
-def rates(mixture_or_task: str, tasks: list[seqio.Task]) -> list[float]:
+def rates(mixture_or_task: lookup.Mixture, tasks: list[lookup.Task]) -> list[float]:
     """Relative rates of a mixture's tasks."""
     provider = lookup.get(mixture_or_task)
-    if isinstance(provider, seqio.Task):
+    if not hasattr(provider, "get_rate"):  # a task
         return [1.0]
     return [float(provider.get_rate(task)) for task in tasks]
 
@@ -149,6 +145,10 @@ def packed(
 
 def _streamed(name, batch_size, lengths, seed, pack, start_batch, split) -> Iterator[Batch]:
     """Any other SeqIO task, through tf.data; arguments as of `train_batches`."""
+    import seqio
+
+    from moe_peft.data import feature_converter
+
     features = lookup.get(name).output_features
     if set(feature_converter.ROUTING_FEATURES) <= set(features) and not pack:
         converter = feature_converter.RoutingEncDecFeatureConverter()

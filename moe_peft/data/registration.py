@@ -9,18 +9,47 @@ import dataclasses
 import functools
 import re
 from typing import Any
-import zlib
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from moe_peft.data import row_store, rows, vocabularies
+from moe_peft.data import row_store, vocabularies
+from moe_peft.data import rows as rows_lib
 
-_text = seqio.Feature(vocabularies.Configured(), add_eos=True)
+
+class Configured(seqio.Vocabulary):
+    """Stands for the vocabulary that gin sets in tasks that are registered before gin is read."""
+
+    def __eq__(self, other):
+        return isinstance(other, Configured)
+
+    def __hash__(self):
+        return hash(Configured)
+
+    extra_ids = property(lambda self: vocabularies.get().extra_ids)
+    bos_id = property(lambda self: vocabularies.get().bos_id)
+    eos_id = property(lambda self: vocabularies.get().eos_id)
+    unk_id = property(lambda self: vocabularies.get().unk_id)
+    vocab_size = property(lambda self: vocabularies.get().vocab_size)
+    _base_vocab_size = property(lambda self: _of_seqio(vocabularies.get())._base_vocab_size)
+
+    _encode = lambda self, text: vocabularies.get().encode(text)
+    _decode = lambda self, ids: vocabularies.get().decode(ids)
+    _encode_tf = lambda self, text: _of_seqio(vocabularies.get())._encode_tf(text)
+    _decode_tf = lambda self, ids: _of_seqio(vocabularies.get())._decode_tf(ids)
+
+
+@functools.cache
+def _of_seqio(vocabulary: vocabularies.Vocabulary) -> seqio.Vocabulary:
+    """The same vocabulary for tf.data."""
+    if vocabulary.path is None:
+        return seqio.ByteVocabulary(vocabulary.extra_ids)
+    return seqio.SentencePieceVocabulary(str(vocabulary.path), vocabulary.extra_ids)
+
+
+_text = seqio.Feature(Configured(), add_eos=True)
 _scalar = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, rank=0)
-# Metadata of a field of settings that says where files are; what is in them is what counts.
-PATH = {"is_path": True}
 FEATURES = {"inputs": _text, "targets": _text, "task_ids": _scalar, "template_ids": _scalar}
 
 
@@ -34,15 +63,38 @@ class TextExample:
     references: tuple[str, ...] = ()  # every accepted answer; empty where it is `targets` alone
 
 
-@dataclasses.dataclass(frozen=True)
-class Reporting:
-    """How a benchmark reports a task."""
+class RowsSource(seqio.DataSource):
+    """A SeqIO source over `Rows`; tasks append the end mark and nothing else.
 
-    metric: str | None = None  # a name in `evaluation.metrics`; None: the benchmark names none
-    group: str | None = None  # what it is reported under; None: its own name
+    `pipeline` reads its rows without SeqIO: mixing hundreds of small tasks in tf.data takes minutes
+    to build. T5X gets them through SeqIO.
+    """
+
+    def __init__(self, rows: Callable[[str], rows_lib.Rows], sizes: Mapping[str, int]):
+        self.rows = rows  # of a split by its name, loaded when asked for
+        super().__init__(splits=tuple(sizes), num_input_examples=dict(sizes))
+
+    supports_arbitrary_sharding = True  # rows are shared out one by one
+
+    def list_shards(self, split: str) -> list[str]:
+        """One name: there are no files."""
+        return [split]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
+        """Rows in their own order; shuffling happens in the task's buffer."""
+        del shuffle, seed
+        rows = self.rows(split)
+        ragged = lambda column: tf.RaggedTensor.from_row_limits(
+            column.flat.astype(np.int32), column.ends, validate=False
+        )
+        columns = {"inputs": ragged(rows.inputs), "targets": ragged(rows.targets)}
+        dataset = tf.data.Dataset.from_tensor_slices({**columns, **rows.scalars})
+        if shard_info and shard_info.num_shards > 1:
+            dataset = dataset.shard(shard_info.num_shards, shard_info.index)
+        return dataset
 
 
-class LazySource(rows.RowsSource):
+class LazySource(RowsSource):
     """Rows in memory whose splits and sizes are known only once the files are read.
 
     `settings` gives the settings in force of a benchmark, a dataclass whose module and gin name
@@ -51,10 +103,10 @@ class LazySource(rows.RowsSource):
 
     def __init__(
         self,
-        read_rows: Callable[[str], rows.Rows],
+        read_rows: Callable[[str], rows_lib.Rows],
         list_splits: Callable[[], Sequence[str]],
         settings: Callable[[], Any],
-        reporting: Reporting,
+        reporting: rows_lib.Reporting,
     ):
         self._list_splits, self.settings, self.reporting = list_splits, settings, reporting
         super().__init__(read_rows, {})
@@ -106,11 +158,11 @@ def task_name(prefix: str, name: str) -> str:
 def add_task(
     prefix: str,
     name: str,
-    read_rows: Callable[[str, str], rows.Rows],
+    read_rows: Callable[[str, str], rows_lib.Rows],
     list_splits: Callable[[str], Sequence[str]],
     settings: Callable[[], Any],
     metric_fns: Sequence[Callable[..., Mapping[str, float]]],
-    reporting: Reporting = Reporting(),
+    reporting: rows_lib.Reporting = rows_lib.NOT_REPORTED,
 ) -> str:
     """Registers a task unless it is there; returns SeqIO's name of it.
 
@@ -144,14 +196,6 @@ def num_rows(registered: str) -> float:
     return float(seqio.TaskRegistry.get(registered).source.num_input_examples("train"))
 
 
-def draw_answer(accepted: Sequence[str], text: str, seed: int) -> str:
-    """One of the accepted answers, drawn once for each seed and text."""
-    if len(accepted) == 1:
-        return accepted[0]
-    generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
-    return accepted[generator.integers(len(accepted))]
-
-
 def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_store.Line]:
     """Examples as ids; inputs of over `max_inputs` tokens, end mark included, keep their `ending`.
 
@@ -169,13 +213,13 @@ def lines(examples: Iterable[TextExample], max_inputs: int) -> Iterator[row_stor
         yield row_store.Line(inputs, targets, references=example.references)
 
 
-def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows.Rows:
+def encode(examples: Iterable[TextExample], task_id: int, max_inputs: int) -> rows_lib.Rows:
     """Rows of ids in memory, see `lines`; `task_id` is that of all of them."""
     found = list(lines(examples, max_inputs))
     has_references = any(line.references for line in found)
-    return rows.Rows(
-        rows.Ragged.from_sequences([line.inputs for line in found]),
-        rows.Ragged.from_sequences([line.targets for line in found]),
+    return rows_lib.Rows(
+        rows_lib.Ragged.from_sequences([line.inputs for line in found]),
+        rows_lib.Ragged.from_sequences([line.targets for line in found]),
         _scalars(len(found), task_id, 0),
         references=[line.references for line in found] if has_references else (),
     )
@@ -193,8 +237,8 @@ def as_rows(
     template_id: int = 0,
     start: int = 0,
     end: int | None = None,
-) -> rows.Rows:
+) -> rows_lib.Rows:
     """Rows `start` to `end` (None: all) of a cache of ids, all of one task and wording."""
     end = len(found) if end is None else end
     inputs, targets = found.inputs.slice(start, end), found.targets.slice(start, end)
-    return rows.Rows(inputs, targets, _scalars(end - start, task_id, template_id))
+    return rows_lib.Rows(inputs, targets, _scalars(end - start, task_id, template_id))

@@ -13,6 +13,7 @@ import json
 import logging
 import pathlib
 import struct
+import zlib
 
 import numpy as np
 import pyarrow
@@ -31,6 +32,7 @@ class Line:
     targets: np.ndarray
     answer_choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    task: int | None = None  # which of several tasks it is of; of all lines of a store, or of none
 
 
 class Texts(Sequence[tuple[str, ...]]):
@@ -55,6 +57,7 @@ class Stored:
     answer_choices: Texts
     references: Texts | tuple[()] = ()
     skipped: bad_rows.Counts = dataclasses.field(default_factory=dict)
+    tasks: np.ndarray | None = None  # of every row, int32
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -86,6 +89,14 @@ def stored(
     return found
 
 
+def draw_answer(accepted: Sequence[str], text: str, seed: int) -> str:
+    """One of the accepted answers, drawn once for each seed and text."""
+    if len(accepted) == 1:
+        return accepted[0]
+    generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
+    return accepted[generator.integers(len(accepted))]
+
+
 _WATCHED = 1000  # rows between two calls
 _watchers: list[Callable[[int], None]] = []
 
@@ -115,6 +126,7 @@ def _told(lines: Iterable[Line]) -> Iterator[Line]:
 
 _COLUMNS = {"inputs": np.int32, "targets": np.int32}
 _TEXTS = ("answer_choices", "references")
+_TASKS = "tasks"
 _as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes one for each row
 
 
@@ -123,7 +135,11 @@ def _write(place: pathlib.Path, lines: Iterable[Line]) -> None:
     with contextlib.ExitStack() as stack:
         opened = lambda name: stack.enter_context(open(place / f"{name}.bin", "wb"))
         files = {name: (opened(name), opened(f"{name}_ends")) for name in ends}
+        task_file = None
         for line in _told(lines):
+            if line.task is not None:
+                task_file = task_file or opened(_TASKS)
+                task_file.write(struct.pack("=i", line.task))
             items = {name: np.asarray(getattr(line, name), of) for name, of in _COLUMNS.items()}
             for name in _TEXTS:
                 items[name] = _as_json(getattr(line, name)).encode()
@@ -150,4 +166,5 @@ def _open(place: pathlib.Path) -> Stored:
     texts = (Texts(column(name)) for name in _TEXTS)
     listed = json.loads((place / _SKIPPED).read_text(encoding="utf-8"))
     skipped = {(path, reason): count for path, reason, count in listed}
-    return Stored(column("inputs"), column("targets"), *texts, skipped)
+    tasks = mapped(_TASKS, np.int32) if (place / f"{_TASKS}.bin").exists() else None
+    return Stored(column("inputs"), column("targets"), *texts, skipped, tasks)

@@ -1,17 +1,13 @@
-"""Tokenised rows in memory: a SeqIO source that can also be read row by row.
+"""Tokenised rows, in memory or mapped into it, that are read one by one."""
 
-A suite of hundreds of small tasks needs hundreds of tf.data graphs to mix, which takes minutes to
-build. Rows that fit in memory need none: `pipeline` reads them straight from their source, and T5X
-still gets them through SeqIO.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 from jaxtyping import Int
 import numpy as np
-import seqio
-import tensorflow as tf
+
+# Metadata of a field of settings that says where files are; what is in them is what counts.
+PATH = {"is_path": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +42,41 @@ class Ragged:
         return np.diff(self.ends, prepend=0)
 
 
+class Picked:
+    """Some sequences of a `Ragged`, in the order of `places`; nothing is copied."""
+
+    def __init__(self, sequences: Ragged, places: Int[np.ndarray, " rows"]):
+        self._sequences, self._places = sequences, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, " t"]:
+        return self._sequences[int(self._places[index])]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """Length of every sequence."""
+        return self._sequences.lengths[self._places]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """How a benchmark reports a task."""
+
+    metric: str | None = None  # a name in `evaluation.metrics`; None: the benchmark names none
+    group: str | None = None  # what it is reported under; None: its own name
+
+
+NOT_REPORTED = Reporting()
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Examples of one split of one task. Ids have no end mark."""
 
-    inputs: Ragged
-    targets: Ragged
+    inputs: Ragged | Picked
+    targets: Ragged | Picked
     # Further features, one number a row (`task_ids`, `template_ids`), int32.
     scalars: Mapping[str, Int[np.ndarray, " rows"]] = dataclasses.field(default_factory=dict)
     answer_choices: Sequence[tuple[str, ...]] = ()  # of each row; empty where answers are free text
@@ -59,30 +84,3 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.inputs)
-
-
-class RowsSource(seqio.DataSource):
-    """A SeqIO source over `Rows`; tasks append the end mark and nothing else."""
-
-    def __init__(self, rows: Callable[[str], Rows], sizes: Mapping[str, int]):
-        self.rows = rows  # of a split by its name, loaded when asked for
-        super().__init__(splits=tuple(sizes), num_input_examples=dict(sizes))
-
-    supports_arbitrary_sharding = True  # rows are shared out one by one
-
-    def list_shards(self, split: str) -> list[str]:
-        """One name: there are no files."""
-        return [split]
-
-    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
-        """Rows in their own order; shuffling happens in the task's buffer."""
-        del shuffle, seed
-        rows = self.rows(split)
-        ragged = lambda column: tf.RaggedTensor.from_row_limits(
-            column.flat.astype(np.int32), column.ends, validate=False
-        )
-        columns = {"inputs": ragged(rows.inputs), "targets": ragged(rows.targets)}
-        dataset = tf.data.Dataset.from_tensor_slices({**columns, **rows.scalars})
-        if shard_info and shard_info.num_shards > 1:
-            dataset = dataset.shard(shard_info.num_shards, shard_info.index)
-        return dataset

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 import functools
 import importlib
+from typing import Any
 
 import gin
 from jaxtyping import Float
 import numpy as np
-import seqio
 
 from moe_peft import errors
 
@@ -65,7 +65,7 @@ def remembering(encode: Encoder) -> Encoder:
 
 
 def add_embeddings(
-    batch: dict[str, np.ndarray], vocabulary: seqio.Vocabulary, encoder: Encoder
+    batch: dict[str, np.ndarray], vocabulary: Any, encoder: Encoder
 ) -> dict[str, np.ndarray]:
     """The batch with `sentence_embeddings` [b, D] float32 of what the model reads.
 

@@ -6,6 +6,7 @@ import gin
 import numpy as np
 
 from moe_peft import errors, methods
+from moe_peft.data import lookup
 from moe_peft.data.encoding import Batch
 
 
@@ -46,10 +47,8 @@ def check_ids(ids: np.ndarray, num_tasks: int, where: str) -> None:
         )
 
 
-def check_declared(method: methods.Method, mixture_or_task: str) -> None:
+def check_declared(method: methods.Method, mixture_or_task: lookup.Mixture) -> None:
     """Raises UserError where a method routes by task and the tasks, not yet read, have no ids."""
-    from moe_peft.data import lookup  # Imports TensorFlow.
-
     tasks = lookup.tasks_of(mixture_or_task)
     if method.num_tasks is not None and any("task_ids" not in t.output_features for t in tasks):
         raise errors.UserError(_no_feature(method, mixture_or_task))

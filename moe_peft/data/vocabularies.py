@@ -1,17 +1,88 @@
-"""The vocabulary of tasks whose texts a user brings: chosen in gin, looked up when it is used."""
+"""Vocabularies of texts that a user brings, without TensorFlow: SentencePiece models, and bytes.
 
+They give the ids of SeqIO's vocabularies; `registration.Configured` is one of those.
+"""
+
+from collections.abc import Iterable, Sequence
 import functools
 import hashlib
 import pathlib
 
 import gin
 from google.protobuf import message
-import seqio
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from moe_peft import errors
 from moe_peft.data import tokenizers
 
 BYTES = "bytes"
+_END, _UNKNOWN = 1, 2
+_FIRST_BYTE = 3  # after padding, end and unknown
+
+
+class Bytes:
+    """Padding, end, unknown, 256 bytes, and sentinels, which no text has; as ByT5 reads."""
+
+    def __init__(self, extra_ids: int):
+        self.extra_ids = extra_ids
+
+    eos_id, pad_id, unk_id, bos_id, path = _END, 0, _UNKNOWN, None, None
+    vocab_size = property(lambda self: _FIRST_BYTE + 256 + self.extra_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the UTF-8 bytes, without end mark."""
+        return [byte + _FIRST_BYTE for byte in text.encode()]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end mark; what is not a byte, or not UTF-8, is left out."""
+        found = [i - _FIRST_BYTE for i in _until_end(ids, _END)]
+        return bytes(i for i in found if 0 <= i < 256).decode("utf-8", errors="ignore")
+
+
+class SentencePiece:
+    """A SentencePiece model with T5's sentinels, the last of them first, behind its pieces."""
+
+    def __init__(self, path: pathlib.Path, extra_ids: int):
+        """Reads the model; raises what sentencepiece raises where it is none."""
+        self.path, self.extra_ids = path, extra_ids
+        model = proto.ModelProto.FromString(path.read_bytes())
+        for number in reversed(range(extra_ids)):
+            kind = proto.ModelProto.SentencePiece.USER_DEFINED
+            model.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=kind)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model.SerializeToString())
+
+    pad_id = 0
+    eos_id = property(lambda self: self._processor.eos_id())
+    unk_id = property(lambda self: self._processor.unk_id())
+    bos_id = property(lambda self: self._processor.bos_id())
+    vocab_size = property(lambda self: self._processor.GetPieceSize())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the pieces, without end mark."""
+        return self._processor.EncodeAsIds(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, several times as fast as one by one."""
+        return self._processor.Encode(list(texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end mark; ids without a piece are the unknown one."""
+        known = [int(i) if i < self.vocab_size else self.unk_id for i in ids]
+        return self._processor.DecodeIds(_until_end(known, self.eos_id))
+
+
+Vocabulary = Bytes | SentencePiece
+
+
+def _until_end(ids: Iterable[int], end: int) -> list[int]:
+    ids = list(ids)
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 @gin.configurable(module="vocabularies")
@@ -31,9 +102,12 @@ def configured(vocabulary: str | None = None) -> str:
     return vocabulary
 
 
-def get() -> seqio.Vocabulary:
-    """The vocabulary that gin sets; a UserError if there is none, or its file is missing."""
-    return _load(configured())
+def get(name: str | None = None) -> Vocabulary:
+    """The vocabulary of that name, as `configured` takes it; None: the one that gin sets.
+
+    Raises UserError if there is none, or its file is missing or of another kind.
+    """
+    return _load(configured() if name is None else name)
 
 
 def _path(name: str) -> pathlib.Path:
@@ -41,21 +115,21 @@ def _path(name: str) -> pathlib.Path:
 
 
 @functools.cache
-def _load(name: str) -> seqio.Vocabulary:
+def _load(name: str) -> Vocabulary:
     if name == BYTES:
-        return seqio.ByteVocabulary(extra_ids=13)
+        return Bytes(extra_ids=13)
     path = _path(name)
     if path.is_dir():
         if tokenizers.is_bytes(path):
-            return seqio.ByteVocabulary(extra_ids=125)  # ByT5's 384 ids
+            return Bytes(extra_ids=125)  # ByT5's 384 ids
         path = tokenizers.sentencepiece(path)
     if not path.is_file():
         raise errors.UserError(
             f"VOCABULARY {name!r} is not a file; expected T5's SentencePiece model, a folder with "
             f"a tokenizer, or {BYTES!r}."
         )
-    vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=100)
     try:
+        vocabulary = SentencePiece(path, extra_ids=100)
         vocabulary.encode("a")
     except (message.Error, RuntimeError, OSError) as problem:
         raise errors.UserError(f"VOCABULARY {name!r} is not a SentencePiece model.") from problem
@@ -72,29 +146,8 @@ def _digest(name: str) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def fingerprint() -> str:
-    """Tells vocabularies apart by their content, for caches of token ids."""
-    get()
-    return _digest(configured())
-
-
-class Configured(seqio.Vocabulary):
-    """Stands for `get()` in tasks that are registered before gin has been read."""
-
-    def __eq__(self, other):
-        return isinstance(other, Configured)
-
-    def __hash__(self):
-        return hash(Configured)
-
-    extra_ids = property(lambda self: get().extra_ids)
-    bos_id = property(lambda self: get().bos_id)
-    eos_id = property(lambda self: get().eos_id)
-    unk_id = property(lambda self: get().unk_id)
-    vocab_size = property(lambda self: get().vocab_size)  # each kind counts sentinels its own way
-    _base_vocab_size = property(lambda self: get()._base_vocab_size)
-
-    _encode = lambda self, text: get()._encode(text)
-    _decode = lambda self, ids: get()._decode(ids)
-    _encode_tf = lambda self, text: get()._encode_tf(text)
-    _decode_tf = lambda self, ids: get()._decode_tf(ids)
+def fingerprint(name: str | None = None) -> str:
+    """Tells vocabularies apart by their content, for caches of token ids; `name` as in `get`."""
+    name = configured() if name is None else name
+    get(name)
+    return _digest(name)

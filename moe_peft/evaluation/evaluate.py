@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from moe_peft.config import settings as settings_lib
+from moe_peft.data import lookup
 from moe_peft.evaluation import aggregation, answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.partitioning import mesh as mesh_lib
@@ -40,13 +41,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
     Raises UserError: a setting, the run, the data or the folder is wrong.
     """
-    from moe_peft.data import lookup  # Imports TensorFlow.
-
     evaluator = settings.evaluator
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
     mesh_lib.check_batch_size(evaluator.batch_size, 1, mesh)
     root = pathlib.Path(settings.model_dir).expanduser() / "eval"
-    folders = {mixture: root / mixture for mixture in evaluator.mixtures}
+    folders = {mixture: root / str(mixture) for mixture in evaluator.mixtures}
     for mixture, folder in folders.items():  # Mistakes show before anything is loaded.
         json_files.check_writable(folder)
         lookup.check_vocabulary(mixture, settings.model.config.vocab_size)
@@ -56,20 +55,20 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     run = {**restored.run, "parameters_sha256": digest.of_tree(restored.params)}
     restored = dataclasses.replace(restored, run=run)
     return {
-        mixture: _evaluate_mixture(settings, restored, mixture, folder)
+        str(mixture): _evaluate_mixture(settings, restored, mixture, folder)
         for mixture, folder in folders.items()
     }
 
 
 def _evaluate_mixture(
-    settings: Settings, restored: restore.Restored, mixture: str, folder: pathlib.Path
+    settings: Settings, restored: restore.Restored, mixture: lookup.Mixture, folder: pathlib.Path
 ) -> dict[str, Any]:
     """Asks, averages, writes and prints; returns the content of results.json."""
     evaluator, num_cut = settings.evaluator, sum(settings.evaluator.questions_of(mixture).is_cut)
     rows, seconds = _answer(evaluator, restored, mixture, folder)
     results = aggregation.aggregate(rows, evaluator.average, evaluator.bootstrap)
     found = {
-        "mixture": mixture,
+        "mixture": str(mixture),
         "run": dict(restored.run),
         "settings": evaluator.settings,
         "num_cut_targets": num_cut,
@@ -95,8 +94,8 @@ def _answer(evaluator, restored, mixture, folder) -> tuple[list[questions.Row], 
     """(rows of a mixture, seconds they took); what is new is kept part by part."""
     asked, rows, num_known = evaluator.questions_of(mixture), [], 0
     num_tasks = len(asked.tasks())
-    kept = answer_cache.Answers(folder, mixture, num_tasks, restored.run, evaluator.settings)
-    with progress_lib.shown(mixture, len(asked.rows)) as progress:
+    kept = answer_cache.Answers(folder, str(mixture), num_tasks, restored.run, evaluator.settings)
+    with progress_lib.shown(str(mixture), len(asked.rows)) as progress:
         # Whole tasks, so many that batches of similar length are mostly full.
         for part in asked.parts(_BATCHES_OF_A_PART * evaluator.batch_size):
             started = time.monotonic()

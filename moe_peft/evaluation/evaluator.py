@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, methods
+from moe_peft.data import files, lookup, task_ids
 from moe_peft.evaluation import aggregation, inference, metrics
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import questions as questions_lib
@@ -31,7 +32,8 @@ class Evaluator:
     it is asked for.
     """
 
-    mixtures: str | Sequence[str]  # names of SeqIO mixtures or tasks
+    # Names of SeqIO mixtures or tasks, or `files.Files`.
+    mixtures: lookup.Mixture | Sequence[lookup.Mixture]
     feature_lengths: Mapping[str, int]  # tokens of "inputs" and "targets"
     # Regular expression whose first parenthesis finds, in a task's name, what it is reported under:
     # "cldr_([a-z]+)_.*" reports "cldr_month_fr" under "month". None for the benchmark's own groups
@@ -66,12 +68,13 @@ class Evaluator:
                 f"The metric {self.metric!r} needs answers in text: give Evaluator.decoding, such "
                 "as @decoding.Greedy()."
             )
-        self.mixtures = (self.mixtures,) if isinstance(self.mixtures, str) else (*self.mixtures,)
+        is_one = isinstance(self.mixtures, str | files.Files)
+        self.mixtures = (self.mixtures,) if is_one else (*self.mixtures,)
         if not self.mixtures:
             raise errors.UserError("Evaluator.mixtures is empty; name at least one mixture.")
         is_own = self.task_group is None  # then each benchmark says what it reports under
         self._group = None if is_own else questions_lib.compile_group(self.task_group)
-        self._questions: dict[str, questions_lib.MixtureQuestions] = {}
+        self._questions: dict[lookup.Mixture, questions_lib.MixtureQuestions] = {}
         self._answering: tuple[object, inference.AnsweringModel] | None = None
 
     @property
@@ -106,7 +109,7 @@ class Evaluator:
         question = self.questions_of(self.mixtures[0]).questions[0]
         return inference.batch_shapes(self.batch_size, self.feature_lengths, question)
 
-    def questions_of(self, mixture: str) -> questions_lib.MixtureQuestions:
+    def questions_of(self, mixture: lookup.Mixture) -> questions_lib.MixtureQuestions:
         """The questions of a mixture, read once."""
         if mixture not in self._questions:
             names = (mixture, self.feature_lengths, self._group, self.split)
@@ -119,7 +122,7 @@ class Evaluator:
         self,
         model: encoder_decoder.EncoderDecoder,
         params: PyTree,
-        mixture: str,
+        mixture: lookup.Mixture,
         progress: progress_lib.Progress | None = None,
         places: Sequence[int] | None = None,
     ) -> list[questions_lib.Row]:
@@ -173,12 +176,10 @@ class Evaluator:
 
 
 def _check_task_ids(
-    asked: questions_lib.MixtureQuestions, method: methods.Method | None, mixture: str
+    asked: questions_lib.MixtureQuestions, method: methods.Method | None, mixture: lookup.Mixture
 ) -> None:
     """Raises UserError if `method` routes by task and the questions' tasks are not its own."""
     if method is not None and method.num_tasks is not None:
-        from moe_peft.data import task_ids  # Imports TensorFlow.
-
         ids = [question.features.get("task_ids") for question in asked.questions]
         has_ids = all(each is not None for each in ids)
         batch = {"task_ids": np.array(ids, int)} if has_ids else {}

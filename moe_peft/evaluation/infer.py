@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_peft import errors
 from moe_peft.config import settings as settings_lib
+from moe_peft.data import encoding, lookup, sentences
 from moe_peft.evaluation import inference
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.partitioning import mesh as mesh_lib
@@ -24,7 +25,7 @@ _Row = dict[str, Any]
 class Settings(restore.Settings):
     """Of `infer`."""
 
-    mixture: str  # whose vocabulary is used
+    mixture: lookup.Mixture  # whose vocabulary is used
     # Tokens of "inputs" (longer questions are cut, with a warning) and "targets".
     feature_lengths: Mapping[str, int]
     inputs: str  # the file to read
@@ -46,8 +47,6 @@ def infer(settings: Settings) -> list[_Row]:
 
     Raises UserError: a file, a line of it, the run or a setting is wrong.
     """
-    from moe_peft.data import lookup  # Imports TensorFlow.
-
     lookup.check_lengths(settings.feature_lengths)
     limits = dict(settings.feature_lengths)
     lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
@@ -101,8 +100,6 @@ def _questions(
     rows: Sequence[_Row], vocabulary: Any, limits: Mapping[str, int]
 ) -> list[inference.Question]:
     """The rows as the model reads them; says how many are cut."""
-    from moe_peft.data import encoding, sentences
-
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
     encoded = [encode(row["inputs"]) for row in rows]
     num_cut = sum(len(ids) >= limits["inputs"] for ids in encoded)

@@ -32,7 +32,6 @@ from typing import Any
 
 from jaxtyping import Float
 import numpy as np
-from rouge_score import rouge_scorer
 
 from moe_peft import errors
 
@@ -254,7 +253,9 @@ def references_of(row: Mapping[str, Any]) -> Sequence[str]:
 
 
 @functools.cache
-def _rouge() -> rouge_scorer.RougeScorer:
+def _rouge() -> Any:
+    from rouge_score import rouge_scorer  # nltk and scipy take two seconds.
+
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 

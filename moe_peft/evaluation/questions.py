@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_peft import errors
+from moe_peft.data import encoding, evaluation_data, lookup
 from moe_peft.evaluation import inference
 
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ class MixtureQuestions:
 
 
 def read(
-    mixture: str,
+    mixture: lookup.Mixture,
     feature_lengths: Mapping[str, int],
     group: re.Pattern | None,
     split: str,
@@ -82,8 +83,6 @@ def read(
     Raises UserError: no such mixture or split, a task without group, a target that is not among
     the choices.
     """
-    from moe_peft.data import encoding, evaluation_data, lookup  # Imports TensorFlow.
-
     vocabulary, limit = lookup.vocabulary(mixture), feature_lengths["targets"]
     reporting = {task.name: lookup.reporting(task) for task in lookup.tasks_with(mixture, split)}
     own_group = lambda task: reporting[task].group or task

@@ -14,6 +14,8 @@ from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.config import settings as settings_lib
+from moe_peft.data import identity as data_identity
+from moe_peft.data import lookup, pipeline, task_ids
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
@@ -34,7 +36,7 @@ class Settings(loop.Settings):
     method: methods.Method  # what is adapted and what trains
     # The model's own weights, such as "embedded:cldr_tiny"; see `backbone.load`.
     backbone: str
-    mixture: str  # name of a SeqIO mixture or task
+    mixture: lookup.Mixture  # name of a SeqIO mixture or task, or `files.Files`
     feature_lengths: Mapping[str, int]  # tokens of "inputs" and "targets"
     optimizer: optimizers.Optimizer  # see `optimizers`
     model_dir: str  # folder of the run: checkpoints, metrics.jsonl, tensorboard
@@ -62,8 +64,6 @@ def train(settings: Settings) -> loop.Result:
     numbers as if it had never stopped. SIGTERM and Ctrl-C save first, then exit. A setting, folder,
     backbone or data that is wrong raises UserError before anything compiles.
     """
-    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
-
     model, method = settings.model, settings.method
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is not None:
@@ -98,8 +98,6 @@ def train(settings: Settings) -> loop.Result:
 
 def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int) -> Iterator:
     """Returns this process's rows of all batches from `start_batch` on."""
-    from moe_peft.data import pipeline, task_ids  # Imports TensorFlow.
-
     lengths = dict(settings.feature_lengths)
     what = (settings.mixture, settings.batch_size, lengths, settings.seed, settings.pack)
     batches = pipeline.train_batches(*what, start_batch, *mesh_lib.host_shard(mesh))
@@ -108,8 +106,8 @@ def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int)
 
 def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str, Any]:
     """Returns what must stay the same when a run goes on."""
-    names = ("mixture", "batch_size", "pack", "seed")
-    data = {name: getattr(settings, name) for name in names}
+    data = {name: getattr(settings, name) for name in ("batch_size", "pack", "seed")}
+    data["mixture"] = getattr(settings.mixture, "described", settings.mixture)
     return {
         "model": {**identity.describe_model(settings.model), "loss": dataclasses.asdict(loss)},
         "data": {**data, "feature_lengths": dict(settings.feature_lengths)},
@@ -118,14 +116,14 @@ def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str,
 
 def _describe_rows(settings: Settings) -> dict[str, Any]:
     """Returns what shapes the rows besides the settings of the run; the same in every process."""
-    from moe_peft.data import identity as data_identity  # Imports TensorFlow.
-
     lengths = dict(settings.feature_lengths)
     numbers = (settings.batch_size, settings.seed, settings.pack)
     return data_identity.describe(settings.mixture, lengths, *numbers)
 
 
-def _check_tasks(method: methods.Method, mixture: str, pack: bool, start_from: str | None) -> None:
+def _check_tasks(
+    method: methods.Method, mixture: lookup.Mixture, pack: bool, start_from: str | None
+) -> None:
     """Refuses what would be silently wrong, or could not be restored."""
     if pack and method.num_tasks is not None:
         raise errors.UserError(

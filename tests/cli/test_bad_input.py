@@ -40,13 +40,13 @@ def odd():
 
 EMPTY_TASK = """
 import seqio
-from moe_peft.data import rows
+from moe_peft.data import registration, rows
 from moe_peft.tasks import cldr
 
 nothing = rows.Rows(rows.Ragged.from_sequences([]), rows.Ragged.from_sequences([]))
 seqio.TaskRegistry.add(
     "empty_task",
-    source=rows.RowsSource(lambda split: nothing, {"train": 0}),
+    source=registration.RowsSource(lambda split: nothing, {"train": 0}),
     preprocessors=[],
     output_features=cldr.TEXT_FEATURES,
     metric_fns=[],

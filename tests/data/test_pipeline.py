@@ -5,7 +5,7 @@ import pytest
 import seqio
 
 from moe_peft import errors
-from moe_peft.data import pipeline, rows
+from moe_peft.data import pipeline, registration
 from moe_peft.tasks import cldr
 
 LENGTHS = {"inputs": 56, "targets": 28}
@@ -26,7 +26,7 @@ def assert_same(batch, other):
 def few_denoise_rows():
     """300 rows instead of the pre-training's."""
     sizes = {"train": 300, "validation": 40}
-    source = rows.RowsSource(cldr.denoise_rows, sizes)
+    source = registration.RowsSource(cldr.denoise_rows, sizes)
     seqio.TaskRegistry.add(
         "denoise_few",
         source=source,
@@ -199,7 +199,7 @@ def test_wrong_vocabulary_is_refused():
 def test_empty_task_is_refused():
     seqio.TaskRegistry.add(
         "no_rows_here",
-        source=rows.RowsSource(lambda split: None, {"train": 0}),
+        source=registration.RowsSource(lambda split: None, {"train": 0}),
         preprocessors=[],
         output_features=cldr.FEATURES,
     )

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moe_peft import errors
-from moe_peft.data import registration, samples
+from moe_peft.data import row_store, samples
 from moe_peft.data.superni import files, prompts, sampling
 
 TASK = files.TaskFile(
@@ -112,7 +112,7 @@ def test_splits_of_a_training_task_that_is_short():
 
 
 def test_one_reference_of_each_instance():
-    draw = lambda found: registration.draw_answer(found.outputs, f"t\n{found.input}", 42)
+    draw = lambda found: row_store.draw_answer(found.outputs, f"t\n{found.input}", 42)
     drawn = [draw(instance) for instance in TASK.instances]
     assert drawn == [draw(instance) for instance in TASK.instances]
     assert {text[0] for text in drawn} == {"a", "b"}

@@ -136,10 +136,10 @@ def spoil(text):
     return ("b" if text[0] == "a" else "a") + text[1:]
 
 
-class Source(rows_lib.RowsSource):
+class Source(registration.RowsSource):
     """With what its benchmark says."""
 
-    reporting = registration.Reporting()
+    reporting = rows_lib.Reporting()
 
 
 def add_task(name, inputs, targets, choices=(), references=(), metric=None):
@@ -153,7 +153,7 @@ def add_task(name, inputs, targets, choices=(), references=(), metric=None):
     }
     found = rows_lib.Rows(encode(inputs), encode(targets), scalars, choices, references)
     source = Source(lambda split: found, {"validation": len(inputs)})
-    source.reporting = registration.Reporting(metric, "letters")
+    source.reporting = rows_lib.Reporting(metric, "letters")
     seqio.TaskRegistry.add(
         name,
         source=source,

@@ -22,6 +22,7 @@ from moe_peft.data import (
     samples,
     vocabularies,
 )
+from moe_peft.data import rows as rows_lib
 from moe_peft.data.crossfit import files
 from moe_peft.data.superni import files as superni_files
 from moe_peft.evaluation import metrics
@@ -247,11 +248,11 @@ def test_tasks_know_how_their_benchmark_reports_them():
     want = {"glue-cola": "matthews", "quoref": "qa_f1", "ag_news": "macro_f1"}
     assert {name: files.METRICS[table[name].metric] for name in want} == want
     assert reporting("crossfit_glue_cola").metric == "matthews"
-    assert reporting("crossfit_app_reviews") == registration.Reporting("pearson", "app_reviews")
+    assert reporting("crossfit_app_reviews") == rows_lib.Reporting("pearson", "app_reviews")
     rte = reporting("superni_task1344_glue_entailment_classification")
-    assert rte == registration.Reporting("exact_match_normalized", "Textual Entailment")
+    assert rte == rows_lib.Reporting("exact_match_normalized", "Textual Entailment")
     titles = reporting("superni_task1356_xlsum_title_generation")
-    assert titles == registration.Reporting("rouge_l", "Title Generation")
+    assert titles == rows_lib.Reporting("rouge_l", "Title Generation")
     by_metric = collections.Counter(
         lookup.reporting(seqio.TaskRegistry.get(registration.task_name("superni", name))).metric
         for name, listed in superni_files.table().items()
