@@ -5,6 +5,7 @@ from typing import Any
 
 import moe_peft
 from moe_peft.cli import commands as commands_lib
+from moe_peft.cli import flags
 from moe_peft.config import entry
 
 _GIN_HELP = """\
@@ -64,6 +65,7 @@ def _add_settings(commands, name: str, command: entry.Command) -> argparse.Argum
         epilog=_GIN_HELP + "\nExamples:\n" + command.example,
         **_AS_WRITTEN,
     )
+    flags.add(sub, name)
     sub.add_argument("--gin_file", action="append", default=[], metavar="FILE")
     sub.add_argument("--gin_search_paths", default="", metavar="A,B")
     return sub

@@ -1,6 +1,7 @@
 """Commands that take settings from gin: what each calls, imports and sets before any file."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+import functools
 from typing import Any
 
 from moe_peft.config import entry
@@ -37,6 +38,7 @@ COMMANDS = {
         "train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov",
         "train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try --gin.TRAIN_STEPS=20",
         modules=("moe_peft.training.train",),
+        defaults=("include 'runs/train.gin'",),
     ),
     "preflight": _command(
         "preflight",
@@ -57,6 +59,7 @@ COMMANDS = {
         "adapt --gin_file experiments/cldr/fewshot/lora.gin "
         "--gin.MODEL_DIR=results/fewshot/lora \\\n    --gin.SOURCE=results/cldr/lora",
         modules=("moe_peft.adaptation.adapt",),
+        defaults=("include 'runs/fewshot.gin'",),
     ),
     "eval": _command(
         "evaluate",
@@ -64,6 +67,7 @@ COMMANDS = {
         "eval --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov",
         "eval --gin_file experiments/cldr/frozen.gin --gin.MODEL_DIR=results/frozen",
         modules=("moe_peft.evaluation.evaluate",),
+        defaults=("include 'runs/eval.gin'",),
     ),
     "infer": _command(
         "infer",
@@ -71,6 +75,7 @@ COMMANDS = {
         "infer --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
         "    --gin.INPUTS=questions.txt --gin.OUTPUTS=answers.jsonl",
         modules=("moe_peft.evaluation.infer",),
+        defaults=("include 'runs/infer.gin'",),
     ),
     "export": _command(
         "export",
@@ -138,7 +143,15 @@ def configure(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str] = (),
     gin_search_paths: str = "",
+    flags: Collection[str] = (),
 ):
-    """Returns a command's entry point, to be called; a UserError for the first wrong setting."""
+    """Returns a command's entry point, to be called; a UserError for the first wrong setting.
+
+    `flags` are those of the command line that set macros, for messages.
+    """
+    from moe_peft.cli import missing
+
     folders = [path for path in gin_search_paths.split(",") if path]
-    return entry.configure(ALL[name], gin_files, gin_bindings, folders, ALL.values())
+    complete = functools.partial(missing.statements, name)
+    what = (ALL[name], gin_files, gin_bindings, folders, ALL.values())
+    return entry.configure(*what, complete, flags)

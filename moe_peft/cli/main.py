@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.cli import arguments as arguments_lib
-from moe_peft.cli import commands
+from moe_peft.cli import commands, flags
 
 USER_ERROR = errors.EXIT_CODE
 INTERRUPTED = 130
@@ -89,12 +89,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _entry_point(name: str, args: argparse.Namespace) -> Callable:
     """The configured entry point of a command, ready to be called."""
-    command = commands.ALL[name]
-    if not (args.gin_file or args.gin_bindings or command.reads_a_part):
+    command, given = commands.ALL[name], flags.given(name, args)
+    files, bindings = [*given.files, *args.gin_file], [*given.bindings, *args.gin_bindings]
+    if not (files or bindings or command.reads_a_part):
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
     if name not in _RUN:
         _join_processes(args)
-    return configure(name, args.gin_file, args.gin_bindings, args.gin_search_paths)
+    return configure(name, files, bindings, args.gin_search_paths, flags.of(name))
 
 
 def _join_processes(args: argparse.Namespace) -> None:

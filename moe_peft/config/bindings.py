@@ -67,6 +67,8 @@ class Config:
     # A copy of `bindings` after each file of the command line and after the `--gin.` bindings. A
     # later file may replace a method: what it was given is then overridden, not forgotten.
     history: list[dict[Key, dict[str, Binding]]] = dataclasses.field(default_factory=list)
+    # What the command itself binds, before any file: it may suit other networks or methods only.
+    defaults: frozenset[tuple[tuple[str, str, str], str]] = frozenset()
 
     def bind(self, binding: Binding) -> None:
         """Sets one parameter here and in gin; a later value wins."""
@@ -77,6 +79,14 @@ class Config:
     def keep(self) -> None:
         """Remembers the present state in `history`."""
         self.history.append({key: dict(values) for key, values in self.bindings.items()})
+
+    def end_of_defaults(self) -> None:
+        """Remembers that what is bound by now comes from the command itself."""
+        self.defaults = frozenset((each.name, each.where) for each in self.all_bindings())
+
+    def is_default(self, binding: Binding) -> bool:
+        """Whether the command itself binds this, or a file that it includes."""
+        return (binding.name, binding.where) in self.defaults
 
     def forget(self, binding: Binding) -> None:
         """Takes one binding out, here and in gin, so that the resolved text leaves it out."""

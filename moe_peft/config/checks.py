@@ -22,10 +22,12 @@ def check(
     entry_points: Collection[str] = (),
     called: Collection[str] = (),
     is_partial: bool = False,
+    flags: Collection[str] = (),
 ) -> None:
     """Raises UserError for the first thing that is wrong, in this order.
 
-    1. A macro that `root` or anything it refers to reads has no value.
+    1. Macros that `root` or anything it refers to reads have no value: all are named, with those
+       of the command's `flags` that set them.
     2. A value has the wrong type for its parameter's annotation (simple types only).
     3. A value that `root` or anything it refers to requires is missing.
     4. A binding that nothing reads: not `root`, no other entry point, nothing they refer to, now
@@ -37,7 +39,7 @@ def check(
     then a mistake on the command line only.
     """
     root = registry.find(root).selector
-    _check_macros(config, root)
+    _check_macros(config, root, flags)
     _check_types(config)
     _check_required(config, root)
     _check_used(config, [root, *_known(entry_points, called)], is_partial)
@@ -64,19 +66,34 @@ def _is_agreed(binding: bindings_lib.Binding) -> bool:
     return binding.is_macro and binding.scope in macros.MACROS
 
 
-def _check_macros(config: bindings_lib.Config, root: str) -> None:
-    for *_, own in _reachable(config.bindings, root):
-        for binding in own.values():
-            for name in _macros_of(binding):
-                if config.macro(name) is not None:
-                    continue
-                defined = [key[0] for key in config.bindings if key[1] == "gin.macro"]
-                near = errors.near(name, [other for other in defined if other != name])
-                near = "" if name in macros.MACROS else near
-                raise errors.UserError(
-                    f"{name} has no value, and {binding} needs one ({binding.where}).{near}"
-                    f" Set it in a gin file or with --gin.{name}=VALUE."
-                )
+def missing_macros(config: bindings_lib.Config, root: str) -> dict[str, bindings_lib.Binding]:
+    """The macros without a value that `root` or anything it refers to reads, and who needs each."""
+    return {
+        name: binding
+        for *_, own in _reachable(config.bindings, registry.find(root).selector)
+        for binding in own.values()
+        for name in _macros_of(binding)
+        if config.macro(name) is None
+    }
+
+
+def _check_macros(config: bindings_lib.Config, root: str, flags: Collection[str]) -> None:
+    found = missing_macros(config, root)
+    if not found:
+        return
+    name, binding = next(iter(found.items()))
+    defined = [key[0] for key in config.bindings if key[1] == "gin.macro"]
+    near = errors.near(name, [other for other in defined if other != name])
+    near = "" if name in macros.MACROS else near
+    flag = lambda macro: f"--{macros.FLAGS.get(macro)}"
+    how = lambda macro: f"{macro} ({flag(macro)})" if flag(macro) in flags else macro
+    others = [how(other) for other in found if other != name]
+    also = f" Nor have {', '.join(others)}." if others else ""
+    own = f", with {flag(name)}" if flag(name) in flags else ""
+    raise errors.UserError(
+        f"{name} has no value, and {binding} needs one ({binding.where}).{near}{also}"
+        f" Set {'each' if others else 'it'} in a gin file{own} or with --gin.{name}=VALUE."
+    )
 
 
 def _macros_of(binding: bindings_lib.Binding) -> Iterator[str]:
@@ -121,7 +138,8 @@ def _check_used(config: bindings_lib.Config, roots: Sequence[str], is_partial: b
     unread = [
         binding
         for binding in _unread(config, config.history, roots)
-        if binding.on_command_line or not (is_partial or _is_agreed(binding))
+        if binding.on_command_line
+        or not (is_partial or config.is_default(binding) or _is_agreed(binding))
     ]
     if not unread:
         return

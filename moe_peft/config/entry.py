@@ -3,7 +3,7 @@
 Imports little, so that `moe-peft --help` is instant.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import dataclasses
 from typing import Any
 
@@ -34,25 +34,34 @@ def configure(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
     others: Iterable[Command] = (),
+    complete: Callable[[Any], Sequence[str]] | None = None,
+    flags: Collection[str] = (),
 ) -> Callable[..., Any]:
     """Reads and checks the settings of a command; returns its entry point, to be called.
 
     Arguments are as in `gin_files.load`; `others` are commands that the same files may serve.
-    Raises UserError for the first mistake, before anything is computed.
+    `complete` is given the configuration, and returns further defaults of the command, as long as
+    there are some; `flags` are those that its parser knows. Raises UserError for the first mistake,
+    before anything is computed.
     """
     import gin
 
     from moe_peft.config import checks, gin_files
 
     gin_files.import_modules(command.modules)
-    config = gin_files.load(files, bindings, search_paths, command.defaults)
+    defaults = list(command.defaults)
+    config = gin_files.load(files, bindings, search_paths, defaults)
+    while complete is not None and (more := complete(config)):
+        defaults += more
+        config = gin_files.load(files, bindings, search_paths, defaults)
     macros = {name: config.macro(name) for name in command.optional}
     given = [name for name, found in macros.items() if found and isinstance(found.value, str)]
     if given:
         more = [f"{command.entry_point}.{name.lower()}=%{name}" for name in given]
-        config = gin_files.load(files, [*bindings, *more], search_paths, command.defaults)
+        config = gin_files.load(files, [*bindings, *more], search_paths, defaults)
     entry_points = [command.entry_point, *(other.entry_point for other in others)]
-    checks.check(config, command.entry_point, entry_points, CALLED_BY_LIBRARY, command.reads_a_part)
+    what = (entry_points, CALLED_BY_LIBRARY, command.reads_a_part, flags)
+    checks.check(config, command.entry_point, *what)
     for binding in checks.obsolete(config, entry_points, CALLED_BY_LIBRARY):
         config.forget(binding)
     return gin.get_configurable(command.entry_point)

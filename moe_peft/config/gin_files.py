@@ -76,6 +76,7 @@ def load(
     config = bindings_lib.Config()
     folders = search_folders(search_paths)
     _parse("\n".join(defaults), "defaults of the command", config, folders, ())
+    config.end_of_defaults()
     for name in files:
         _parse_file(name, config, folders, ())
         config.keep()

@@ -63,6 +63,12 @@ class Files:
         return _safe(files[0].stem) if files else "files"
 
     __repr__ = __str__
+
+    @property
+    def title(self) -> str:
+        """The training files, for people."""
+        return ", ".join(path.name for path in self.files.get(TRAIN, ()))
+
     described = "files"  # in the description of a run, which paths do not shape
 
     @functools.cached_property
@@ -139,6 +145,11 @@ class Files:
             files = self.files.get(TRAIN if split == VALIDATION and self.is_held_out else split)
             self._stored[split] = files and self._store(split, files)
         return self._stored[split]
+
+    @property
+    def num_held_out(self) -> int:
+        """Training rows that are kept apart."""
+        return len(self.stored(VALIDATION)) if self.is_held_out else 0
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest inputs and of the longest targets, end marks included."""

@@ -11,6 +11,7 @@ from moe_peft.methods.method import (
     ADAPTER_LEAVES,
     ADAPTERS,
     ALL_LEAVES,
+    LEARNING_RATES,
     METHODS,
     NO_LEAVES,
     ROUTER_LEAVES,
@@ -23,7 +24,7 @@ from moe_peft.methods.targets import PLACEMENTS, ROUTER_INPUTS
 from moe_peft.methods.task_routed import SKILL_ROUTERS
 
 
-@register()
+@register(learning_rate=1e-4)
 def full() -> Method:
     """Full fine-tuning: no adapter, every weight trains."""
     return Method("full", trainable=ALL_LEAVES)
@@ -47,6 +48,7 @@ __all__ = [
     "ADAPTERS",
     "ADAPTER_LEAVES",
     "ALL_LEAVES",
+    "LEARNING_RATES",
     "METHODS",
     "Method",
     "NO_LEAVES",

@@ -18,18 +18,23 @@ ALL_LEAVES = ".*"
 NO_LEAVES = "(?!)"
 
 METHODS: dict[str, Callable[..., "Method"]] = {}
+# Peaks that a method trains well with on most T5s, by AdamW with a linear rise and decay.
+LEARNING_RATES: dict[str, float] = {}
 ADAPTERS: dict[str, type[adapters.Adapter]] = {}
 
 
-def register(*adapter_classes: type[adapters.Adapter]) -> Callable[..., Callable[..., "Method"]]:
+def register(
+    *adapter_classes: type[adapters.Adapter], learning_rate: float = 1e-3
+) -> Callable[..., Callable[..., "Method"]]:
     """Returns a decorator that makes a constructor of methods known.
 
-    To gin as `methods.NAME`, to `METHODS`, and its adapters to `ADAPTERS`, by which a method is
-    made again from a checkpoint's record.
+    To gin as `methods.NAME`, to `METHODS` and `LEARNING_RATES`, and its adapters to `ADAPTERS`, by
+    which a method is made again from a checkpoint's record.
     """
 
     def decorate(constructor):
         METHODS[constructor.__name__] = constructor
+        LEARNING_RATES[constructor.__name__] = learning_rate
         ADAPTERS.update((each.__name__, each) for each in adapter_classes)
         return gin.register(module="methods")(constructor)
 

@@ -11,7 +11,7 @@ from moe_peft.methods import targets
 ROUTERS = {router.option: router for router in routing_lib.ROUTERS}
 
 
-@method_lib.register(adapters.IA3)
+@method_lib.register(adapters.IA3, learning_rate=1e-2)
 def ia3(family: str = "t5") -> method_lib.Method:
     """(IA)3: one vector on keys, values and the feed-forward block's inside (Liu et al. 2022).
 
@@ -55,7 +55,7 @@ def lora_big(**options) -> method_lib.Method:
     return dataclasses.replace(lora(**options), name="lora_big")
 
 
-@method_lib.register(adapters.MoV)
+@method_lib.register(adapters.MoV, learning_rate=1e-2)
 def mov(
     num_experts: int = 10,
     router_input: str = "as_released",

@@ -52,7 +52,7 @@ def model(
     """
     method, backbone, folder = settings.method, settings.backbone, settings.model_dir
     start = start_lib.Start.of_network(settings.model, method, batch_shapes)
-    shapes = jax.eval_shape(lambda rng: start.model.init(rng, batch_shapes), jax.random.key(0))
+    shapes = start.shapes()
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     frozen, trainable = map(count, method.split(shapes))
     how = (settings.step, settings.frozen_dtype, start_from)

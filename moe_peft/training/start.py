@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -12,13 +13,13 @@ from moe_peft import errors, methods, patching
 from moe_peft.methods import transfer
 from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
-from moe_peft.runtime import digest
+from moe_peft.runtime import digest, run_once
 from moe_peft.training import optimizers
 from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import identity, leaves, saved_run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Start:
     """What a run is made from; only shapes are known until `trees` is called."""
 
@@ -35,10 +36,12 @@ class Start:
         model = encoder_decoder.EncoderDecoder(method.patch(network), method=method)
         return cls(model, encoder_decoder.EncoderDecoder(network), method, batch_shapes)
 
+    @functools.cache  # noqa: B019 - a run has one, and tracing takes seconds
     def base_shapes(self) -> PyTree:
         """Returns the abstract params of the model without adapters."""
         return jax.eval_shape(self.init_base, jax.random.key(0))
 
+    @functools.cache  # noqa: B019
     def shapes(self) -> PyTree:
         """Returns the abstract params of the model with adapters."""
         return jax.eval_shape(self.init, jax.random.key(0))
@@ -95,7 +98,7 @@ class Start:
         """
 
         wanted = lambda flat: {path: leaf for path, leaf in flat.items() if path not in base}
-        return jax.jit(lambda rng: wanted(patching.flatten(self.init(rng))))
+        return run_once.jit(lambda rng: wanted(patching.flatten(self.init(rng))))
 
     def init(self, rng: Array) -> PyTree:
         """Returns fresh params of the model with adapters."""

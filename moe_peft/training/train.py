@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import time
 from typing import Any
 
 from flax import linen as nn
@@ -20,7 +21,7 @@ from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
-from moe_peft.training import checkpoints, loop, optimizers
+from moe_peft.training import checkpoints, loop, optimizers, summary
 from moe_peft.training import start as start_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
@@ -80,7 +81,8 @@ def train(settings: Settings) -> loop.Result:
             "it out, and use `moe-peft eval` afterwards."
         )
     mesh = mesh_lib.make_mesh() if settings.mesh is None else settings.mesh
-    return fit(
+    started = time.monotonic()
+    result = fit(
         start=lambda shapes: start_lib.Start(network, base, method, shapes),
         backbone=settings.backbone,
         open_batches=functools.partial(_open_batches, settings, mesh),
@@ -88,12 +90,15 @@ def train(settings: Settings) -> loop.Result:
         model_dir=settings.model_dir,
         described=_describe(settings, loss),
         describe_rows=functools.partial(_describe_rows, settings),
+        introduce=functools.partial(summary.introduce, settings, mesh),
         settings=settings,
         eval_hook=functools.partial(evaluator, network) if evaluator else None,
         start_from=settings.start_from,
         monitors=settings.monitors,
         mesh=mesh,
     )
+    summary.conclude(settings, result.metrics, time.monotonic() - started)
+    return result
 
 
 def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int) -> Iterator:
@@ -153,6 +158,7 @@ def fit(
     described: Mapping[str, Any],
     settings: loop.Settings,
     describe_rows: Callable[[], Mapping[str, Any]] | None = None,
+    introduce: Callable[[int, int], None] | None = None,
     eval_hook: loop.EvalHook | None = None,
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
@@ -166,6 +172,7 @@ def fit(
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
       settings: numbers and periods.
       describe_rows: what shapes the rows besides, json types, compared in the same way.
+      introduce: is told the numbers of trainable parameters and of the network's own.
       eval_hook: (step, params) -> metrics.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
@@ -184,6 +191,9 @@ def fit(
 
         begin = start({name: rows.shape for name, rows in first_batch.items()})
         program = _Program(begin, optimizer, settings, mesh)
+        if introduce is not None:
+            count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            introduce(count(program.trainable), count(begin.base_shapes()))
         num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
         run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
         watched = monitors_lib.Watched(

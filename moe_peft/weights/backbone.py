@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.runtime import digest
+from moe_peft.runtime import digest, run_once
 from moe_peft.weights import (
     checkpoint_file,
     formats,
@@ -68,7 +68,7 @@ def load(
     if kind == "random":
         if not re.fullmatch(r"[+-]?\d+", rest):
             raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.")
-        params = jax.jit(init)(jax.random.key(int(rest)))
+        params = run_once.jit(init)(jax.random.key(int(rest)))
     elif kind == "embedded":
         params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":

@@ -1,0 +1,205 @@
+"""Flags that stand for gin settings: `--steps 100` is `--gin.TRAIN_STEPS=100`.
+
+A run, an argument of its own, stands for the `config.gin` in its folder. Only argument parsing is
+imported here, so `--help` is instant.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from moe_peft import errors
+from moe_peft.config import macros
+
+
+class Given(NamedTuple):
+    """What a command line says of the settings, besides those that it gives in gin's own words."""
+
+    files: list[str]  # before those of --gin_file
+    bindings: list[str]  # before those of --gin.NAME=VALUE
+
+
+def _number(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+# What a flag takes besides a text.
+_TYPES: Mapping[str, Callable[[str], Any]] = {
+    "steps": int,
+    "batch_size": int,
+    "seed": int,
+    "task": int,
+    "step": int,
+    "shots": int,
+    "eval_fraction": float,
+    "learning_rate": _number,
+}
+_PATHS = ("out", "to", "source", "inputs", "outputs", "vocabulary")
+_SEVERAL = ("data", "eval_data")  # paths
+
+_COLUMNS = ("inputs_column", "targets_column", "inputs_template")
+_MORE_COLUMNS = (*_COLUMNS, "task_column", "choices_column", "bad_rows")
+_NETWORK = ("method", "backbone", "model")
+_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "plan": _NETWORK,
+    "preflight": (*_NETWORK, "batch_size"),
+    "train": (
+        *(*_NETWORK, "vocabulary", "data", "eval_data", "out", "steps", "batch_size"),
+        *("learning_rate", "seed", "dtype", "frozen_dtype", "eval_fraction", *_MORE_COLUMNS),
+    ),
+    "adapt": (*_NETWORK, "source", "variant", "shots", "out", "steps", "batch_size", "seed"),
+    "eval": (*_NETWORK, "vocabulary", "data", "out", "batch_size", "metric", *_MORE_COLUMNS),
+    "infer": (*_NETWORK, "vocabulary", "inputs", "outputs", "batch_size", *_COLUMNS),
+    "export": ("to",),
+    "merge": ("to", "task"),
+}
+# Commands that take a run as an argument; whether they read its `config.gin`.
+_RUNS = {"eval": True, "infer": True, "export": False, "merge": True}
+# Where a flag sets another macro than `macros.FLAGS` says, by command.
+_OTHER_MACROS = {
+    "eval": {"data": "EVAL_DATA", "batch_size": "EVAL_BATCH_SIZE"},
+    "infer": {"batch_size": "EVAL_BATCH_SIZE"},
+    "export": {"to": "OUTPUTS"},
+    "merge": {"to": "OUTPUTS"},
+    "preflight": {"batch_size": "BATCH_SIZE"},
+}
+_PARAMETERS = {"metric": "Evaluator.metric"}  # flags that set a parameter, not a macro
+_HELP = {
+    "method": "what is adapted and what trains: a file of methods/, such as molora",
+    "model": "the network: a file of models/; default: as the backbone's folder says",
+    "data": "files with rows: .jsonl, .csv, .tsv, .parquet, or a folder",
+    "learning_rate": "the peak; default: by method; auto: a few are tried",
+    "metric": "of answers in text, such as exact_match or rouge_l",
+    "variant": "what is taken over from --source: keep, new_logits, z, mu or soup",
+    "out": "folder of the run",
+    "to": "file or folder to write",
+}
+_CHOICES = {"dtype": ("float32", "bfloat16"), "frozen_dtype": ("float32", "bfloat16")}
+_CHOICES["bad_rows"] = ("stop", "skip")
+
+
+def macro_of(command: str, flag: str) -> str | None:
+    """The macro that a flag of a command sets."""
+    other = _OTHER_MACROS.get(command, {}).get(flag)
+    named = [macro for macro, name in macros.FLAGS.items() if name == flag]
+    same = flag.upper()  # several macros may be missing for want of one flag, which sets its own
+    return other or (same if same in named else next(iter(named), None))
+
+
+def of(command: str) -> tuple[str, ...]:
+    """The flags of a command that set macros, as they are written."""
+    return tuple(f"--{flag}" for flag in _FLAGS.get(command, ()))
+
+
+def add(parser: argparse.ArgumentParser, command: str) -> None:
+    """Adds the flags of a command to its parser, and the run that it takes."""
+    if command in _RUNS:
+        parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run")
+    for flag in _FLAGS.get(command, ()):
+        macro = macro_of(command, flag)
+        parser.add_argument(
+            f"--{flag}",
+            type=_TYPES.get(flag, str),
+            nargs="+" if flag in _SEVERAL else None,
+            choices=_CHOICES.get(flag),
+            metavar=None if flag in _CHOICES else flag.rpartition("_")[2].upper(),
+            help=_HELP.get(flag) or macros.MACROS[macro].replace("`", ""),
+        )
+
+
+def given(command: str, args: argparse.Namespace) -> Given:
+    """What the flags of a command say; a UserError for a run or a method that is not there."""
+    found = Given([], [])
+    values = {flag: getattr(args, flag) for flag in _FLAGS.get(command, ())}
+    values = {flag: value for flag, value in values.items() if value is not None}
+    if run := getattr(args, "run", None):
+        _add_run(found, run, _RUNS[command])
+    if source := values.get("source"):
+        _add_run(found, source, True, ["MODEL_DIR=%gin.REQUIRED"])
+    if "variant" in values:
+        found.files.append("methods/transferred.gin")
+        found.bindings.append(f"VARIANT={values.pop('variant')!r}")
+    for kind in ("model", "method"):
+        if kind in values:
+            _add_packaged(found, kind, values.pop(kind))
+    if command == "eval" and "data" in values:
+        found.files.append("data/own.gin")
+        found.bindings += ["EVAL_MIXTURES=(@data.Files(),)", "TASK_GROUP=None"]
+    for flag, value in values.items():
+        name = _PARAMETERS.get(flag) or macro_of(command, flag)
+        found.bindings.append(f"{name}={_absolute(flag, value)!r}")
+    return found
+
+
+def _add_run(found: Given, run: str, reads_config: bool, bindings: list[str] | None = None) -> None:
+    folder = pathlib.Path(run).expanduser()
+    config = folder / "config.gin"
+    if reads_config and not config.is_file():
+        near = ""
+        if not folder.exists() and folder.parent.is_dir():
+            near = errors.near(folder.name, [path.name for path in folder.parent.iterdir()])
+        what = "has no config.gin" if folder.is_dir() else "is not there"
+        raise errors.UserError(
+            f"The run {run} {what}; expected a folder that `moe-peft train` wrote.{near}"
+        )
+    if reads_config:
+        found.files.append(str(config))
+    found.bindings.extend(bindings or [f"MODEL_DIR={str(folder.absolute())!r}"])
+
+
+def _add_packaged(found: Given, kind: str, name: str) -> None:
+    """A file of models/ or methods/ by its name; what it sets is not set by a file of the user."""
+    from moe_peft.config import gin_files
+
+    folder = gin_files.packaged_folder() / f"{kind}s"
+    known = sorted(path.stem for path in folder.glob("*.gin"))
+    errors.check_one_of(f"--{kind}", name, known)
+    found.files.append(f"{kind}s/{name}.gin")
+    macro = kind.upper()
+    value = _setting(folder / f"{name}.gin", macro)
+    if value is None:
+        raise errors.UserError(f"--{kind} {name}: {kind}s/{name}.gin sets no {macro}.")
+    found.bindings.append(f"{macro}={value}")
+
+
+def _setting(path: pathlib.Path, macro: str) -> str | None:
+    """The text of a macro's value in a packaged file or one that it includes."""
+    text = path.read_text(encoding="utf-8")
+    if match := re.search(rf"^{macro} = (\S+)", text, re.MULTILINE):
+        return match[1]
+    for name in re.findall(r"^include '([^']+)'", text, re.MULTILINE):
+        if found := _setting(path.parents[1] / name, macro):
+            return found
+    return None
+
+
+def _absolute(flag: str, value: Any) -> Any:
+    """The value with paths that mean the same in every folder."""
+    full = lambda path: os.path.abspath(os.path.expanduser(path))
+    if flag in _SEVERAL:
+        paths = [full(path) for path in value]
+        return paths[0] if len(paths) == 1 else paths
+    if flag == "vocabulary" and value == "bytes":
+        return value
+    if flag in _PATHS:
+        kind, colon, path = value.rpartition(":")
+        return f"{kind}{colon}{full(path)}" if "://" not in value else value
+    if flag == "backbone":
+        return _backbone(value)
+    return value
+
+
+def _backbone(spec: str) -> str:
+    """The spec with a kind, told from the files where it has none, and an absolute path."""
+    kind, colon, path = spec.partition(":")
+    if not colon:
+        from moe_peft.weights import formats
+
+        found = formats.detect(spec)
+        kind, path = {"ours": "file"}.get(found, found), spec
+    if "://" in path or kind not in ("hf", "t5x", "file", "run"):
+        return spec
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"

@@ -1,0 +1,84 @@
+"""What a run says of itself: at its start what it will do, at its end what to do next."""
+
+from collections.abc import Mapping
+import os
+import sys
+from typing import Any
+
+import jax
+
+from moe_peft.data import pipeline
+from moe_peft.models import family
+from moe_peft.runtime import processes
+from moe_peft.runtime import progress as progress_lib
+
+_SHARES = (0, 0.01, 0.03, 0.06, 0.1, 0.25, 0.5, 1)  # of the steps, where rates are looked at
+
+
+def introduce(settings: Any, mesh: jax.sharding.Mesh, num_trainable: int, num_base: int) -> None:
+    """Prints what a run is, before its weights are read; `settings` are those of `train`."""
+    if not processes.is_first():
+        return
+    config = getattr(settings.model, "config", None)
+    is_known = isinstance(config, tuple(each.config for each in family.FAMILIES.values()))
+    network = family.of(config).describe(config) if is_known else type(settings.model).__name__
+    lengths = settings.feature_lengths
+    kind = jax.devices()[0].device_kind
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    lines = {
+        "backbone": f"{settings.backbone} ({network})",
+        "method": f"{settings.method.name}, {num_trainable:,} trainable parameters, "
+        f"{100 * num_trainable / num_base:.3g} % of the network's {num_base:,}",
+        "data": f"{_rows(settings)}; {lengths['inputs']} tokens of inputs, "
+        f"{lengths['targets']} of targets",
+        "steps": f"{settings.num_steps:,} of {settings.batch_size} rows; "
+        f"{settings.optimizer.name}, learning rate {_rates(settings)}",
+        "devices": f"{mesh.size} x {kind}{f' ({axes})' if axes else ''}, activations in "
+        f"{getattr(config, 'dtype', '?')}, frozen weights in {settings.frozen_dtype}",
+        "writes to": str(settings.model_dir),
+    }
+    for name, text in lines.items():
+        print(f"{name:10} {text}", file=sys.stderr, flush=True)
+
+
+def conclude(settings: Any, metrics: Mapping[str, float], seconds: float) -> None:
+    """Prints where the result is, and the commands that come next."""
+    if not processes.is_first():
+        return
+    folder = _short(settings.model_dir)
+    loss = f", loss {metrics['loss']:.4f} in the last steps" if "loss" in metrics else ""
+    print(
+        f"trained {settings.num_steps:,} steps{loss}, in {progress_lib.duration(seconds)}; the "
+        f"adapters are in {folder}\nnext:\n"
+        f"  moe-peft eval {folder}\n"
+        f"  moe-peft infer {folder} --inputs questions.jsonl --outputs answers.jsonl\n"
+        f"  moe-peft export {folder} --to {folder}_adapter",
+        file=sys.stderr,
+    )
+
+
+def _rows(settings: Any) -> str:
+    stream = pipeline.stream_of(settings.mixture, "train", settings.seed)
+    if stream is None:
+        return f"{settings.mixture}"
+    count = sum(map(len, stream.sources))
+    passes = settings.num_steps * settings.batch_size / max(count, 1)
+    name = getattr(settings.mixture, "title", settings.mixture)
+    text = f"{name}, {count:,} training rows ({passes:.3g} passes)"
+    if len(stream.sources) > 1:
+        text += f" of {len(stream.sources)} tasks"
+    held_out = getattr(settings.mixture, "num_held_out", 0)
+    return text + (f", {held_out:,} others kept apart for evaluation" if held_out else "")
+
+
+def _rates(settings: Any) -> str:
+    """The highest learning rate of each group, as far as a few steps tell."""
+    steps = {int(share * settings.num_steps) for share in _SHARES}
+    peak = lambda group: max(float(settings.optimizer.schedule(group)(step)) for step in steps)
+    groups = [f", {peak(name):g} for {name}" for name in sorted(settings.optimizer.groups)]
+    return f"at most {peak(''):g}{''.join(groups)}"
+
+
+def _short(path: Any) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
