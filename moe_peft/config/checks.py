@@ -81,13 +81,14 @@ def _check_macros(config: bindings_lib.Config, root: str, flags: Collection[str]
     found = missing_macros(config, root)
     if not found:
         return
-    name, binding = next(iter(found.items()))
+    asked = [name for name in found if macros.TOLD_BY.get(name) not in found] or list(found)
+    name, binding = asked[0], found[asked[0]]
     defined = [key[0] for key in config.bindings if key[1] == "gin.macro"]
     near = errors.near(name, [other for other in defined if other != name])
     near = "" if name in macros.MACROS else near
     flag = lambda macro: f"--{macros.FLAGS.get(macro)}"
     how = lambda macro: f"{macro} ({flag(macro)})" if flag(macro) in flags else macro
-    others = [how(other) for other in found if other != name]
+    others = [how(other) for other in asked[1:]]
     also = f" Nor have {', '.join(others)}." if others else ""
     own = f", with {flag(name)}" if flag(name) in flags else ""
     raise errors.UserError(

@@ -88,3 +88,10 @@ FLAGS = {
     "OUTPUTS": "outputs",
     "TASK": "task",
 }
+
+# Macros that another one tells on the command line; where both are missing, only that is asked for.
+TOLD_BY = {
+    **dict.fromkeys(("MODEL", "VOCABULARY"), "BACKBONE"),
+    **dict.fromkeys(("FEATURE_LENGTHS", "TRAIN_STEPS", "BATCH_SIZE", "TASK_GROUP"), "MIXTURE"),
+    **dict.fromkeys(("OPTIMIZER", "LEARNING_RATE"), "METHOD"),
+}

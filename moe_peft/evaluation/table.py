@@ -34,7 +34,10 @@ class Run:
         """The trainable parameters for a person: "74,880 (1.2 %)"."""
         if not self.trainable:
             return "0"
-        percent = 100 * self.trainable / self.content["run"]["total_parameters"]
+        run = self.content["run"]
+        # Of the network's own; results of version 0.1 do not say how many those are.
+        own = run.get("network_parameters", run["total_parameters"] - self.trainable)
+        percent = 100 * self.trainable / (own or self.trainable)
         return f"{self.trainable:,} ({percent:.{2 if percent < 1 else 1}f} %)"
 
 

@@ -55,6 +55,7 @@ def model(
     shapes = start.shapes()
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     frozen, trainable = map(count, method.split(shapes))
+    own = count(start.base_shapes())
     how = (settings.step, settings.frozen_dtype, start_from)
     found, step = params(start, backbone, folder if trainable else None, *how)
     run = {
@@ -64,6 +65,7 @@ def model(
         "step": step,
         "trainable_parameters": trainable,
         "total_parameters": trainable + frozen,
+        "network_parameters": own,
     }
     shardings = layout_lib.Layout(mesh).shardings(found, start.logical_axes())
     return Restored(start.model, jax.device_put(found, shardings), run)

@@ -27,6 +27,8 @@ from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
 from moe_peft.weights import identity, saved_run
 
+_KNOWN_BEFORE_WEIGHTS = ("method", "model", "data", "rows")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(loop.Settings):
@@ -190,6 +192,9 @@ def fit(
             described = {**described, "rows": describe_rows()}
 
         begin = start({name: rows.shape for name, rows in first_batch.items()})
+        if saved:
+            known = identity.as_json({"method": begin.method.describe(), **described})
+            identity.check_same_run(saved.description, known, folder, _KNOWN_BEFORE_WEIGHTS)
         program = _Program(begin, optimizer, settings, mesh)
         if introduce is not None:
             count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -69,7 +69,8 @@ def check_same_run(
         if difference:
             raise errors.UserError(
                 f"The checkpoints in {model_dir} are of a run with {_MUST_AGREE[part]}: "
-                f"{difference}. Choose another MODEL_DIR, or go back to the settings of that run."
+                f"{difference}. Choose another folder (--out, MODEL_DIR), or go back to the "
+                "settings of that run."
             )
 
 

@@ -1,0 +1,54 @@
+"""Where a user's rows are: files, folders, splits by name."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+import re
+from typing import Any
+
+from moe_peft import errors
+from moe_peft.data import plain_files
+
+TRAIN, VALIDATION = "train", "validation"
+Paths = str | Sequence[str] | Mapping[str, Any]
+# Beginnings of the names of files in a folder that say which split they are.
+_SPLITS = {TRAIN: ("train",), VALIDATION: ("validation", "valid", "dev", "eval"), "test": ("test",)}
+
+
+def by_split(data: Paths, default: str) -> dict[str, list[pathlib.Path]]:
+    """Files by split; those that name none are of `default`."""
+    if isinstance(data, Mapping):
+        given = {split: by_split(paths, split)[split] for split, paths in data.items()}
+        if unknown := set(given) - set(_SPLITS):
+            errors.check_one_of("A split of data", sorted(unknown)[0], _SPLITS)
+        return given
+    found: dict[str, list[pathlib.Path]] = {}
+    for path in map(pathlib.Path, [data] if isinstance(data, str) else data):
+        path = path.expanduser()
+        if not path.is_dir():
+            found.setdefault(default, []).append(path)
+            continue
+        inside = sorted(each for each in path.iterdir() if each.suffix in plain_files.SUFFIXES)
+        if not inside:
+            expected = ", ".join(plain_files.SUFFIXES)
+            raise errors.UserError(f"The folder {path} has no file that ends in {expected}.")
+        splits = [_split_of(each) for each in inside]
+        for each, split in zip(inside, splits, strict=True):
+            own = (split or default) if default == TRAIN and TRAIN in splits else default
+            found.setdefault(own, []).append(each)
+    return found
+
+
+def _split_of(path: pathlib.Path) -> str | None:
+    stems = ((split, stem) for split, stems in _SPLITS.items() for stem in stems)
+    return next((split for split, stem in stems if path.stem.startswith(stem)), None)
+
+
+def sign(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int]]:
+    """What tells when a file was changed."""
+    stats = ((path.resolve(), path.stat()) for path in files)
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def safe(name: str) -> str:
+    """The name as that of a file."""
+    return re.sub(r"[^\w.-]+", "_", name) or "_"
