@@ -188,18 +188,7 @@ def _absolute(flag: str, value: Any) -> Any:
         kind, colon, path = value.rpartition(":")
         return f"{kind}{colon}{full(path)}" if "://" not in value else value
     if flag == "backbone":
-        return _backbone(value)
+        from moe_peft.weights import backbone
+
+        return backbone.full_spec(value)
     return value
-
-
-def _backbone(spec: str) -> str:
-    """The spec with a kind, told from the files where it has none, and an absolute path."""
-    kind, colon, path = spec.partition(":")
-    if not colon:
-        from moe_peft.weights import formats
-
-        found = formats.detect(spec)
-        kind, path = {"ours": "file"}.get(found, found), spec
-    if "://" in path or kind not in ("hf", "t5x", "file", "run"):
-        return spec
-    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"

@@ -13,11 +13,7 @@ from moe_peft import errors
 from moe_peft.config import bindings as bindings_lib
 from moe_peft.config import checks
 
-LONGEST = {"inputs": 512, "targets": 128}  # tokens, where nobody says how many
-_STEP = 8  # lengths are multiples of it
 _FILES = "data.Files"
-_NUM_LAYERS = ("num_encoder_layers", "num_decoder_layers")
-_MANY_LAYERS = 6
 
 
 def statements(command: str, config: bindings_lib.Config) -> list[str]:
@@ -79,45 +75,33 @@ def _own_data(config: bindings_lib.Config) -> list[str]:
 
 
 def _model(config: bindings_lib.Config) -> list[str]:
-    kind, _, place = (_value(config, "BACKBONE") or "").partition(":")
-    if kind == "embedded":
-        return [f"include 'models/{place}.gin'"]
-    if kind not in ("hf", "t5x", "file"):
-        return []
-    from moe_peft.models import family
-    from moe_peft.weights import formats
+    from moe_peft.weights import backbone
 
-    found = formats.open_backbone(place, {"file": formats.ADAPTERS}.get(kind, kind)).config
-    own = family.of(found)
-    network, sizes = own.network.__name__, own.config.__name__
+    found = backbone.network(_value(config, "BACKBONE") or "")
+    if found is None:
+        return []
+    network, sizes = type(found).__name__, type(found.config).__name__
     lines = ["import moe_peft.models", f"MODEL = @models.{network}()"]
     lines.append(f"{network}.config = @models.{sizes}()")
-    if max(getattr(found, name, 0) for name in _NUM_LAYERS) >= _MANY_LAYERS:
-        found = dataclasses.replace(found, scan_layers=True)  # compiles one layer for all
-    for field in dataclasses.fields(found):
-        value = getattr(found, field.name)
+    for field in dataclasses.fields(found.config):
+        value = getattr(found.config, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
             lines.append(f"{sizes}.{field.name} = {value!r}")
     return lines
 
 
 def _vocabulary(config: bindings_lib.Config) -> list[str]:
-    kind, _, place = (_value(config, "BACKBONE") or "").partition(":")
-    if kind == "embedded":
-        return ["VOCABULARY = 'bytes'"]
-    return [f"VOCABULARY = {place!r}"] if kind == "hf" else []
+    from moe_peft.weights import backbone
+
+    found = backbone.vocabulary(_value(config, "BACKBONE") or "")
+    return [f"VOCABULARY = {found!r}"] if found else []
 
 
 def _feature_lengths(config: bindings_lib.Config) -> list[str]:
     found = _files(config)
     if found is None:
         return []
-    rounded = (-(-length // _STEP) * _STEP for length in found.longest())
-    lengths = {
-        name: min(length, limit)
-        for (name, limit), length in zip(LONGEST.items(), rounded, strict=True)
-    }
-    return [f"FEATURE_LENGTHS = {lengths!r}"]
+    return [f"FEATURE_LENGTHS = {found.lengths()!r}"]
 
 
 def _num_tasks(config: bindings_lib.Config) -> list[str]:

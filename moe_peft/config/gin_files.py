@@ -5,7 +5,8 @@ calls, a string where a number belongs. `load` therefore walks the statements of
 remembers where each value was written, and `checks` looks at the whole before anything runs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import difflib
 import importlib
 import pathlib
@@ -188,8 +189,23 @@ def resolved_text() -> str:
 
 
 def write_config(folder: pathlib.Path) -> None:
-    """Writes the resolved configuration to `folder`/config.gin, for the record and to run again."""
-    (folder / "config.gin").write_text(resolved_text(), encoding="utf-8")
+    """Writes the resolved configuration to `folder`/config.gin, for the record and to run again.
+
+    Where gin was not asked, as in Python, there is none.
+    """
+    if text := resolved_text():
+        (folder / "config.gin").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Inside, nothing is configured: callers in Python say everything themselves."""
+    before = dict(gin_config._CONFIG)
+    gin_config._CONFIG.clear()
+    try:
+        yield
+    finally:
+        gin_config._CONFIG.update(before)
 
 
 def import_modules(names: Iterable[str]) -> None:

@@ -26,6 +26,8 @@ from moe_peft.data import (
 )
 
 TRAIN, VALIDATION = file_places.TRAIN, file_places.VALIDATION
+LONGEST = {"inputs": 512, "targets": 128}  # tokens, where nobody says how many
+_STEP = 8  # lengths are multiples of it
 _ENCODED = 1000  # rows that are made ids together
 
 
@@ -142,6 +144,12 @@ class Files:
         """Its training rows: every row of the mixture is drawn equally often."""
         return float(task.num_input_examples(TRAIN))
 
+    def asking(self) -> dict[str, Any]:
+        """What somebody needs to ask a model that these rows have trained, as fields of this."""
+        fields = ("vocabulary", "inputs_column", "targets_column", "task_column", "choices_column")
+        found = {name: getattr(self, name) for name in (*fields, "inputs_template")}
+        return found | ({"task_names": self.names} if self.has_tasks else {})
+
     def itself(self) -> "Files":
         """The settings that shape the rows."""
         return self
@@ -157,6 +165,11 @@ class Files:
     def num_held_out(self) -> int:
         """Training rows that are kept apart."""
         return len(self.stored(VALIDATION)) if self.is_held_out else 0
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of inputs and targets that the longest rows need, up to `LONGEST`."""
+        found = map(rounded, self.longest())
+        return {n: min(own, most) for (n, most), own in zip(LONGEST.items(), found, strict=True)}
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest inputs and of the longest targets, end marks included."""
@@ -267,6 +280,16 @@ class Question:
     inputs: str
     choices: tuple[str, ...] = ()  # empty where the answer is free text
     task: int | None = None  # id; None where the row names none
+
+
+def lengths_of(mixture: Any) -> dict[str, int]:
+    """`Files.lengths`; of a SeqIO mixture, which is not read as a whole, the most."""
+    return mixture.lengths() if isinstance(mixture, Files) else dict(LONGEST)
+
+
+def rounded(length: int) -> int:
+    """The next multiple of 8."""
+    return -(-length // _STEP) * _STEP
 
 
 def _share(text: str) -> float:

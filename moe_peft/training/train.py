@@ -115,10 +115,13 @@ def _describe(settings: Settings, loss: encoder_decoder.LossConfig) -> dict[str,
     """Returns what must stay the same when a run goes on."""
     data = {name: getattr(settings, name) for name in ("batch_size", "pack", "seed")}
     data["mixture"] = getattr(settings.mixture, "described", settings.mixture)
-    return {
+    found = {
         "model": {**identity.describe_model(settings.model), "loss": dataclasses.asdict(loss)},
         "data": {**data, "feature_lengths": dict(settings.feature_lengths)},
     }
+    # For whoever asks the run later, from elsewhere; not compared.
+    asking = getattr(settings.mixture, "asking", None)
+    return found | ({"files": asking()} if asking else {})
 
 
 def _describe_rows(settings: Settings) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import importlib.resources
+import os
 import pathlib
 import re
 import sys
 
+from flax import linen as nn
 import gin
 import jax
 from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, patching
+from moe_peft.models import family
 from moe_peft.runtime import digest, run_once
 from moe_peft.weights import (
     checkpoint_file,
@@ -87,6 +90,44 @@ def load(
         flat = {path: leaves.cast(leaf, stored_as(path)) for path, leaf in flat.items()}
         params = patching.trees.unflatten(flat)
     return Backbone(str(spec), params, fingerprint)
+
+
+_MANY_LAYERS = 6  # from which a network is scanned: one layer is compiled for all
+
+
+def full_spec(spec: str) -> str:
+    """The spec with an absolute path, and with its kind, told from the files where it has none."""
+    kind, colon, path = spec.partition(":")
+    if not colon or kind not in {known.partition(":")[0] for known in KINDS}:
+        found = formats.detect(spec)
+        kind, path = {formats.ADAPTERS: "file"}.get(found, found), spec
+    if "://" in path or kind not in ("hf", "t5x", "file", "run"):
+        return spec
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
+
+
+def network(spec: str) -> nn.Module | None:
+    """The network that a backbone's files tell, scanned if it has many layers; None: they do not.
+
+    Raises UserError if there are no such files, or they are not of a network that is known.
+    """
+    kind, _, place = spec.partition(":")
+    if kind == "embedded":
+        config = t5_sizes.config_named(place)
+    elif kind in ("file", *_CONVERTED):
+        config = formats.open_backbone(place, {"file": formats.ADAPTERS}.get(kind, kind)).config
+    else:
+        return None
+    num_layers = (getattr(config, f"num_{stack}_layers", 0) for stack in ("encoder", "decoder"))
+    if hasattr(config, "scan_layers") and max(num_layers) >= _MANY_LAYERS:
+        config = dataclasses.replace(config, scan_layers=True)
+    return family.of(config).network(config)
+
+
+def vocabulary(spec: str) -> str | None:
+    """The vocabulary of a backbone, as `data.vocabularies.get` takes it; None: nothing tells."""
+    kind, _, place = spec.partition(":")
+    return {"embedded": "bytes", "hf": place}.get(kind)
 
 
 @gin.configurable(module="backbones")
