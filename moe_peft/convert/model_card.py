@@ -157,13 +157,8 @@ def _training(facts: Facts) -> Iterator[str]:
         yield f"- Optimiser: `{_call({'class': optimizer['name'], **settings})}`"
         for group, rates in (optimizer.get("learning_rates") or {}).items():
             of = f" of {group}" if group else ""
-            same = len(set(rates)) == 1
-            shown = (
-                f"{rates[0]:.6g}"
-                if same
-                else f"a schedule, {max(rates):.6g} at most at a few steps"
-            )
-            yield f"- Learning rate{of}: {shown}"
+            kind = "" if len(set(rates)) == 1 else "a schedule, at a few steps at most "
+            yield f"- Learning rate{of}: {kind}{max(rates):.6g}"
     for name in ("member", "task"):
         if described.get(name) is not None:
             yield f"- {name.capitalize()}: {_shown(described[name])}"
