@@ -10,8 +10,9 @@ import types
 import numpy as np
 import pytest
 
-from moe_peft import methods
+from moe_peft import errors, methods
 from moe_peft.cli import main
+from moe_peft.cli import push as push_lib
 from moe_peft.convert import adapter_folder
 from moe_peft.weights import saved_run
 
@@ -106,11 +107,11 @@ def test_what_is_wrong_is_said_before_anything_is_asked(hub, folder, capsys, mon
     assert not hub.calls
 
 
-def test_what_the_library_raises_is_one_line(hub, folder, capsys):
+def test_what_the_library_raises_is_one_line(hub, folder):
     hub.error = RuntimeError("401 Client Error.\n\nInvalid username or password.\n")
-    error = refused(capsys, folder, "me/mov")
-    what = "https://hub.test/me/mov cannot be written: 401 Client Error. Invalid username"
-    assert what in error
+    what = "https://hub.test/me/mov cannot be written: 401 Client Error. Invalid username or"
+    with pytest.raises(errors.UserError, match=what):
+        push_lib.push(folder, "me/mov", private=False, message=None)
     assert len(hub.calls) == 1
 
 
