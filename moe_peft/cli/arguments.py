@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command in commands_lib.COMMANDS.items():
         sub = _add_settings(commands, name, command)
         more.get(name, lambda sub: None)(sub)
-    for add in (_add_compare, _add_report, _add_convert, _add_aggregate, _add_data):
+    for add in (_add_compare, _add_report, _add_convert, _add_aggregate, _add_data, _add_push):
         add(commands)
     _add_experiments(commands)
     files = commands.add_parser("files", help="list the gin files that come with the package")
@@ -139,6 +139,22 @@ def _add_convert(commands) -> None:
     flag("--t5x_layout", choices=("legacy", "orbax"), default="legacy", help="default: legacy")
     flag("--overwrite", action="store_true", help="replace what is at --to")
     flag("--seed", type=int, default=0, help="of the random batch")
+
+
+def _add_push(commands) -> None:
+    sub = commands.add_parser(
+        "push",
+        help="send an adapter folder, or a run as one, to the Hugging Face Hub",
+        description="Sends an adapter folder that `moe-peft export` wrote, or the newest "
+        "checkpoint of a run as such a folder, to the Hugging Face Hub.",
+        epilog="Example:\n  moe-peft push results/mov me/mov --private",
+        **_AS_WRITTEN,
+    )
+    flag = sub.add_argument
+    flag("folder", metavar="FOLDER", help="adapter folder, or folder of a run")
+    flag("repo", metavar="NAME/REPO", help="where; made if it is not there")
+    flag("--private", action="store_true", help="refuse to send to a public repository")
+    flag("--message", metavar="TEXT", help="of the commit")
 
 
 def _add_compare(commands) -> None:

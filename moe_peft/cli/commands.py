@@ -79,8 +79,9 @@ COMMANDS = {
     ),
     "export": _command(
         "export",
-        "write the trained parameters of a run as one safetensors file",
+        "write the trained parameters of a run as a file, or a folder with a model card",
         "export --gin.MODEL_DIR=results/mov --gin.OUTPUTS=mov.safetensors",
+        "export --gin.MODEL_DIR=results/mov --gin.OUTPUTS=mov",
         "export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov "
         "--gin.OUTPUTS=mov.safetensors",
         modules=("moe_peft.convert.export",),

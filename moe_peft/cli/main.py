@@ -23,7 +23,7 @@ INTERRUPTED = 130
 configure = commands.configure  # for callers in Python
 
 # They compute next to nothing, so they leave the accelerator to those who do.
-_ON_CPU = ("plan", "report", "export", "merge", "convert", "aggregate")
+_ON_CPU = ("plan", "report", "export", "merge", "convert", "aggregate", "push")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,6 +207,12 @@ def _convert(args: argparse.Namespace) -> None:
     _say_written([convert.convert(sources, args.to, convert.Options(**options))])
 
 
+def _push(args: argparse.Namespace) -> None:
+    from moe_peft.cli import push
+
+    print(f"sent to {push.push(args.folder, args.repo, args.private, args.message)}")
+
+
 def _report(args: argparse.Namespace) -> None:
     from moe_peft.reports import run_report
 
@@ -282,6 +288,7 @@ _RUN = {
     "files": _files,
     "compare": _compare,
     "convert": _convert,
+    "push": _push,
     "report": _report,
     "experiments": _experiments,
     "aggregate": _aggregate,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_peft import methods, patching
+from moe_peft import errors, methods, patching
 from moe_peft.models import t5
 from moe_peft.training import start as start_lib
 from moe_peft.weights import leaves, merging, saved_run, scan_layout
@@ -60,6 +60,25 @@ def layers_of(shapes: Shapes) -> list[str]:
     """Returns the adapted layers of the unscanned network."""
     each = (scan_layout.unscanned_paths(path, shape) for path, shape in shapes.items())
     return list(dict.fromkeys(path.partition(_ADAPTER)[0] for paths in each for path in paths))
+
+
+def check_same(
+    saved: saved_run.Saved, again: saved_run.Saved, dtype: str = "float32", rtol: float = 0.0
+) -> str:
+    """Compares what was read again with what was to be written, of that dtype; returns a line.
+
+    Raises UserError if a leaf is missing, left over or, by more than `rtol`, another.
+    """
+    want = patching.flatten(leaves.cast_tree(saved.trainable, dtype))
+    have = patching.flatten(again.trainable)
+    for path in sorted(want.keys() ^ have.keys()):
+        what = "lost" if path in want else "added"
+        raise errors.UserError(f"{path} was {what} on the way; nothing was kept.")
+    same = [path for path in want if np.array_equal(want[path], have[path])]
+    for path in sorted(want.keys() - set(same)):
+        if not rtol or not np.allclose(want[path], have[path], rtol=rtol, atol=0):
+            raise errors.UserError(f"{path} is not what was to be written; nothing was kept.")
+    return f"read again: {len(same)} of {len(want)} leaves are the same, bit by bit"
 
 
 def rule_of(method: methods.Method, layer: str) -> patching.Rule:

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 import dataclasses
+import pathlib
 import time
 
 import jax
-import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.convert import averaging, merge, models, single_task, targets
+from moe_peft.convert import (
+    adapter_folder,
+    adapter_trees,
+    averaging,
+    merge,
+    models,
+    single_task,
+    targets,
+)
 from moe_peft.convert.peft import adapters
 from moe_peft.weights import (
     backbone,
@@ -48,7 +56,8 @@ def convert(sources: Sequence[str], to: str, options: Options) -> targets.Place:
 
     Args:
       sources: "PATH" or "FORMAT:PATH" each.
-      to: "FORMAT:FOLDER", "FILE.safetensors" or, where there is only one choice, "FOLDER".
+      to: "FORMAT:FOLDER", "FILE.safetensors" or, where there is only one choice, "FOLDER";
+        "ours:FOLDER" is an adapter folder.
       options: what else is asked.
     """
     found = [targets.source(spec) for spec in sources]
@@ -126,34 +135,21 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
     if place.kind not in (formats.PEFT, formats.ADAPTERS):
         why = f"the format {place.kind!r} cannot hold; --merge folds it into its backbone first"
         raise errors.UserError(f"{name} is an adapter, which {why}.")
+    dtype = options.dtype or "float32"
+    if place.is_adapter_folder:
+        how = {"overwrite": options.overwrite, "dtype": dtype}
+        # Where that is a run's folder, with answers to questions.
+        adapter_folder.write(saved, place.path, run_folder=pathlib.Path(name), **how)
+        return place
     targets.check_free(place, options.overwrite)
     with locations.created(place.path, replace=True) as partial:
         if place.kind == formats.PEFT:
-            adapters.write(saved, partial, name)
-            gap = adapters.gap(saved, partial, options.seed)
-            print(f"every adapted layer on random inputs, ours and PEFT's formula: {gap}")
-            if not gap.relative < 1e-5:
-                raise errors.UserError(f"{name}: the layers differ; nothing was written.")
+            lines = adapters.write_checked(saved, partial, name, options.seed)
+            print("\n".join(lines))
         else:
-            saved_run.save(saved, partial, options.dtype or "float32")
-        _check_adapter(saved, partial, place.kind, options)
+            saved_run.save(saved, partial, dtype)
+            print(adapter_trees.check_same(saved, saved_run.load(partial), dtype))
     return place
-
-
-def _check_adapter(saved, partial, kind: str, options: Options) -> None:
-    """Reads an adapter again and compares every value."""
-    again = adapters.read(partial) if kind == formats.PEFT else saved_run.load(partial)
-    want = patching.flatten(leaves.cast_tree(saved.trainable, options.dtype or "float32"))
-    have = patching.flatten(again.trainable)
-    for path in sorted(want.keys() ^ have.keys()):
-        what = "lost" if path in want else "added"
-        raise errors.UserError(f"{path} was {what} on the way; nothing was kept.")
-    same = {path: np.array_equal(want[path], have[path]) for path in want}
-    print(f"read again: {sum(same.values())} of {len(want)} leaves are the same, bit by bit")
-    # A scale that PEFT has no place for is multiplied into B: rounding.
-    odd = [p for p in want if not same[p] and not np.allclose(want[p], have[p], rtol=1e-6, atol=0)]
-    if odd:
-        raise errors.UserError(f"{odd[0]} is not what was to be written; nothing was kept.")
 
 
 def _merge(saved, name: str, to: str, options: Options) -> targets.Place:
@@ -190,6 +186,9 @@ def _target_of_model(to: str, default: str | None, subject: str, options) -> tar
     place = targets.target(to, default)
     if place.kind == formats.PEFT:
         raise errors.UserError(f"{subject} a whole model, which PEFT's format cannot hold.")
+    if place.is_adapter_folder:
+        what = "a whole model, which is a file *.safetensors in our own format"
+        raise errors.UserError(f"{subject} {what}.")
     targets.check_free(place, options.overwrite)
     return place
 

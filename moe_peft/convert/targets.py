@@ -19,17 +19,22 @@ _SUFFIX = ".safetensors"
 class Place:
     """A file or folder and its format."""
 
-    kind: str  # "run" (a run or an adaptation of ours), "ours" (a file), "peft", "hf" or "t5x"
+    kind: str  # "run" (a run or an adaptation of ours), "ours", "peft", "hf" or "t5x"
     path: epath.Path | pathlib.Path
 
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def is_adapter_folder(self) -> bool:
+        """Whether it is to hold an adapter in our own format, with a model card."""
+        return self.kind == formats.ADAPTERS and self.path.suffix != _SUFFIX
+
 
 def source(spec: str) -> Place:
     """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME"; a UserError if it is unknown.
 
-    The format is detected where it is not given.
+    The format is detected where it is not given. Of an adapter folder it is the file in it.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "embedded":
@@ -39,7 +44,8 @@ def source(spec: str) -> Place:
     detected = RUN if kind == RUN or (kind is None and is_run) else formats.detect(path)
     if kind not in (None, detected):
         raise errors.UserError(f"{path} is in the format {detected!r}, not {kind!r}.")
-    return Place(detected, epath.Path(path))
+    is_folder = detected == formats.ADAPTERS and pathlib.Path(path).is_dir()
+    return Place(detected, epath.Path(path) / (saved_run.ADAPTER if is_folder else ""))
 
 
 def target(spec: str, default: str | None) -> Place:
@@ -54,8 +60,8 @@ def target(spec: str, default: str | None) -> Place:
     if kind is None:
         ways = f"write hf:{spec}, t5x:{spec} or FILE{_SUFFIX}"
         raise errors.UserError(f"--to {spec} does not say in which format; {ways}.")
-    if kind == RUN or (kind == formats.ADAPTERS) != is_file:
-        expected = f"our own format is a file *{_SUFFIX}, any other a folder"
+    if kind == RUN or (is_file and kind != formats.ADAPTERS):
+        expected = f"our own format is *{_SUFFIX} or ours:FOLDER, any other a folder"
         raise errors.UserError(f"--to {spec}: {expected}.")
     return Place(kind, path)
 

@@ -9,6 +9,7 @@ from moe_peft.weights import (
     locations,
     records,
     safetensors_files,
+    saved_run,
     t5_sizes,
     t5x_files,
 )
@@ -21,7 +22,8 @@ def detect(path: epath.PathLike) -> str:
     """Returns the format of a file or folder.
 
     "hf": a folder that transformers wrote. "t5x": a checkpoint, or a run's folder with some.
-    "peft": a folder of PEFT. "ours": a single safetensors file, as `moe-peft export` writes it.
+    "peft": a folder of PEFT. "ours": a safetensors file or an adapter folder, as `moe-peft export`
+    writes them.
     Raises UserError if nothing is there, a pickle is, or nothing that is known.
     """
     found = locations.existing(path)
@@ -30,6 +32,8 @@ def detect(path: epath.PathLike) -> str:
         if found.suffix != ".safetensors" and found.name != t5x_files.INDEX:
             raise errors.UserError(f"{found} is not a known file of weights; expected a folder.")
         return T5X if found.name == t5x_files.INDEX else ADAPTERS
+    if saved_run.is_adapter_folder(found):  # It may open as PEFT's too.
+        return ADAPTERS
     if (found / "adapter_config.json").exists():
         return PEFT
     if t5x_files.is_checkpoint(found) or t5x_files.steps(found):

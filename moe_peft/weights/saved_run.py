@@ -1,4 +1,4 @@
-"""What was trained, wherever it lies: a run's checkpoints, one run of an adaptation, a file."""
+"""What was trained, wherever it lies: a run, one of an adaptation, a file, an adapter folder."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -8,6 +8,7 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 from jaxtyping import PyTree
 import orbax.checkpoint as ocp
@@ -17,6 +18,7 @@ from moe_peft.runtime import digest
 from moe_peft.weights import locations, safetensors_files
 
 FOLDER = "checkpoints"
+ADAPTER = "adapter.safetensors"  # in an adapter folder
 _GROUPS = "groups"
 _MAX_NAMED = 5
 
@@ -41,18 +43,20 @@ def load(source: pathlib.Path | str, step: int | None = None, member: str | None
     """Returns what was trained, and the description of the run that trained it.
 
     `source` is the folder of a run, of which step None takes the newest checkpoint; or of an
-    adaptation, of which `member` names the run "TASK:SEED"; or a file that `moe-peft export` wrote.
-    Raises UserError if that is not there, is damaged, or has no record of a method.
+    adaptation, of which `member` names the run "TASK:SEED"; or a file or an adapter folder that
+    `moe-peft export` wrote. Raises UserError if that is not there, is damaged, or has no record of
+    a method.
     """
     path = pathlib.Path(source).expanduser()
     if is_adaptation(path):
         return _load_member(path, member)
     if member is not None:
         raise errors.UserError(f"{source} is not an adaptation, so it has no run {member!r}.")
-    return _load_file(path, step) if path.is_file() else _load_checkpoint(path, step)
+    file = path / ADAPTER if is_adapter_folder(path) else path
+    return _load_file(file, step) if file.is_file() else _load_checkpoint(path, step)
 
 
-def steps(model_dir: pathlib.Path | str) -> list[int]:
+def steps(model_dir: epath.PathLike) -> list[int]:
     """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
     folder = pathlib.Path(model_dir) / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
@@ -102,6 +106,11 @@ def save(saved: Saved, path: pathlib.Path | str, dtype: str | None = "float32") 
 def is_adaptation(path: pathlib.Path) -> bool:
     """Whether `moe-peft adapt` made the folder."""
     return (path / _GROUPS / "plan.json").is_file()
+
+
+def is_adapter_folder(path: epath.Path | pathlib.Path) -> bool:
+    """Whether the folder holds an adapter in our own format, and is not that of a run."""
+    return (path / ADAPTER).is_file() and not steps(path)
 
 
 def is_adapter_file(path: pathlib.Path) -> bool:

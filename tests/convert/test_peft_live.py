@@ -5,9 +5,11 @@ import functools
 import numpy as np
 import pytest
 
+from moe_peft import methods
+from moe_peft.convert import adapter_folder
 from moe_peft.convert.peft import adapters
 from moe_peft.convert.peft import config as config_lib
-from moe_peft.weights import hugging_face, records
+from moe_peft.weights import hugging_face, records, saved_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -96,6 +98,28 @@ def test_exported_adapters_give_our_logits_in_peft(torch, toy, name, layout, tmp
     want = their_logits(toy, model, kind)
     assert np.abs(want - bare).max() > 0.1
     np.testing.assert_allclose(our_logits(toy, saved, layout), want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "poly", "mhr8"])
+def test_peft_opens_an_adapter_folder(torch, toy, name, tmp_path):
+    import peft as theirs
+
+    saved = toy.trained(toy.METHODS[name](), "t5_1_1")
+    folder = adapter_folder.write(saved, tmp_path / "a")
+    kind = config_lib.read(folder)["peft_type"]
+    model = theirs.PeftModel.from_pretrained(fresh(toy, "t5_1_1"), folder).eval()
+    want = their_logits(toy, model, kind)
+    assert np.abs(want - their_logits(toy, fresh(toy, "t5_1_1"), "none")).max() > 0.1
+    gap = np.abs(our_logits(toy, saved_run.load(folder), "t5_1_1") - want).max()
+    assert gap < 1e-5 * np.abs(want).max()
+
+
+def test_peft_refuses_the_folder_of_another_method(torch, toy, tmp_path):
+    import peft as theirs
+
+    folder = adapter_folder.write(toy.trained(methods.mov(2)), tmp_path / "a")
+    with pytest.raises(KeyError, match="peft_type"):
+        theirs.PeftModel.from_pretrained(fresh(toy, "t5_1_1"), folder)
 
 
 def configs():

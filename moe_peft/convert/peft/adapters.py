@@ -70,6 +70,22 @@ def write(saved: saved_run.Saved, folder: pathlib.Path | str, where: str) -> pat
     return pathlib.Path(folder)
 
 
+def write_checked(
+    saved: saved_run.Saved, folder: pathlib.Path | str, where: str, seed: int = 0
+) -> list[str]:
+    """Writes as `write` does, reads the folder again, and returns what the comparisons found.
+
+    Raises UserError where an adapted layer, or a leaf, differs by more than rounding.
+    """
+    write(saved, folder, where)
+    found = gap(saved, folder, seed)
+    if not found.relative < 1e-5:
+        raise errors.UserError(f"{where}: the layers differ, {found}; nothing was written.")
+    # A scale that PEFT has no place for is multiplied into B: rounding.
+    same = adapter_trees.check_same(saved, read(folder), rtol=1e-6)
+    return [f"every adapted layer on random inputs, ours and PEFT's formula: {found}", same]
+
+
 def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Saved:
     """Returns the adapter in a folder, as a run of ours would have saved it.
 

@@ -31,14 +31,15 @@ _SAME_FOR_ALL = {
 
 def check_expressible(method: methods.Method, where: str) -> None:
     """Raises UserError, with the reason, if PEFT cannot express the method."""
-    if reason := _why_not(method):
+    if reason := why_not(method):
         raise errors.UserError(
             f"{where}: the method {method.name!r} cannot be written for PEFT: {reason}. Write it "
             "to FILE.safetensors, our own format (docs/interop.md)."
         )
 
 
-def _why_not(method: methods.Method) -> str | None:
+def why_not(method: methods.Method) -> str | None:
+    """Returns the reason why PEFT cannot express the method; None if it can."""
     if not method.rules:
         return "it has no adapters"
     for rule in method.rules:
