@@ -15,7 +15,8 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.cli import arguments as arguments_lib
-from moe_peft.cli import commands
+from moe_peft.cli import commands, completion, listing
+from moe_peft.config import imports
 
 USER_ERROR = errors.EXIT_CODE
 INTERRUPTED = 130
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake in the settings or the surroundings (`errors.UserError`, a file system that refuses)
     is one line on standard error and code 2. Any other is our own and keeps its traceback.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    imports.add_working_directory()
     others = [a for a in arguments if not a.startswith("--gin.")]
     args = arguments_lib.parser().parse_args(others)
     args.gin_bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
@@ -170,12 +172,8 @@ def _data_check(args: argparse.Namespace) -> int:
     return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
 
 
-def _files(args: argparse.Namespace) -> None:
-    from moe_peft.config import gin_files
-
-    folder = gin_files.packaged_folder()
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
-    print(folder if args.folder else "\n".join(found))
+def _completion(args: argparse.Namespace) -> None:
+    print(completion.script(arguments_lib.parser(), args.shell))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -278,7 +276,8 @@ _RUN = {
     "data prepare": _data_prepare,
     "data show": _data_show,
     "data check": _data_check,
-    "files": _files,
+    **listing.RUN,
+    "completion": _completion,
     "compare": _compare,
     "convert": _convert,
     "report": _report,
