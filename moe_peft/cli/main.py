@@ -101,10 +101,12 @@ def _entry_point(name: str, args: argparse.Namespace) -> Callable:
 
 def _join_processes(args: argparse.Namespace) -> None:
     """Readies the processor and joins the other processes of a run, if there are any."""
-    from moe_peft.runtime import host_memory, processes
+    from moe_peft.runtime import host_memory, processes, tensorflow_logs
 
     host_memory.run_programs_inline()
     cluster = processes.find(getattr(args, "distributed", None), os.environ)
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # which jax sets where there is no TPU
+        tensorflow_logs.answer_libtpu(os.environ)
     if cluster is None:
         return
     if args.command != "train":

@@ -8,7 +8,7 @@ import gin
 import pytest
 
 from moe_peft import methods
-from moe_peft.cli import main
+from moe_peft.cli import listing, main
 from moe_peft.config import macros, packaged
 
 
@@ -52,7 +52,9 @@ def test_a_terminal_gets_a_table(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     shown = printed(capsys, "methods", "mov")
     assert "───" in shown
-    assert "a fraction in [0, 1)." in shown  # brackets are no markup
+    assert "a fraction in [0, 1)." in shown
+    listing._show([{"option": "[bold]"}])
+    assert "[bold]" in capsys.readouterr().out
 
 
 def test_models_have_the_sizes_of_their_files_and_of_those_included(capsys):

@@ -193,6 +193,17 @@ def test_commands_that_compute_run_their_programs_inline(monkeypatch, capsys):
     assert asked
 
 
+@pytest.mark.parametrize("has_tpu", [False, True])
+def test_libtpu_is_answered_where_there_is_no_tpu(has_tpu, monkeypatch):
+    names = ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
+    for name in (*names, "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "1")  # so that it is as before after the test
+    for name in (*names, *(["TPU_SKIP_MDS_QUERY"] if has_tpu else [])):
+        monkeypatch.delenv(name)
+    assert main.main(["train", "--gin_file", "missing.gin"]) == main.USER_ERROR
+    assert [name in os.environ for name in names] == [not has_tpu] * 2
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     def fail(*args):
         raise RuntimeError("a bug")
