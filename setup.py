@@ -26,6 +26,7 @@ REQUIREMENTS = [
     "pyyaml>=6,<7",
     "numpy>=2,<3",
     "rich>=13,<16",
+    "shtab>=1.13,<2",
     "matplotlib>=3.9,<4",
     "tensorboardX>=2.6,<3",
     "pyarrow>=17,<30",

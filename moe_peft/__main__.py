@@ -5,4 +5,6 @@ import sys
 from moe_peft.cli import main
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the working directory; the command looks there last
     sys.exit(main.main())

@@ -5,7 +5,7 @@ from typing import Any
 
 import moe_peft
 from moe_peft.cli import commands as commands_lib
-from moe_peft.cli import flags
+from moe_peft.cli import completion, flags, listing, parsing
 from moe_peft.config import entry
 
 _GIN_HELP = """\
@@ -27,11 +27,11 @@ _AS_WRITTEN: dict[str, Any] = {
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser; `--gin.NAME=VALUE` is taken out before it runs."""
-    top = argparse.ArgumentParser(
+    top = parsing.Parser(
         prog="moe-peft",
         description="Trains mixtures of tiny adapters on a frozen T5.",
         epilog=_GIN_HELP + "\nStart with:\n" + commands_lib.COMMANDS["plan"].example,
-        **_AS_WRITTEN,
+        **{**_AS_WRITTEN, "formatter_class": parsing.GroupedHelp},
     )
     top.add_argument("--version", action="version", version=moe_peft.__version__)
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     for add in (_add_compare, _add_report, _add_convert, _add_aggregate, _add_data, _add_push):
         add(commands)
     _add_experiments(commands)
-    files = commands.add_parser("files", help="list the gin files that come with the package")
-    files.add_argument("--folder", action="store_true", help="print where they are instead")
+    listing.add_commands(commands)
+    completion.add_command(commands)
     return top
 
 

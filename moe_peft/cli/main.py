@@ -15,7 +15,8 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.cli import arguments as arguments_lib
-from moe_peft.cli import commands, flags
+from moe_peft.cli import commands, completion, flags, listing
+from moe_peft.config import imports
 
 USER_ERROR = errors.EXIT_CODE
 INTERRUPTED = 130
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake in the settings or the surroundings (`errors.UserError`, a file system that refuses)
     is one line on standard error and code 2. Any other is our own and keeps its traceback.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    imports.add_working_directory()
     others = [a for a in arguments if not a.startswith("--gin.")]
     args = arguments_lib.parser().parse_args(others)
     args.gin_bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
@@ -100,10 +102,12 @@ def _entry_point(name: str, args: argparse.Namespace) -> Callable:
 
 def _join_processes(args: argparse.Namespace) -> None:
     """Readies the processor and joins the other processes of a run, if there are any."""
-    from moe_peft.runtime import host_memory, processes
+    from moe_peft.runtime import host_memory, processes, tensorflow_logs
 
     host_memory.run_programs_inline()
     cluster = processes.find(getattr(args, "distributed", None), os.environ)
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # which jax sets where there is no TPU
+        tensorflow_logs.answer_libtpu(os.environ)
     if cluster is None:
         return
     if args.command != "train":
@@ -171,12 +175,8 @@ def _data_check(args: argparse.Namespace) -> int:
     return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
 
 
-def _files(args: argparse.Namespace) -> None:
-    from moe_peft.config import gin_files
-
-    folder = gin_files.packaged_folder()
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gin"))
-    print(folder if args.folder else "\n".join(found))
+def _completion(args: argparse.Namespace) -> None:
+    print(completion.script(arguments_lib.parser(), args.shell))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -285,7 +285,8 @@ _RUN = {
     "data prepare": _data_prepare,
     "data show": _data_show,
     "data check": _data_check,
-    "files": _files,
+    **listing.RUN,
+    "completion": _completion,
     "compare": _compare,
     "convert": _convert,
     "push": _push,

@@ -19,7 +19,7 @@ from gin import config_parser
 import moe_peft
 from moe_peft import errors
 from moe_peft.config import bindings as bindings_lib
-from moe_peft.config import moved, registry
+from moe_peft.config import imports, moved, registry
 from moe_peft.runtime import tensorflow_logs
 
 # A value on the command line that is not a gin value but looks like a name or a path is a string.
@@ -156,8 +156,9 @@ def _import(statement: config_parser.ImportStatement) -> None:
     statement = statement._replace(module=moved.current(statement.module))
     try:
         import_modules([statement.module])
-    except ImportError as error:
-        raise ImportError(f"cannot import {statement.module}: {one_line(error)}") from error
+    except Exception as error:
+        why = imports.reason(statement.module, error)
+        raise ImportError(f"cannot import {statement.module}: {why}") from error
     # Again through gin, which writes the import into the resolved configuration.
     gin.parse_config(statement.format())
 

@@ -69,6 +69,7 @@ def arguments_of(
 
         del call.__wrapped__  # gin would look there and take any name for an argument.
         call.__signature__ = signature
+        call.arguments_of = constructors  # their docstrings explain the other arguments
         return call
 
     return decorate

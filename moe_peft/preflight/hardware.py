@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from moe_peft import errors
+from moe_peft.runtime import tensorflow_logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,5 +134,4 @@ def without_devices(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("JAX_PLATFORMS", "cpu")
     environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # It compiles, next to whoever trains.
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    tensorflow_logs.answer_libtpu(environ)

@@ -1,6 +1,6 @@
-"""Keeps TensorFlow's start-up notes off the terminal, so that a one-line message stays one line."""
+"""Keeps start-up notes of TensorFlow and libtpu off the terminal: one line stays one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 import contextlib
 import os
 import re
@@ -36,3 +36,9 @@ def silenced() -> Iterator[None]:
             for line in file.read().decode(errors="replace").splitlines():
                 if not _NOISE.match(line):
                     os.write(2, line.encode() + b"\n")
+
+
+def answer_libtpu(environ: MutableMapping[str, str]) -> None:
+    """Tells libtpu, where there is no TPU, what it would ask a TPU's machine for and complain."""
+    environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

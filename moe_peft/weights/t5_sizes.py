@@ -3,8 +3,6 @@
 import ast
 from collections.abc import Mapping
 import functools
-import pathlib
-import re
 import types
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_peft import errors, patching
-from moe_peft.config import gin_files
+from moe_peft.config import packaged
 from moe_peft.models import family
 
 Shapes = family.Shapes
@@ -60,18 +58,13 @@ def differences(ours: family.Config, theirs: family.Config) -> list[str]:
 def _sizes(name: str) -> dict[str, Mapping[str, Any]]:
     """Returns the sizes in the files of gin/models/ that are of a family."""
     own, found = family.FAMILIES[name], {}
-    for path in sorted((gin_files.packaged_folder() / "models").glob("*.gin")):
-        values = _bindings(path, own.config.__name__)
+    prefix = f"{own.config.__name__}."
+    for path in packaged.files("models"):
+        values = {
+            name.removeprefix(prefix): value
+            for name, value in packaged.bindings(path).items()
+            if name.startswith(prefix)
+        }
         if set(own.sizes) <= values.keys():
-            found[path.stem] = {field: values[field] for field in own.sizes}
-    return found
-
-
-def _bindings(path: pathlib.Path, config: str) -> dict[str, Any]:
-    """Returns what a size file binds of a config, without the side effects of gin."""
-    text, found = path.read_text(), {}
-    for name in re.findall(r"^include 'models/([^']+)'", text, re.MULTILINE):
-        found |= _bindings(path.with_name(name), config)
-    for field, value in re.findall(rf"^{config}\.(\w+) = ([^#\n]+)", text, re.MULTILINE):
-        found[field] = ast.literal_eval(value.strip())
+            found[path.stem] = {field: ast.literal_eval(values[field]) for field in own.sizes}
     return found

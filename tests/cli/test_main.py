@@ -54,14 +54,6 @@ def test_help_of_every_command_has_an_example(command, capsys):
     assert "--gin.NAME=VALUE" in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--gin_fil", "x"]])
-def test_wrong_usage_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main.main(arguments)
-    assert ended.value.code == main.USER_ERROR
-    assert "usage: moe-peft" in capsys.readouterr().err
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main.main(["--version"])
@@ -129,6 +121,42 @@ def test_commands_without_settings_refuse_them(arguments, capsys):
     assert line.endswith("--gin.NO_SUCH_THING=1: no settings are taken from gin.")
 
 
+OWN_METHOD = """
+import gin
+from moe_peft import adapters, methods, patching
+
+@gin.register(module="own_method")
+def of_mine():
+    return methods.Method("of_mine", (patching.Rule(".*/key", adapters.IA3),))
+"""
+
+
+def test_gin_files_import_modules_of_the_working_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_method.py").write_text(OWN_METHOD)
+    own = "include 'models/tiny.gin'\nimport own_method\nMETHOD = @own_method.of_mine()"
+    (tmp_path / "own.gin").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # as it is for the console script: without here
+    assert main.main(["plan", "--gin_file", "own.gin", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"]["name"] == "of_mine"
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_the_module_is_the_command_from_anywhere(tmp_path, capsys):
+    # A file here does not hide an installed library.
+    (tmp_path / "gin.py").write_text("raise RuntimeError('hidden')")
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_peft", "methods"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(moe_peft.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert main.main(["methods"]) == 0
+    assert (done.stdout, done.stderr) == (capsys.readouterr().out, "")
+
+
 def test_tasks_are_found_in_a_checkout_that_is_not_installed(tmp_path):
     package = pathlib.Path(moe_peft.__file__).parent
     for name, origin in (("moe_peft", package), ("tasks", pathlib.Path(tasks.__file__).parent)):
@@ -163,6 +191,17 @@ def test_commands_that_compute_run_their_programs_inline(monkeypatch, capsys):
     assert not asked
     assert main.main(["train", "--gin_file", "missing.gin"]) == main.USER_ERROR
     assert asked
+
+
+@pytest.mark.parametrize("has_tpu", [False, True])
+def test_libtpu_is_answered_where_there_is_no_tpu(has_tpu, monkeypatch):
+    names = ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE")
+    for name in (*names, "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "1")  # so that it is as before after the test
+    for name in (*names, *(["TPU_SKIP_MDS_QUERY"] if has_tpu else [])):
+        monkeypatch.delenv(name)
+    assert main.main(["train", "--gin_file", "missing.gin"]) == main.USER_ERROR
+    assert [name in os.environ for name in names] == [not has_tpu] * 2
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

@@ -152,7 +152,7 @@ MISTAKES = {
     "missing module": (
         "import moe_peft.nowhere",
         None,
-        "a.gin:1: cannot import moe_peft.nowhere: No module named 'moe_peft.nowhere'",
+        "a.gin:1: cannot import moe_peft.nowhere: there is no module 'moe_peft.nowhere'.",
     ),
 }
 

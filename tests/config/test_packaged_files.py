@@ -6,7 +6,7 @@ import gin
 import pytest
 
 from moe_peft.cli import main
-from moe_peft.config import gin_files
+from moe_peft.config import gin_files, packaged
 from moe_peft.experiments import files as files_lib
 
 ROOT = gin_files.packaged_folder()
@@ -75,6 +75,19 @@ def test_method_plans_and_holds_no_size(name, tmp_path):
 def test_optimizer_is_complete(name):
     main.configure("train", [*TINY, "runs/train.gin", name], RUN)
     assert gin.query_parameter("%OPTIMIZER").scoped_configurable_fn().name
+
+
+def test_experiments_import_optimizers_before_they_name_one():
+    # In this process they are imported already, so that a wrong order would not be noticed.
+    texts = {path: packaged.text(path) for path in packaged.files("experiments")}
+    parts = {path: text.partition("@optimizers.") for path, text in texts.items()}
+    late = [path for path, (before, found, _) in parts.items() if found and not _imports(before)]
+    assert sum(bool(found) for _, found, _ in parts.values()) > 100
+    assert late == []
+
+
+def _imports(text):
+    return re.search(r"^import moe_peft\.(training\.train|adaptation\.adapt)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", names("data"))
