@@ -1,8 +1,15 @@
 """Parameter-efficient mixtures of experts for T5 models in JAX."""
 
+import importlib
 import importlib.util
 import pathlib
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_peft import methods
+    from moe_peft.api import Model, as_seqio_task, load
+    from moe_peft.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -26,3 +33,20 @@ def _find_tasks() -> None:
 
 
 _find_tasks()
+
+# What there is for users in Python, by its module, which is imported when it is asked for.
+_LAZY = {"load": "api", "Model": "api", "as_seqio_task": "api", "UserError": "errors"}
+
+__all__ = ["Model", "UserError", "as_seqio_task", "load", "methods"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name == "methods":
+        return importlib.import_module(f"{__name__}.methods")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

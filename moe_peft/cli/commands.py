@@ -1,6 +1,7 @@
 """Commands that take settings from gin: what each calls, imports and sets before any file."""
 
 from collections.abc import Collection, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,13 +20,16 @@ def _command(entry_point: str, help_line: str, *examples: str, **more: Any) -> e
     )
 
 
+# What files of an experiment name, in whatever order they include each other.
+_NAMED = ("moe_peft.models", "moe_peft.methods", "moe_peft.training.optimizers")
+
 COMMANDS = {
     "plan": _command(
         "plan",
         "show what would be adapted and trained, without weights",
         "plan --gin_file models/t5_1_1_xl.gin --gin_file methods/mov.gin",
         "plan --gin_file experiments/cldr/mov.gin --json",
-        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.preflight.plan"),
+        modules=(*_NAMED, "moe_peft.preflight.plan"),
         defaults=(
             *("NOMINAL_SIZE = None", "TARGET_METHOD = None"),
             *_from_macros("plan", "target_method", "model", "method", "nominal_size"),
@@ -45,7 +49,7 @@ COMMANDS = {
         "compile training or evaluation for TPUs or GPUs that are not here; say if it fits",
         "preflight --gin_file experiments/mov/3b/mov_10.gin --target v5e:4x4 --mesh model=4",
         "preflight --gin_file experiments/mov/11b/mov_30.gin --target v5e-256 --search",
-        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.preflight.programs"),
+        modules=(*_NAMED, "moe_peft.preflight.programs"),
         defaults=(
             *("FROZEN_DTYPE = 'bfloat16'", "EVAL_BATCH_SIZE = 64"),
             *_from_macros("preflight", "eval_batch_size", "model", "method", "optimizer"),
@@ -93,7 +97,7 @@ COMMANDS = {
         "merge --gin_file experiments/cldr/lora.gin --gin.MODEL_DIR=results/lora \\\n"
         "    --gin.OUTPUTS=merged.safetensors",
         "merge --gin_file results/mhr/config.gin --gin.TASK=3 --gin.OUTPUTS=merged.safetensors",
-        modules=("moe_peft.models", "moe_peft.methods", "moe_peft.convert.merge"),
+        modules=(*_NAMED, "moe_peft.convert.merge"),
         defaults=(
             *("TASK = None", "FROZEN_DTYPE = 'float32'", "merge.path = %OUTPUTS"),
             *_from_macros("merge", "model", "method", "backbone", "model_dir"),
@@ -103,7 +107,6 @@ COMMANDS = {
 }
 
 # Verbs of `moe-peft data` that take settings.
-_DATA_MODULES = ("moe_peft.models", "moe_peft.methods")  # what files of an experiment name
 _DATA_DEFAULTS = ("include 'data/files.gin'", "MIXTURE = None", "TARGET_MIXTURE = None")
 _DATA_DEFAULTS += ("EVAL_MIXTURES = ()",)
 DATA_COMMANDS = {
@@ -113,7 +116,7 @@ DATA_COMMANDS = {
         "data prepare --gin_file data/p3.gin --gin.DATA_DIR=/data "
         "--gin.VOCABULARY=/models/t5/spiece.model --processes 8",
         "data prepare p3_t0 p3_heldout --gin.DATA_DIR=embedded:samples --gin.VOCABULARY=bytes",
-        modules=(*_DATA_MODULES, "moe_peft.cli.data_prepare"),
+        modules=(*_NAMED, "moe_peft.cli.data_prepare"),
         defaults=(
             *_DATA_DEFAULTS,
             "data_prepare.mixtures = (%MIXTURE, %TARGET_MIXTURE)",
@@ -127,7 +130,7 @@ DATA_COMMANDS = {
         "data show cldr_month_de --split validation",
         "data show superni_train --gin_file samples/superni.gin --count 2",
         "data show p3_t0 --gin_file samples/p3.gin --packed",
-        modules=(*_DATA_MODULES, "moe_peft.cli.data_show"),
+        modules=(*_NAMED, "moe_peft.cli.data_show"),
         defaults=(
             *(*_DATA_DEFAULTS, "FEATURE_LENGTHS = None"),
             *_from_macros("data_show", "feature_lengths"),
@@ -145,14 +148,17 @@ def configure(
     gin_bindings: Sequence[str] = (),
     gin_search_paths: str = "",
     flags: Collection[str] = (),
+    statements: Sequence[str] = (),
 ):
     """Returns a command's entry point, to be called; a UserError for the first wrong setting.
 
-    `flags` are those of the command line that set macros, for messages.
+    `flags` are those of the command line that set macros, for messages; `statements` come after
+    the command's own defaults.
     """
     from moe_peft.cli import missing
 
     folders = [path for path in gin_search_paths.split(",") if path]
     complete = functools.partial(missing.statements, name)
-    what = (ALL[name], gin_files, gin_bindings, folders, ALL.values())
+    command = dataclasses.replace(ALL[name], defaults=(*ALL[name].defaults, *statements))
+    what = (command, gin_files, gin_bindings, folders, ALL.values())
     return entry.configure(*what, complete, flags)

@@ -20,6 +20,7 @@ class Given(NamedTuple):
 
     files: list[str]  # before those of --gin_file
     bindings: list[str]  # before those of --gin.NAME=VALUE
+    statements: list[str]  # after the command's defaults
 
 
 def _number(text: str) -> float | str:
@@ -112,10 +113,12 @@ def add(parser: argparse.ArgumentParser, command: str) -> None:
 
 def given(command: str, args: argparse.Namespace) -> Given:
     """What the flags of a command say; a UserError for a run or a method that is not there."""
-    found = Given([], [])
+    found = Given([], [], [])
     values = {flag: getattr(args, flag) for flag in _FLAGS.get(command, ())}
     values = {flag: value for flag, value in values.items() if value is not None}
     if run := getattr(args, "run", None):
+        if "out" in values:
+            raise errors.UserError("--out is for evaluating a backbone; a run has its own folder.")
         _add_run(found, run, _RUNS[command])
     if source := values.get("source"):
         _add_run(found, source, True, ["MODEL_DIR=%gin.REQUIRED"])
@@ -127,7 +130,7 @@ def given(command: str, args: argparse.Namespace) -> Given:
             _add_packaged(found, kind, values.pop(kind))
     if command == "eval" and "data" in values:
         found.files.append("data/own.gin")
-        found.bindings += ["EVAL_MIXTURES=(@data.Files(),)", "TASK_GROUP=None"]
+        found.bindings.extend(["EVAL_MIXTURES=(@data.Files(),)", "TASK_GROUP=None"])
     for flag, value in values.items():
         name = _PARAMETERS.get(flag) or macro_of(command, flag)
         found.bindings.append(f"{name}={_absolute(flag, value)!r}")
@@ -137,17 +140,44 @@ def given(command: str, args: argparse.Namespace) -> Given:
 def _add_run(found: Given, run: str, reads_config: bool, bindings: list[str] | None = None) -> None:
     folder = pathlib.Path(run).expanduser()
     config = folder / "config.gin"
-    if reads_config and not config.is_file():
+    is_saved = folder.suffix == ".safetensors" or (folder / "adapter.safetensors").is_file()
+    if reads_config and not config.is_file() and (is_saved or (folder / "checkpoints").is_dir()):
+        found.statements.extend(_of_saved(folder))
+    elif reads_config and not config.is_file():
         near = ""
         if not folder.exists() and folder.parent.is_dir():
             near = errors.near(folder.name, [path.name for path in folder.parent.iterdir()])
         what = "has no config.gin" if folder.is_dir() else "is not there"
         raise errors.UserError(
-            f"The run {run} {what}; expected a folder that `moe-peft train` wrote.{near}"
+            f"The run {run} {what}; expected a folder that `moe-peft train` or `export` wrote."
+            f"{near}"
         )
-    if reads_config:
+    elif reads_config:
         found.files.append(str(config))
     found.bindings.extend(bindings or [f"MODEL_DIR={str(folder.absolute())!r}"])
+
+
+def _of_saved(path: pathlib.Path) -> list[str]:
+    """What an adapter folder, or a run that Python trained, says of itself."""
+    from moe_peft.weights import backbone, saved_run
+
+    found = saved_run.description_of(path)
+    spec, own = found.get("backbone_spec", ""), dict(found.get("files", {}))
+    own.setdefault("vocabulary", backbone.vocabulary(spec))
+    names = {"vocabulary": "VOCABULARY", "task_names": "TASKS"}
+    settings = {names.get(name, name.upper()): value for name, value in own.items()}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= {"BACKBONE": spec, "FROZEN_DTYPE": found["backbone"]["frozen_dtype"]}
+    settings["FEATURE_LENGTHS"] = found.get("data", {}).get("feature_lengths")
+    return [
+        "import moe_peft.weights.records",
+        "include 'data/own.gin'",
+        "MODEL = @saved.network()",
+        "METHOD = @saved.method()",
+        "saved.network.source = %MODEL_DIR",
+        "saved.method.source = %MODEL_DIR",
+        *(f"{name} = {value!r}" for name, value in settings.items() if value is not None),
+    ]
 
 
 def _add_packaged(found: Given, kind: str, name: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from moe_peft.data import row_store, vocabularies
+from moe_peft.data import files, row_store, vocabularies
 from moe_peft.data import rows as rows_lib
 
 
@@ -84,9 +84,12 @@ class RowsSource(seqio.DataSource):
         """Rows in their own order; shuffling happens in the task's buffer."""
         del shuffle, seed
         rows = self.rows(split)
-        ragged = lambda column: tf.RaggedTensor.from_row_limits(
-            column.flat.astype(np.int32), column.ends, validate=False
-        )
+
+        def ragged(column: rows_lib.Ragged | rows_lib.Picked) -> tf.RaggedTensor:
+            column = column.copied() if isinstance(column, rows_lib.Picked) else column
+            flat = column.flat.astype(np.int32)
+            return tf.RaggedTensor.from_row_limits(flat, column.ends, validate=False)
+
         columns = {"inputs": ragged(rows.inputs), "targets": ragged(rows.targets)}
         dataset = tf.data.Dataset.from_tensor_slices({**columns, **rows.scalars})
         if shard_info and shard_info.num_shards > 1:
@@ -189,6 +192,32 @@ def add_mixture(
     """Registers a mixture unless it is there."""
     if name not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add_provider(name, LazyMixture(name, list_tasks, rate))
+
+
+def add_files(own: files.Files, name: str | None = None) -> str:
+    """Registers a user's files for SeqIO and returns the name: of a task, or, where a column tells
+    tasks apart, of the mixture of one task each, every row of which is drawn equally often.
+
+    `name` is by default that of the file. Raises ValueError if it is taken.
+    """
+    name = name or str(own)
+    feature = seqio.Feature(_of_seqio(vocabularies.get(own.vocabulary)), add_eos=True)
+    features = {"inputs": feature, "targets": feature}
+    if own.has_tasks:
+        features["task_ids"] = _scalar
+    names = {task: f"{name}_{task.name}" if own.has_tasks else name for task in own.tasks}
+    for task, registered in names.items():
+        splits = functools.partial(list, task.splits)
+        seqio.TaskRegistry.add(
+            registered,
+            source=LazySource(task.rows, splits, own.itself, task.reporting),
+            preprocessors=[seqio.preprocessors.append_eos],
+            output_features=features,
+        )
+    if own.has_tasks:
+        rates = [(registered, own.get_rate(task)) for task, registered in names.items()]
+        seqio.MixtureRegistry.add(name, rates)
+    return name
 
 
 def num_rows(registered: str) -> float:

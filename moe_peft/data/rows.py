@@ -59,6 +59,10 @@ class Picked:
         """Length of every sequence."""
         return self._sequences.lengths[self._places]
 
+    def copied(self) -> Ragged:
+        """The sequences end to end."""
+        return Ragged.from_sequences([self[index] for index in range(len(self))])
+
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:

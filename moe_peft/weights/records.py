@@ -5,10 +5,11 @@ import functools
 from typing import Any
 
 from flax import linen as nn
+import gin
 
 from moe_peft import errors, methods, patching, routing
 from moe_peft.models import family
-from moe_peft.weights import identity
+from moe_peft.weights import identity, saved_run
 
 _ROUTERS = {cls.__name__: cls for cls in (*routing.ROUTERS, *routing.SKILL_ROUTERS)}
 
@@ -53,6 +54,18 @@ def network(description: Mapping[str, Any], where: str) -> nn.Module:
     # JSON has lists only.
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in found["config"].items()}
     return own.network(own.config(**tuples))
+
+
+@gin.register("method", module="saved")
+def saved_method(source: str) -> methods.Method:
+    """Returns the method that a run's folder, an adapter folder or an exported file tells of."""
+    return method(saved_run.description_of(source)["method"], source)
+
+
+@gin.register("network", module="saved")
+def saved_network(source: str) -> nn.Module:
+    """Returns the network, without adapters, that it was trained on."""
+    return network(saved_run.description_of(source), source)
 
 
 def _method(described: Mapping[str, Any], where: str) -> methods.Method:

@@ -56,6 +56,16 @@ def load(source: pathlib.Path | str, step: int | None = None, member: str | None
     return _load_file(file, step) if file.is_file() else _load_checkpoint(path, step)
 
 
+def description_of(source: pathlib.Path | str) -> Mapping[str, Any]:
+    """What `load` says the run of a folder or file is, without reading what was trained."""
+    path = pathlib.Path(source).expanduser()
+    file = path / ADAPTER if is_adapter_folder(path) else path
+    if file.is_file():
+        return _description_in(file)
+    found = steps(path)
+    return read(path, found[-1], ()).description if found else load(path).description
+
+
 def steps(model_dir: epath.PathLike) -> list[int]:
     """Returns the steps of all checkpoints of a run, oldest first, damaged ones included."""
     folder = pathlib.Path(model_dir) / FOLDER
@@ -84,7 +94,8 @@ def read(model_dir: pathlib.Path, step: int, items: tuple[str, ...]) -> Saved:
             raise ValueError(f"the values of {name} are not those that were saved")
     if record["step"] != step:
         raise ValueError(f"it is of step {record['step']}")
-    return Saved(step, found["trainable"], found.get("position") or {}, record)
+    trainable = found["trainable"] if "trainable" in items else {}
+    return Saved(step, trainable, found.get("position") or {}, record)
 
 
 def reason(error: BaseException) -> str:
@@ -136,15 +147,20 @@ def _load_checkpoint(folder: pathlib.Path, step: int | None) -> Saved:
 
 
 def _load_file(path: pathlib.Path, step: int | None) -> Saved:
-    description = safetensors_files.read_metadata(path)
-    if "name" not in description.get("method", {}):
-        lacks = "no 'method' in its header's 'moe_peft', so it is not an exported adapter"
-        raise errors.UserError(f"{path} has {lacks}.")
+    description = _description_in(path)
     saved_step = description.pop("step", 0)
     if step not in (None, saved_step):
         raise errors.UserError(f"{path} holds step {saved_step}, not step {step}.")
     tree = safetensors_files.read_tree(path)
     return Saved(saved_step, tree, {}, {"description": description})
+
+
+def _description_in(path: pathlib.Path) -> dict[str, Any]:
+    description = safetensors_files.read_metadata(path)
+    if "name" not in description.get("method", {}):
+        lacks = "no 'method' in its header's 'moe_peft', so it is not an exported adapter"
+        raise errors.UserError(f"{path} has {lacks}.")
+    return description
 
 
 def _load_member(folder: pathlib.Path, member: str | None) -> Saved:
