@@ -45,4 +45,5 @@ MACROS = {
     "DTYPE": "of activations, `float32` or `bfloat16`",
     "FROZEN_DTYPE": "of the frozen weights in memory, `float32` or `bfloat16`",
     "DROPOUT_RATE": "of the network while training, in [0, 1)",
+    "LOG_TO": "boards that show metrics, of `tensorboard`, `wandb` and `mlflow`, a tuple",
 }
