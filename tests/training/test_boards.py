@@ -4,6 +4,7 @@ import json
 import pathlib
 import struct
 import sys
+import time
 
 import pytest
 
@@ -189,7 +190,10 @@ def test_wandb_offline(tmp_path, monkeypatch):
     identity = json.loads((tmp_path / "wandb.json").read_text())
     first, second = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identity['id']}.wandb"))
     assert _logged_to_wandb(first) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert _logged_to_wandb(second) == [(4, 0.25)]
+    until = time.monotonic() + 20.0  # W&B's own process may write a moment after `finish`.
+    while not (found := _logged_to_wandb(second)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert found == [(4, 0.25)]
 
 
 def _logged_to_wandb(path):
