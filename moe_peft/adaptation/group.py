@@ -123,7 +123,7 @@ class GroupRun:
         if saved:
             states, best, runs, step = saved
         tables = self._mapped.to_devices(self._data.tables)
-        with metrics_writer.MetricsWriter(self._folder, step) as writer:
+        with metrics_writer.MetricsWriter(self._folder, step, say=self._progress.say) as writer:
             self._saved = time.monotonic()
             while step < settings.num_steps and any(run.is_running for run in runs):
                 states, best, step = self._train_period(states, best, runs, step, tables, writer)

@@ -54,6 +54,7 @@ MACROS = {
     "DTYPE": "of activations, `float32` or `bfloat16`",
     "FROZEN_DTYPE": "of the frozen weights in memory, `float32` or `bfloat16`",
     "DROPOUT_RATE": "of the network while training, in [0, 1)",
+    "LOG_TO": "boards that show metrics, of `tensorboard`, `wandb` and `mlflow`, a tuple",
 }
 
 # Flags of the command line that set a macro: `--steps 100` is `--gin.TRAIN_STEPS=100`.

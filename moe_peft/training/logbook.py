@@ -75,7 +75,7 @@ class Logbook:
         self._on_host = []
         self._writer.write(step, line)
         rate = self._clock.rate(step)
-        self._writer.write_to_board(step, {"steps_per_second": rate})
+        self._writer.write_to_boards(step, {"steps_per_second": rate})
         self._progress.report(step, line["loss"], rate)
         return line
 

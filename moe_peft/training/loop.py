@@ -16,7 +16,7 @@ from moe_peft import errors
 from moe_peft.config import gin_files
 from moe_peft.runtime import host_memory, processes
 from moe_peft.runtime import progress as progress_lib
-from moe_peft.training import checkpoints, metrics_writer
+from moe_peft.training import boards, checkpoints, metrics_writer
 from moe_peft.training import logbook as logbook_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base
@@ -41,11 +41,14 @@ class Settings:
     keep: int = 3  # newest checkpoints that are kept
     log_period: int = 100  # steps between lines of metrics.jsonl
     eval_period: int = 1_000  # steps between evaluations; there is always one at the end
+    # Where metrics go besides metrics.jsonl: any of "tensorboard", "wandb", "mlflow"; () for none.
+    log_to: tuple[str, ...] | str = ("tensorboard",)
 
     def __post_init__(self):
         for name in ("num_steps", "checkpoint_period", "log_period", "eval_period", "keep"):
             errors.check_at_least(name, getattr(self, name), 1)
         leaves.check_dtype(self.frozen_dtype)
+        boards.chosen(self.log_to)
 
     def num_new_checkpoints(self, num_old: int) -> int:
         """Returns how many more there will be at once; one more than is kept while saving."""
@@ -81,7 +84,8 @@ class Run:
             stack.callback(self._progress.close)
             self._progress.update(first_step)
             kind = metrics_writer.MetricsWriter if is_first else metrics_writer.Silent
-            self._writer = stack.enter_context(kind(folder, first_step))
+            what = (settings.log_to, self._description, self._progress.say)
+            self._writer = stack.enter_context(kind(folder, first_step, *what))
             base.drop_after(folder, first_step)
             saver = checkpoints.Checkpoints(folder, settings.keep)
             self._checkpoints = stack.enter_context(saver)
@@ -95,7 +99,10 @@ class Run:
             if saved:
                 self._progress.say(f"going on from step {first_step} in {folder}")
             try:
-                return self._loop(state, first_step, batches)
+                result = self._loop(state, first_step, batches)
+                for line in self._writer.close(is_complete=True):
+                    self._progress.say(line)
+                return result
             except logbook_lib.NonFiniteError as error:
                 self._checkpoints.wait()
                 kept = saved_run.steps(folder)

@@ -1,15 +1,14 @@
-"""Metrics of a run: `metrics.jsonl`, identical for an interrupted run, and TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, identical for an interrupted run, and the boards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import pathlib
-import time
-
-from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2, summary_pb2
+import types
+from typing import Any
 
 from moe_peft import errors
+from moe_peft.training import boards
 
 FILE_NAME = "metrics.jsonl"
 
@@ -17,50 +16,84 @@ FILE_NAME = "metrics.jsonl"
 class Silent(contextlib.nullcontext):
     """Writes nothing: another process does."""
 
-    def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
-        del model_dir, resumed_step
+    def __init__(self, *_: Any):
         super().__init__(self)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Leaves it to the first process, as `write_to_board` does."""
+        """Leaves it to the first process, as `write_to_boards` does."""
 
-    write_to_board = write
+    write_to_boards = write
+
+    def close(self, is_complete: bool) -> list[str]:
+        """Has nothing to say."""
+        return []
 
 
 class MetricsWriter:
     """Appends one json object a line: {"step": s, name: value, ...}.
 
     Nothing that depends on the clock goes into the file, so an interrupted and resumed run leaves
-    the very bytes of an uninterrupted one. Speed goes to TensorBoard.
+    the very bytes of an uninterrupted one. Speed goes to the boards.
+
+    A board that fails is left out from then on, with one line: it does not end a run of days.
     """
 
-    def __init__(self, model_dir: pathlib.Path | str, resumed_step: int = 0):
-        """Opens the files and drops what was written after `resumed_step`."""
+    def __init__(
+        self,
+        model_dir: pathlib.Path | str,
+        resumed_step: int = 0,
+        log_to: tuple[str, ...] | str = ("tensorboard",),
+        description: Mapping[str, Any] = types.MappingProxyType({}),
+        say: Callable[[str], None] = print,
+    ):
+        """Opens the file, without what was written after `resumed_step`, and the boards `log_to`.
+
+        `description` is what the run is, json types; `say` gets warnings.
+        """
         self._model_dir = model_dir = pathlib.Path(model_dir)
         path = model_dir / FILE_NAME
         drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _Board(model_dir / "tensorboard", resumed_step)
+        self._say, self._boards = say, {}
+        for name in boards.chosen(log_to):
+            arguments = (model_dir, resumed_step, dict(description))
+            if board := self._attempt(name, boards.BOARDS[name], *arguments):
+                self._boards[name] = board
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # Every write was flushed and checked.
-            self._file.close()
-        self._board.close()
+        self.close(is_complete=False)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line and the same scalars to TensorBoard."""
+        """Writes one line and the same scalars to the boards."""
         with explained(self._model_dir):
             self._file.write(json.dumps({"step": step, **metrics}, sort_keys=True) + "\n")
             self._file.flush()
-        self.write_to_board(step, metrics)
+        self.write_to_boards(step, metrics)
 
-    def write_to_board(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes scalars to TensorBoard only."""
-        with explained(self._model_dir):
-            self._board.write(step, metrics)
+    def write_to_boards(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes scalars to the boards only."""
+        for name, board in list(self._boards.items()):
+            self._attempt(name, board.write, step, metrics)
+
+    def close(self, is_complete: bool) -> list[str]:
+        """Returns how to look at each board; `is_complete`: all steps of the run were made."""
+        with contextlib.suppress(OSError):  # Every write was flushed and checked.
+            self._file.close()
+        closing, self._boards = self._boards, {}
+        found = [self._attempt(name, each.close, is_complete) for name, each in closing.items()]
+        return [line for line in found if line]
+
+    def _attempt(self, name, call, *arguments):
+        try:
+            return call(*arguments)
+        except Exception as error:
+            self._boards.pop(name, None)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._say(f"WARNING: {name} failed, and the run goes on without it ({why}).")
+            return None
 
 
 @contextlib.contextmanager
@@ -73,33 +106,6 @@ def explained(folder: pathlib.Path | str) -> Iterator[None]:
             f"Cannot write metrics to {folder}: {error.strerror}. Checkpoints are intact. Make "
             "room or repair the folder, then run the same command to go on."
         ) from error
-
-
-class _Board:
-    """TensorBoard's file, written in place: the library's own writer adds a thread and a queue.
-
-    Those outlive errors, and complain at exit about a disk that was full.
-    """
-
-    def __init__(self, folder: pathlib.Path, resumed_step: int):
-        folder.mkdir(exist_ok=True)
-        self._events = event_file_writer.EventsWriter(str(folder / "events"))
-        # Tells TensorBoard to forget what an earlier life wrote beyond this step.
-        status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.write_event(
-            event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=status)
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        scalar = lambda name, value: summary_pb2.Summary.Value(tag=name, simple_value=value)
-        summary = summary_pb2.Summary(value=[scalar(*metric) for metric in metrics.items()])
-        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-        self._events.write_event(event)
-        self._events.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._events.close()
 
 
 def read(model_dir: pathlib.Path | str) -> list[dict[str, float]]:

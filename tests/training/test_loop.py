@@ -100,8 +100,9 @@ def test_lines_when_not_a_terminal(toy, tmp_path, capfd):
     toy.fit(tmp_path, 3)
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("compiled and made the first step in ")
-    assert lines[-1].startswith("step 3/3  loss ")
-    assert "steps/s" in lines[-1]
+    assert lines[-1] == f"look with: tensorboard --logdir {tmp_path}/tensorboard"
+    assert lines[-2].startswith("step 3/3  loss ")
+    assert "steps/s" in lines[-2]
     assert "\x1b" not in "".join(lines)
 
 
