@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moe_peft import methods
-    from moe_peft.api import Model, as_seqio_task, load
+    from moe_peft.api.loading import as_seqio_task, load
+    from moe_peft.api.model import Model
     from moe_peft.errors import UserError
 
 __version__ = "0.1.0"
@@ -35,7 +36,12 @@ def _find_tasks() -> None:
 _find_tasks()
 
 # What there is for users in Python, by its module, which is imported when it is asked for.
-_LAZY = {"load": "api", "Model": "api", "as_seqio_task": "api", "UserError": "errors"}
+_LAZY = {
+    "load": "api.loading",
+    "as_seqio_task": "api.loading",
+    "Model": "api.model",
+    "UserError": "errors",
+}
 
 __all__ = ["Model", "UserError", "as_seqio_task", "load", "methods"]
 

@@ -21,7 +21,7 @@ FLOORS = (
     *("errors", "narrow_matmul"),
     *("runtime", "routing", "config", "patching", "adapters", "partitioning", "methods", "models"),
     *("weights", "data", "training", "evaluation", "t5x", "convert", "tasks"),
-    *("preflight", "reports", "adaptation", "experiments", "cli", "__main__"),
+    *("preflight", "reports", "adaptation", "experiments", "api", "cli", "__main__"),
 )
 
 
@@ -127,7 +127,8 @@ def test_the_tests_above_can_fail(line):
 
 # Size
 
-MOST_LINES = 26_500  # of the package and its tasks
+# Of the package and its tasks: 26,500 before own data, the Python API, adapter folders and boards.
+MOST_LINES = 29_500
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_A_FUNCTION = 60
 LONG: dict[str, str] = {}  # a file, or "file: function", and the reason why it is longer

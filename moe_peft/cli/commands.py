@@ -39,6 +39,7 @@ COMMANDS = {
     "train": _command(
         "train",
         "adapt a frozen backbone, or go on where an earlier run stopped",
+        "train --method molora --backbone hf:./flan-t5-base --data train.jsonl --out runs/reviews",
         "train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov",
         "train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try --gin.TRAIN_STEPS=20",
         modules=("moe_peft.training.train",),
@@ -68,6 +69,7 @@ COMMANDS = {
     "eval": _command(
         "evaluate",
         "evaluate a trained run, or the bare backbone, over tasks and templates",
+        "eval runs/reviews --data test.jsonl",
         "eval --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov",
         "eval --gin_file experiments/cldr/frozen.gin --gin.MODEL_DIR=results/frozen",
         modules=("moe_peft.evaluation.evaluate",),
@@ -76,6 +78,7 @@ COMMANDS = {
     "infer": _command(
         "infer",
         "write answers to the lines of a text file",
+        "infer runs/reviews --inputs questions.jsonl --outputs answers.jsonl",
         "infer --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov \\\n"
         "    --gin.INPUTS=questions.txt --gin.OUTPUTS=answers.jsonl",
         modules=("moe_peft.evaluation.infer",),
@@ -84,6 +87,7 @@ COMMANDS = {
     "export": _command(
         "export",
         "write the trained parameters of a run as a file, or a folder with a model card",
+        "export runs/reviews --to reviews_adapter",
         "export --gin.MODEL_DIR=results/mov --gin.OUTPUTS=mov.safetensors",
         "export --gin.MODEL_DIR=results/mov --gin.OUTPUTS=mov",
         "export --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=results/mov "
@@ -94,6 +98,7 @@ COMMANDS = {
     "merge": _command(
         "merge",
         "fold a run's adapters into the network's weights, for one task, as a backbone file",
+        "merge runs/reviews --to merged.safetensors",
         "merge --gin_file experiments/cldr/lora.gin --gin.MODEL_DIR=results/lora \\\n"
         "    --gin.OUTPUTS=merged.safetensors",
         "merge --gin_file results/mhr/config.gin --gin.TASK=3 --gin.OUTPUTS=merged.safetensors",

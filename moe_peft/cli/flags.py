@@ -49,7 +49,15 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "preflight": (*_NETWORK, "batch_size"),
     "train": (
         *(*_NETWORK, "vocabulary", "data", "eval_data", "out", "steps", "batch_size"),
-        *("learning_rate", "seed", "dtype", "frozen_dtype", "eval_fraction", *_MORE_COLUMNS),
+        *(
+            "learning_rate",
+            "seed",
+            "dtype",
+            "frozen_dtype",
+            "eval_fraction",
+            "log_to",
+            *_MORE_COLUMNS,
+        ),
     ),
     "adapt": (*_NETWORK, "source", "variant", "shots", "out", "steps", "batch_size", "seed"),
     "eval": (*_NETWORK, "vocabulary", "data", "out", "batch_size", "metric", *_MORE_COLUMNS),

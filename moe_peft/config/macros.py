@@ -81,6 +81,7 @@ FLAGS = {
     "LEARNING_RATE": "learning_rate",
     "OPTIMIZER": "learning_rate",
     "SEED": "seed",
+    "LOG_TO": "log_to",
     "DTYPE": "dtype",
     "FROZEN_DTYPE": "frozen_dtype",
     "SOURCE": "source",

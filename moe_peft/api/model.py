@@ -1,6 +1,6 @@
-"""A T5 with adapters in Python: `moe_peft.load`, and what the model that it returns can do."""
+"""A T5 with adapters in Python: what the model that `moe_peft.load` returns can do."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 import pathlib
@@ -12,6 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from moe_peft import errors, methods, patching
+from moe_peft.api import rows as rows_lib
 from moe_peft.config import gin_files
 from moe_peft.convert import adapter_folder
 from moe_peft.data import files as files_lib
@@ -21,66 +22,13 @@ from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.models import decoding as decoding_lib
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import optimizers, restore, schedules, train
 from moe_peft.training import start as start_lib
-from moe_peft.weights import backbone as backbone_lib
-from moe_peft.weights import records, saved_run
+from moe_peft.weights import saved_run
 
-Rows = Iterable[Mapping[str, Any] | tuple[str, str]]
 _ANY_BATCH = {**dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 2))}
 _ANY_BATCH |= {"decoder_target_tokens": (1, 2), "task_ids": (1,)}
-
-
-def load(
-    source: str | os.PathLike,
-    method: methods.Method | None = None,
-    *,
-    backbone: str | None = None,
-    network: nn.Module | None = None,
-    vocabulary: str | None = None,
-    frozen_dtype: str = "float32",
-) -> "Model":
-    """Returns a backbone with fresh adapters, or what a run has trained.
-
-    Args:
-      source: a backbone, such as "hf:./flan-t5-base" or "embedded:cldr_tiny" (all kinds:
-        `weights.backbone.KINDS`); or the folder of a run, an adapter folder or an exported file.
-      method: what is adapted and what trains, such as `methods.molora(num_experts=8)`, for a
-        backbone; None leaves it as it is. A run tells its own.
-      backbone: of a run, where its weights have moved; default: where the run had them.
-      network: the network without adapters; default: as the backbone's files tell.
-      vocabulary: path of a SentencePiece model or a folder with a tokenizer, or "bytes"; default:
-        the backbone's.
-      frozen_dtype: how frozen weights are stored, "float32" or "bfloat16".
-
-    Raises UserError: something is not there, is not a T5, or does not fit together.
-    """
-    spec = os.fspath(source)
-    if _is_backbone(spec):
-        spec = backbone_lib.full_spec(spec)
-        network = network or backbone_lib.network(spec)
-        vocabulary = vocabulary or backbone_lib.vocabulary(spec)
-        return Model(network, method or methods.frozen(), spec, vocabulary, frozen_dtype)
-    saved = saved_run.load(spec)
-    if method is not None:
-        raise errors.UserError(f"{spec} tells its own method; leave `method` out.")
-    description = saved.description
-    backbone = backbone_lib.full_spec(backbone or description.get("backbone_spec", ""))
-    made = records.method(description["method"], spec)
-    network = network or records.network(description, spec)
-    vocabulary = vocabulary or description.get("files", {}).get("vocabulary")
-    vocabulary = vocabulary or backbone_lib.vocabulary(backbone)
-    return Model(network, made, backbone, vocabulary, frozen_dtype, saved)
-
-
-def _is_backbone(spec: str) -> bool:
-    kinds = {kind.partition(":")[0] for kind in backbone_lib.KINDS}
-    if spec.partition(":")[0] in kinds:
-        return True
-    folder = pathlib.Path(spec).expanduser()
-    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 class Model:
@@ -305,7 +253,9 @@ class Model:
         )
         if isinstance(data, str) and not is_file:
             return data
-        place = lambda given, name: given if given is None else _on_disk(given, folder, name)
+        place = lambda given, name: (
+            given if given is None else rows_lib.on_disk(given, folder, name)
+        )
         given = {"data": place(data, "train"), "eval_data": place(eval_data, "validation")}
         known = {} if self._saved is None else self._saved.description.get("files", {})
         known = {name: value for name, value in known.items() if name != "vocabulary"}
@@ -340,34 +290,8 @@ class Model:
         return self._answering[key].answer(self.params, questions, decoding, progress, **how)
 
 
-def as_seqio_task(data: Any, name: str | None = None, *, vocabulary: str, **columns: Any) -> str:
-    """Registers a user's files as a SeqIO task, for T5X; returns its name.
-
-    The rows are those that `train` reads. Args as of `data.files.Files`; files with a column of
-    tasks become one task each, and a mixture of that name.
-    """
-    from moe_peft.data import registration
-
-    return registration.add_files(files_lib.Files(data, vocabulary, **columns), name)
-
-
 def _listed(inputs: str | Sequence[str]) -> list[str]:
     found = [inputs] if isinstance(inputs, str) else list(inputs)
     if not found or not all(isinstance(text, str) for text in found):
         raise errors.UserError("Expected a text, or a list of at least one text.")
     return found
-
-
-def _on_disk(given: Any, folder: pathlib.Path, name: str) -> Any:
-    """Paths as they are; rows as the file that they are written to."""
-    if isinstance(given, str | os.PathLike):
-        return os.fspath(given)
-    if isinstance(given, Mapping):
-        return {split: _on_disk(each, folder, split) for split, each in given.items()}
-    rows = list(given)
-    if rows and all(isinstance(row, str | os.PathLike) for row in rows):
-        return [os.fspath(row) for row in rows]
-    as_row = lambda row: row if isinstance(row, Mapping) else dict(zip(("inputs", "targets"), row))
-    path = folder / "data" / f"{name}.jsonl"
-    json_files.write_jsonl(path, map(as_row, rows))
-    return str(path)
