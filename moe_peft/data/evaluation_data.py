@@ -93,13 +93,17 @@ def example(task: lookup.Task, source: rows.Rows, index: int) -> Example:
         return task.output_features[name].vocabulary.decode(ids.tolist())
 
     templates = source.scalars.get("template_ids")
+    targets = text("targets")
+    references = source.references[index] if source.references else ()
+    if references and targets not in references:  # the vocabulary cannot spell the answer
+        targets = references[0]
     return Example(
         task=task.name,
         template_id=0 if templates is None else int(templates[index]),
         inputs=text("inputs"),
-        targets=text("targets"),
+        targets=targets,
         answer_choices=source.answer_choices[index] if source.answer_choices else (),
-        references=source.references[index] if source.references else (),
+        references=references,
     )
 
 

@@ -241,7 +241,7 @@ class Files:
         return {name: number for number, name in enumerate(self.names)}
 
     def _example(self, record) -> tuple["Question", str, tuple[str, ...]]:
-        """(question, answer, accepted answers if several)."""
+        """(question, answer, all accepted answers)."""
         path, place, row = record
         question = self.question(path, place, row)
         if self.has_tasks and question.task is None:
@@ -254,7 +254,7 @@ class Files:
             reason = "the answer is not among the choices"
             raise bad_rows.BadRow(path, place, reason, f"{absent[0]!r}, {list(choices)}")
         targets = row_store.draw_answer(accepted, question.inputs, self.seed)
-        return question, targets, accepted if len(accepted) > 1 else ()
+        return question, targets, accepted
 
     def _check_columns(self, files: Sequence[pathlib.Path]) -> None:
         """Raises UserError for a column that is not in the first row of a file."""
