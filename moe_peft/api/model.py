@@ -90,7 +90,7 @@ class Model:
         batch_size: int = 32,
         out: str | os.PathLike | None = None,
         eval_data: Any = None,
-        learning_rate: float | schedules.Schedule | None = None,
+        learning_rate: float | str | schedules.Schedule | None = None,
         optimizer: optimizers.Optimizer | None = None,
         feature_lengths: Mapping[str, int] | None = None,
         seed: int = 0,
@@ -110,6 +110,7 @@ class Model:
           out: folder of the run, with checkpoints and metrics; None keeps none.
           eval_data: kept for `evaluate`, as `data`; None: 5 % of the rows are kept apart.
           learning_rate: the peak of a linear rise and decay, or a schedule; default: by method.
+            "auto" tries a few.
           optimizer: instead of AdamW with `learning_rate`.
           feature_lengths: {"inputs": tokens, "targets": tokens}; default: as the longest rows need,
             up to 512 and 128.
@@ -136,6 +137,7 @@ class Model:
                     batch_size=batch_size,
                     seed=seed,
                     frozen_dtype=self._frozen_dtype,
+                    searches_rate=learning_rate == "auto",
                     **settings,
                 )
             self._saved = saved_run.load(folder)
@@ -263,7 +265,7 @@ class Model:
 
     def _optimizer(self, learning_rate, steps: int) -> optimizers.Optimizer:
         rate = learning_rate
-        if rate is None:
+        if rate in (None, "auto"):
             rate = methods.LEARNING_RATES.get(self.method.name, 1e-3)
         if not callable(rate):
             rate = schedules.linear_warmup_linear_decay(rate, steps)

@@ -139,6 +139,9 @@ def given(command: str, args: argparse.Namespace) -> Given:
     if command == "eval" and "data" in values:
         found.files.append("data/own.gin")
         found.bindings.extend(["EVAL_MIXTURES=(@data.Files(),)", "TASK_GROUP=None"])
+    if values.get("learning_rate") == "auto":
+        del values["learning_rate"]
+        found.bindings.append("train.searches_rate=True")
     for flag, value in values.items():
         name = _PARAMETERS.get(flag) or macro_of(command, flag)
         found.bindings.append(f"{name}={_absolute(flag, value)!r}")

@@ -30,6 +30,8 @@ _NO_DECAY = ("routers",)
 # Steps at which a schedule is sampled to tell whether it is the one a checkpoint was trained with.
 _SAMPLED_STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000)
 
+_SHARES = (0, 0.01, 0.03, 0.06, 0.1, 0.25, 0.5, 1)  # of a run, where its rates are looked at
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -65,6 +67,19 @@ class Optimizer:
         rate, own = self.learning_rate, self.groups.get(group, 1.0)
         default = rate if callable(rate) else schedules_lib.constant(rate)
         return own if callable(own) else lambda step: own * default(step)
+
+    def peak(self, num_steps: int, group: str = "") -> float:
+        """Returns the highest learning rate of a group, as far as a few steps tell."""
+        steps = {int(share * num_steps) for share in _SHARES}
+        return max(float(self.schedule(group)(step)) for step in steps)
+
+    def scaled(self, factor: float) -> "Optimizer":
+        """Returns the same with another factor on the rates that have no schedule of their own."""
+        rate = self.learning_rate
+        if factor == 1.0:
+            return self
+        scaled = (lambda step: factor * rate(step)) if callable(rate) else factor * rate
+        return dataclasses.replace(self, learning_rate=scaled)
 
     def learning_rates(
         self, trainable: PyTree, group_of: GroupOf

@@ -1,6 +1,7 @@
 """What a run says of itself: at its start what it will do, at its end what to do next."""
 
 from collections.abc import Mapping
+import functools
 import os
 import sys
 from typing import Any
@@ -11,8 +12,6 @@ from moe_peft.data import pipeline
 from moe_peft.models import family
 from moe_peft.runtime import processes
 from moe_peft.runtime import progress as progress_lib
-
-_SHARES = (0, 0.01, 0.03, 0.06, 0.1, 0.25, 0.5, 1)  # of the steps, where rates are looked at
 
 
 def introduce(settings: Any, mesh: jax.sharding.Mesh, num_trainable: int, num_base: int) -> None:
@@ -72,9 +71,8 @@ def _rows(settings: Any) -> str:
 
 
 def _rates(settings: Any) -> str:
-    """The highest learning rate of each group, as far as a few steps tell."""
-    steps = {int(share * settings.num_steps) for share in _SHARES}
-    peak = lambda group: max(float(settings.optimizer.schedule(group)(step)) for step in steps)
+    """The highest learning rate of each group."""
+    peak = functools.partial(settings.optimizer.peak, settings.num_steps)
     groups = [f", {peak(name):g} for {name}" for name in sorted(settings.optimizer.groups)]
     return f"at most {peak(''):g}{''.join(groups)}"
 

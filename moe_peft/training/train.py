@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ from moe_peft.models import encoder_decoder
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
-from moe_peft.training import checkpoints, loop, optimizers, summary
+from moe_peft.training import checkpoints, loop, optimizers, rate_search, summary
 from moe_peft.training import start as start_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
@@ -54,6 +55,9 @@ class Settings(loop.Settings):
     # "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-Head Adapter
     # Routing", section 5. None for fresh adapters.
     start_from: str | None = None
+    # Try factors of the learning rate for a few steps each, and train with the best: see
+    # `rate_search`. A run that goes on keeps what it took.
+    searches_rate: bool = False
     # Devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are split
     # over its axes `fsdp` and `model`.
     mesh: jax.sharding.Mesh | None = None
@@ -98,6 +102,7 @@ def train(settings: Settings) -> loop.Result:
         start_from=settings.start_from,
         monitors=settings.monitors,
         mesh=mesh,
+        searches_rate=settings.searches_rate,
     )
     summary.conclude(settings, result.metrics, time.monotonic() - started)
     return result
@@ -168,6 +173,7 @@ def fit(
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    searches_rate: bool = False,
 ) -> loop.Result:
     """Trains as `train` does, for any model with `init` and `loss_sums` and any batches.
 
@@ -179,6 +185,7 @@ def fit(
       describe_rows: what shapes the rows besides, json types, compared in the same way.
       introduce: is told the numbers of trainable parameters and of the network's own.
       eval_hook: (step, params) -> metrics.
+      searches_rate: as in `Settings`.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
@@ -214,6 +221,13 @@ def fit(
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
         warnings = []
+        if searches_rate:
+            factor = saved and saved.description.get("rate_factor", 1.0)
+            if factor is None:
+                factor = _search(begin, optimizer, settings, frozen, state, open_batches(0))
+            program = _Program(begin, optimizer.scaled(factor), settings, mesh)
+            own = identity.as_json(optimizer.scaled(factor).describe())
+            description = {**description, "optimizer": own, "rate_factor": factor}
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
@@ -221,6 +235,15 @@ def fit(
         run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
         return run.make_steps(folder, state, saved, batches, warnings)
+
+
+def _search(begin, optimizer, settings, frozen, state, batches) -> float:
+    """Returns the best factor of the learning rate, and says how it was found."""
+    what = (begin.model, begin.method, optimizer, settings.num_steps)
+    found = rate_search.find(*what, frozen, state.trainable, batches)
+    if processes.is_first():
+        print(found.text, file=sys.stderr, flush=True)
+    return found.factor
 
 
 class _Program:
