@@ -58,7 +58,7 @@ class Start:
     @property
     def num_trainable(self) -> int:
         """Parameters that train in one run."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self._method.split(self._shapes)[1]))
+        return patching.trees.num_parameters(self._method.split(self._shapes)[1])
 
     def _split(self, job: data.Job) -> tuple[dict, dict]:
         rng = jax.random.key(job.key_seed)

@@ -58,7 +58,7 @@ class Model:
         self._answering: dict[Any, inference.AnsweringModel] = {}
 
     def __repr__(self) -> str:
-        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        count = patching.trees.num_parameters
         trainable = count(self.method.split(self._start.shapes())[1])
         own = count(self._start.base_shapes())
         step = f", trained {self._saved.step:,} steps" if self._saved else ""

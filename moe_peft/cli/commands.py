@@ -160,10 +160,10 @@ def configure(
     `flags` are those of the command line that set macros, for messages; `statements` come after
     the command's own defaults.
     """
-    from moe_peft.cli import missing
+    from moe_peft.cli import missing  # Imports gin.
 
     folders = [path for path in gin_search_paths.split(",") if path]
-    complete = functools.partial(missing.statements, name)
+    complete = functools.partial(missing.statements, ALL[name].entry_point)
     command = dataclasses.replace(ALL[name], defaults=(*ALL[name].defaults, *statements))
     what = (command, gin_files, gin_bindings, folders, ALL.values())
     return entry.configure(*what, complete, flags)

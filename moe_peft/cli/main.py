@@ -97,8 +97,7 @@ def _entry_point(name: str, args: argparse.Namespace) -> Callable:
         raise errors.UserError(f"no settings given. For example:\n{command.example}")
     if name not in _RUN:
         _join_processes(args)
-    more = (args.gin_search_paths, flags.of(name), given.statements)
-    return configure(name, files, bindings, *more)
+    return configure(name, files, bindings, args.gin_search_paths, flags.of(name), given.statements)
 
 
 def _join_processes(args: argparse.Namespace) -> None:

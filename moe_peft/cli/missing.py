@@ -16,15 +16,17 @@ from moe_peft.config import checks
 _FILES = "data.Files"
 
 
-def statements(command: str, config: bindings_lib.Config) -> list[str]:
+def statements(entry_point: str, config: bindings_lib.Config) -> list[str]:
     """Further defaults of a command; none where nothing is missing that something tells."""
-    from moe_peft.cli import commands
-
     _check_one_source(config)
-    if command == "eval" and _asks_files(config) and not _is_bound(config, "Evaluator", "decoding"):
+    if (
+        entry_point == "evaluate"
+        and _asks_files(config)
+        and not _is_bound(config, "Evaluator", "decoding")
+    ):
         # So that answers are kept, and any accepted one counts.
         return ["Evaluator.decoding = @decoding.Greedy()", "Evaluator.rank_choices = True"]
-    for name in checks.missing_macros(config, commands.ALL[command].entry_point):
+    for name in checks.missing_macros(config, entry_point):
         if name in _MAKERS and (found := _MAKERS[name](config)):
             return found
     return []

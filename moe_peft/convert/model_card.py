@@ -7,9 +7,9 @@ import pathlib
 import re
 from typing import Any
 
-import jax
 import yaml
 
+from moe_peft import patching
 from moe_peft.convert import adapter_trees
 from moe_peft.models import family
 from moe_peft.training import start as start_lib
@@ -44,7 +44,7 @@ class Facts:
         is_peft: bool,
     ) -> "Facts":
         """Collects them; without a network its sizes are left out."""
-        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        count = patching.trees.num_parameters
         num_base, sizes = None, ""
         if network is not None:
             method = records.method(saved.description["method"], name)

@@ -1,5 +1,6 @@
 """Cells of a user's rows as texts."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -51,3 +52,8 @@ def texts(
     if not value:
         raise bad_rows.BadRow(path, place, f"{column!r} is an empty list")
     return tuple(text(path, place, {column: each}, column) for each in value)
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that the text alone decides."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64

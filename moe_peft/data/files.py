@@ -161,11 +161,6 @@ class Files:
             self._stored[split] = files and self._store(split, files)
         return self._stored[split]
 
-    @property
-    def num_held_out(self) -> int:
-        """Training rows that are kept apart."""
-        return len(self.stored(VALIDATION)) if self.is_held_out else 0
-
     def lengths(self) -> dict[str, int]:
         """Tokens of inputs and targets that the longest rows need, up to `LONGEST`."""
         found = map(rounded, self.longest())
@@ -207,7 +202,9 @@ class Files:
         source = TRAIN if is_held_out else split
         examples = bad_rows.parsed(self._example, self._records(source))
         if is_held_out:
-            is_wanted = lambda inputs: (_share(inputs) < self.eval_fraction) == (split != TRAIN)
+            is_wanted = lambda inputs: (
+                (cells.share(inputs) < self.eval_fraction) == (split != TRAIN)
+            )
             examples = (example for example in examples if is_wanted(example[0].inputs))
         for part in _parts(examples, _ENCODED):
             inputs = vocabulary.encode_all([question.inputs for question, *_ in part])
@@ -290,11 +287,6 @@ def lengths_of(mixture: Any) -> dict[str, int]:
 def rounded(length: int) -> int:
     """The next multiple of 8."""
     return -(-length // _STEP) * _STEP
-
-
-def _share(text: str) -> float:
-    """A number in [0, 1) that the text alone decides."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 def _parts(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

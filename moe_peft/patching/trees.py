@@ -26,6 +26,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
+def num_parameters(params: Params) -> int:
+    """Returns how many numbers the leaves have together; shapes will do."""
+    return sum(leaf.size for leaf in flatten(params).values())
+
+
 def is_adapter(path: str) -> bool:
     """Whether a parameter belongs to an adapter or its router.
 

@@ -135,7 +135,7 @@ def _target(settings: Settings) -> dict[str, Any]:
         return {}
     variables = _abstract_variables(settings.model, method, settings.embedding_dim)
     learns = method.split(variables["params"])[1]
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(learns))
+    trainable = patching.trees.num_parameters(learns)
     return {"target_method": method.name, "target_trainable": trainable}
 
 

@@ -53,9 +53,8 @@ def model(
     method, backbone, folder = settings.method, settings.backbone, settings.model_dir
     start = start_lib.Start.of_network(settings.model, method, batch_shapes)
     shapes = start.shapes()
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    frozen, trainable = map(count, method.split(shapes))
-    own = count(start.base_shapes())
+    frozen, trainable = map(patching.trees.num_parameters, method.split(shapes))
+    own = patching.trees.num_parameters(start.base_shapes())
     how = (settings.step, settings.frozen_dtype, start_from)
     found, step = params(start, backbone, folder if trainable else None, *how)
     run = {

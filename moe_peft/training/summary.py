@@ -66,8 +66,10 @@ def _rows(settings: Any) -> str:
     text = f"{name}, {count:,} training rows ({passes:.3g} passes)"
     if len(stream.sources) > 1:
         text += f" of {len(stream.sources)} tasks"
-    held_out = getattr(settings.mixture, "num_held_out", 0)
-    return text + (f", {held_out:,} others kept apart for evaluation" if held_out else "")
+    if getattr(settings.mixture, "is_held_out", False):
+        count = len(settings.mixture.stored("validation"))
+        text += f", {count:,} others kept apart for evaluation"
+    return text
 
 
 def _rates(settings: Any) -> str:

@@ -19,13 +19,14 @@ from moe_peft.config import settings as settings_lib
 from moe_peft.data import identity as data_identity
 from moe_peft.data import lookup, pipeline, task_ids
 from moe_peft.models import encoder_decoder
-from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
 from moe_peft.training import checkpoints, loop, optimizers, rate_search, summary
+from moe_peft.training import program as program_lib
 from moe_peft.training import start as start_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
+from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import identity, saved_run
 
 _KNOWN_BEFORE_WEIGHTS = ("method", "model", "data", "rows")
@@ -205,12 +206,12 @@ def fit(
         if saved:
             known = identity.as_json({"method": begin.method.describe(), **described})
             identity.check_same_run(saved.description, known, folder, _KNOWN_BEFORE_WEIGHTS)
-        program = _Program(begin, optimizer, settings, mesh)
-        if introduce is not None:
-            count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            introduce(count(program.trainable), count(begin.base_shapes()))
+        program = program_lib.Program(begin, optimizer, settings, mesh)
         num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
         run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
+        backbone_lib.check_headers(backbone, begin.base_shapes())
+        if introduce is not None:
+            introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
         watched = monitors_lib.Watched(
             begin.model, begin.method, program.trainable, described["data"], folder, mesh
         )
@@ -222,12 +223,8 @@ def fit(
         frozen, state, description = program.load(backbone, start_from, described)
         warnings = []
         if searches_rate:
-            factor = saved and saved.description.get("rate_factor", 1.0)
-            if factor is None:
-                factor = _search(begin, optimizer, settings, frozen, state, open_batches(0))
-            program = _Program(begin, optimizer.scaled(factor), settings, mesh)
-            own = identity.as_json(optimizer.scaled(factor).describe())
-            description = {**description, "optimizer": own, "rate_factor": factor}
+            program = _find_rate(program, saved, frozen, state, open_batches(0))
+            description |= program.describe_rate()
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
@@ -237,52 +234,19 @@ def fit(
         return run.make_steps(folder, state, saved, batches, warnings)
 
 
-def _search(begin, optimizer, settings, frozen, state, batches) -> float:
-    """Returns the best factor of the learning rate, and says how it was found."""
-    what = (begin.model, begin.method, optimizer, settings.num_steps)
-    found = rate_search.find(*what, frozen, state.trainable, batches)
+def _find_rate(
+    program: program_lib.Program,
+    saved: saved_run.Saved | None,
+    frozen: PyTree,
+    state,
+    batches: Iterator,
+) -> program_lib.Program:
+    """Returns the program with the best learning rate, or with that of a run that goes on."""
+    if saved:
+        return program.scaled(saved.description.get("rate_factor", 1.0))
+    what = (program.begin.model, program.begin.method, program.optimizer)
+    what += (program.settings.num_steps, frozen, state.trainable, batches)
+    found = rate_search.find(*what)
     if processes.is_first():
         print(found.text, file=sys.stderr, flush=True)
-    return found.factor
-
-
-class _Program:
-    """The step of a run, and where its arrays lie on the devices."""
-
-    def __init__(self, begin, optimizer, settings, mesh):
-        self._begin, self._optimizer, self._settings = begin, optimizer, settings
-        self._group_of = begin.method.learning_rate_group
-        self.trainable = begin.trainable_shapes()  # what trains
-        self._transform = optimizer.build(self.trainable, self._group_of)
-        self.state = jax.eval_shape(self._create_state, self.trainable)  # shapes, too
-        self._layout, self._axes = layout_lib.Layout(mesh), begin.logical_axes()
-        places = self._layout.shardings(self.trainable, self._axes)
-        self._places = self._layout.optimizer_shardings(self.state, places, self.trainable)
-
-    def load(self, backbone, start_from, described) -> tuple[PyTree, step_lib.TrainState, dict]:
-        """Returns (frozen tree, state before the first step, what the run is)."""
-        begin, dtype = self._begin, self._settings.frozen_dtype
-        source = start_lib.Source.load(begin.method, start_from) if start_from else None
-        trees = begin.trees(backbone, self._settings.seed, dtype, source)
-        if source is not None:
-            source.check_backbone(trees.fingerprint)
-            described = {**described, "source": source.describe()}
-        weights = (backbone, trees.fingerprint, dtype)
-        description = start_lib.describe(begin.method, *weights, self._optimizer, described)
-        places = self._layout.shardings(trees.frozen, self._axes)
-        frozen = processes.put_on_devices(trees.frozen, places)
-        state = processes.put_on_devices(self._create_state(trees.trainable), self._places)
-        return frozen, state, description
-
-    def make_step(self) -> step_lib.TrainStep:
-        """Returns the step, jitted; it compiles at its first call."""
-        rates = self._optimizer.learning_rates(self.trainable, self._group_of)
-        return step_lib.make_train_step(
-            *(self._begin.model, self._transform, patching.merge),
-            *(self._settings.num_microbatches, rates),
-            layout=self._layout,
-            out_shardings=(self._places, self._layout.replicated),
-        )
-
-    def _create_state(self, trainable: PyTree) -> step_lib.TrainState:
-        return step_lib.create_state(trainable, self._transform, self._settings.seed)
+    return program.scaled(found.factor)

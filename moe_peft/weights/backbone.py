@@ -68,18 +68,14 @@ def load(
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
         return _streamed(spec, abstract_params, init, stored_as)
-    if kind == "random":
-        if not re.fullmatch(r"[+-]?\d+", rest):
-            raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.")
-        params = run_once.jit(init)(jax.random.key(int(rest)))
-    elif kind == "embedded":
+    if kind == "embedded":
         params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":
         params = safetensors_files.read_tree(rest)
     elif kind == "run":
         params = _from_run(spec, rest)
     else:
-        raise errors.UserError(f"Backbone {spec!r} is none of {', '.join(KINDS)}.")
+        params = run_once.jit(init)(jax.random.key(_seed(spec, rest)))
     scanned = scan_layout.is_scanned(patching.flatten(abstract_params))
     if scan_layout.is_scanned(patching.flatten(params)) != scanned:
         params = leaves.load(scan_layout.convert(leaves.flatten(params), scanned))
@@ -144,9 +140,26 @@ def allowed(
 
 
 def check_headers(spec: str, abstract_params: PyTree) -> None:
-    """Raises UserError if a backbone "hf:" or "t5x:" is not there or its headers do not fit."""
-    if str(spec).partition(":")[0] in _CONVERTED:
+    """Raises UserError if a backbone is not there, or its headers do not fit; reads no weights."""
+    kind, _, rest = str(spec).partition(":")
+    if kind in _CONVERTED:
         _open(spec, abstract_params).report().check(*allowed())
+    elif kind == "embedded":
+        embedded_path(spec, rest)
+    elif kind == "file":
+        safetensors_files.open_file(rest)
+    elif kind == "run":
+        _run_of(spec, rest)
+    else:
+        _seed(spec, rest)
+
+
+def _seed(spec: str, text: str) -> int:
+    if spec.partition(":")[0] != "random":
+        raise errors.UserError(f"Backbone {spec!r} is none of {', '.join(KINDS)}.")
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise errors.UserError(f"Backbone {spec!r} has no seed; write it as in random:0.")
+    return int(text)
 
 
 def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
@@ -214,11 +227,17 @@ def embedded_path(spec: str, name: str) -> pathlib.Path:
     return folder / f"{name}.safetensors"
 
 
-def _from_run(spec: str, text: str) -> PyTree:
+def _run_of(spec: str, text: str) -> tuple[str, int | None]:
+    """The folder of a run, which is there, and the step of its checkpoint."""
     folder, _, step = text.partition("@")
     if step and not step.isdigit():
         raise errors.UserError(f"Backbone {spec!r}: the step {step!r} is not a number.")
-    saved = saved_run.load(folder, int(step) if step else None)
+    saved_run.description_of(folder)
+    return folder, int(step) if step else None
+
+
+def _from_run(spec: str, text: str) -> PyTree:
+    saved = saved_run.load(*_run_of(spec, text))
     if (name := saved.description["method"].get("name")) != "full":
         raise errors.UserError(
             f"Backbone {spec!r} is a run of the method {name!r} and holds only its adapters; a "
