@@ -23,4 +23,4 @@ echo "== lint"
 "$venv/bin/shellcheck" launch/*.sh launch/*/*.sh launch/*/*.sbatch tests/launch/*/*.sh .ci/run
 
 echo "== tests"
-exec "$venv/bin/python" -m pytest -n "${MOE_PEFT_TEST_WORKERS:-2}" --dist loadfile "$@"
+exec "$venv/bin/python" -m pytest -n "${MOE_PEFT_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -71,8 +71,9 @@ run() {
   shift
   if [ "$(cat attempt 2>/dev/null)" != "$attempt" ]; then
     rm -f code
+    : >log # Followed at once, perhaps before the command has opened it.
     MOE_PEFT_DISTRIBUTED=auto JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1 PATH="$PWD/venv/bin:$PATH" \
-      setsid bash host.sh started "$@" </dev/null >log 2>&1 &
+      setsid bash host.sh started "$@" </dev/null >>log 2>&1 &
     echo "$!" >pid
     echo "$attempt" >attempt
   fi

@@ -82,7 +82,7 @@ class Experiment:
 
     def weight_bytes(self) -> tuple[int, int]:
         """(frozen, trainable) bytes of one whole copy."""
-        begin = self._start(self._train_batch())
+        begin = self._start(self._train_batch(), scan_layers=True)  # as compiled; soon counted
         return tuple(map(step_lib.num_bytes, self._trees(begin)))
 
     def train_program(self, mesh: jax.sharding.Mesh, choice: compiled.Choice) -> compiled.Program:

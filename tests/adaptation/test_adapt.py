@@ -1,5 +1,6 @@
 """Adapting to CLDR tasks: files, averages, refusals, going on."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -38,6 +39,7 @@ CONFIG = t5.T5Config(
     num_decoder_layers=1,
     dropout_rate=0.1,
 )
+lora = functools.partial(methods.lora, placement="light")
 LENGTHS = {"inputs": 56, "targets": 28}
 TASK = "cldr_weekday_gl"
 
@@ -46,7 +48,7 @@ def adapt(folder, **changes):
     """Two seeds of one task, four steps."""
     settings = {
         "model": t5.Transformer(CONFIG),
-        "method": methods.lora(rank=2),
+        "method": lora(rank=2),
         "backbone": "random:0",
         "mixture": TASK,
         "feature_lengths": LENGTHS,
@@ -92,7 +94,7 @@ def test_results_can_be_computed_from_predictions(folder):
     again = report.summarize_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
-    assert results["trainable_parameters"] == 2 * 8 * (4 * 3 * 2 + 2 * 3 * 3)
+    assert results["trainable_parameters"] == 2 * (3 * 2 * 16 + 2 * 24)
     want = [(task, seed) for task in sorted(groups) for seed in (0, 1)]
     assert [(run["task"], run["seed"]) for run in results["runs"]] == want
     for run in results["runs"]:
@@ -190,7 +192,7 @@ def source(tmp_path_factory):
     found = tmp_path_factory.mktemp("source")
     train.train(
         model=t5.Transformer(CONFIG),
-        method=methods.lora(rank=2),
+        method=lora(rank=2),
         backbone="random:0",
         mixture="cldr_weekday_fr",
         feature_lengths=LENGTHS,
@@ -211,7 +213,7 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(group.GroupRun, "train", stop)
-    kept = transfer.transferred(methods.lora(rank=2), "keep")
+    kept = transfer.transferred(lora(rank=2), "keep")
     with pytest.raises(KeyboardInterrupt):
         adapt(tmp_path, method=kept, source=source, group_size=2)
     want = saved_run.load(source).trainable
@@ -222,10 +224,10 @@ def test_every_run_starts_where_the_source_ended(source, tmp_path, monkeypatch):
 
 
 def test_a_source_of_another_method_or_backbone_is_refused(source, tmp_path):
-    other = transfer.transferred(methods.lora(rank=3), "keep")
+    other = transfer.transferred(lora(rank=3), "keep")
     with pytest.raises(errors.UserError, match=r"another method: .*rank is 2 .* and 3 here"):
         adapt(tmp_path, method=other, source=source)
-    kept = transfer.transferred(methods.lora(rank=2), "keep")
+    kept = transfer.transferred(lora(rank=2), "keep")
     with pytest.raises(errors.UserError, match="another backbone"):
         adapt(tmp_path, method=kept, source=source, backbone="random:1")
     with pytest.raises(errors.UserError, match="transferred"):

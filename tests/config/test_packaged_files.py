@@ -24,6 +24,7 @@ RUN = [
     "TRAIN_STEPS=2",
     "MODEL_DIR=/nowhere",
 ]
+ONE_LAYER = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1"]
 SCANNED = "T5Config.scan_layers=True"  # one layer stands for a stack: faster, same adapters
 
 SEEN = {"models", "methods", "optimizers", "data", "runs", "samples", "monitors", "experiments"}
@@ -48,15 +49,17 @@ def test_folder_cannot_hide_the_gin_library():
     assert not list(ROOT.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", names("models"))
+# The other sizes of T5 are counted in tests/models/test_gin_sizes.py.
+PLANNED = [n for n in names("models") if "t5_" not in n or n.endswith("_small.gin")]
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_model_plans(name):
     is_t5 = "T5Config" in (ROOT / name).read_text()
     method, scanned = ("ia3", [SCANNED]) if is_t5 else ("full", [])
     plan = main.configure("plan", [name, f"methods/{method}.gin"], scanned)()
     assert plan.base > 0
     assert plan.trainable > 0
-    if plan.nominal_size is not None:
-        assert 0.9 < plan.base / plan.nominal_size < 1.1
 
 
 @pytest.mark.parametrize("name", names("methods"))
@@ -64,7 +67,7 @@ def test_method_plans_and_holds_no_size(name, tmp_path):
     macros = tmp_path / "macros.gin"
     macros.write_text("NUM_TASKS = 5\nVARIANT = 'z'\n")
     base = "methods/mhr.gin" if name == "methods/transferred.gin" else "models/tiny.gin"
-    plan = main.configure("plan", ["models/tiny.gin", str(macros), base, name])()
+    plan = main.configure("plan", ["models/tiny.gin", str(macros), base, name], ONE_LAYER)()
     assert plan.target_method == ("mhr_z" if name == "methods/transferred.gin" else None)
     assert plan.trainable + plan.frozen == plan.base + plan.adapters
     assert (plan.trainable == 0) == (name == "methods/frozen.gin")

@@ -50,9 +50,9 @@ def params_of(method, size):
     return jax.eval_shape(init, jax.random.key(0), *TOKENS)["params"]
 
 
-def count(method, size):
+def count(method, size, params=None):
     """Trainable parameters, from the tree itself."""
-    trainable = method.split(params_of(method, size))[1]
+    trainable = method.split(params or params_of(method, size))[1]
     return sum(leaf.size for leaf in jax.tree.leaves(trainable))
 
 
@@ -350,17 +350,15 @@ def test_one_entry_makes_a_method_known(doubled):
     assert made.describe()["rules"][0]["adapter"]["factor"] == 4.0
 
 
-# Facts: logits of one task (the parameters of Poly-z and MHR-z) at small, large and xl.
-@pytest.mark.parametrize(
-    ("splits", "counts"), [(1, (1_152, 3_456, 3_456)), (64, (73_728, 221_184, 221_184))]
-)
+# Facts: logits of one task (the parameters of Poly-z and MHR-z) at small and xl.
+@pytest.mark.parametrize(("splits", "counts"), [(1, (1_152, 3_456)), (64, (73_728, 221_184))])
 def test_parameters_of_poly_and_mhr(splits, counts):
     """Eight modules are eight LoRAs of rank 1; published: 17M, 3.5K (Poly-z), 220K (MHR-z)."""
     lora = methods.lora(rank=1, alpha=1.0, placement="all7", a_init="uniform")
-    for size, expected in zip(("small", "large", "xl"), counts, strict=True):
+    for size, expected in zip(("small", "xl"), counts, strict=True):
         method = methods.mhr(num_tasks=3, num_splits=splits)
         routing = dataclasses.replace(method, trainable=methods.ROUTER_LEAVES)
-        assert count(routing, size) == 3 * expected
+        assert count(routing, size, params_of(method, size)) == 3 * expected
         assert count(method, size) == 8 * count(lora, size) + 3 * expected
 
 

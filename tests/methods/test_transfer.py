@@ -21,7 +21,7 @@ SIZES = {
     "head_dim": 4,
     "mlp_dim": 16,
     "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
+    "num_decoder_layers": 1,
 }
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -58,8 +58,13 @@ def moved(method, variant, trainable, scan_layers=False, task_weights=None):
     return new, transfer.initial(new, trainable, shapes, jax.random.key(5), task_weights)
 
 
+@functools.cache
+def program(method, scan_layers):
+    return jit(model_of(method, scan_layers).logits)
+
+
 def logits(method, params, scan_layers=False, batch=BATCH):
-    return jit(model_of(method, scan_layers).logits)(params, batch)
+    return program(method, scan_layers)(params, batch)
 
 
 def without_logits(params):
@@ -68,10 +73,13 @@ def without_logits(params):
 
 
 poly = functools.partial(methods.poly, num_tasks=3, num_skills=4, rank=2, relaxed=False)
-mhr = functools.partial(methods.mhr, num_tasks=3, num_skills=4, num_splits=4, rank=2)
+mhr = functools.partial(
+    methods.mhr, num_tasks=3, num_skills=4, num_splits=4, rank=2, placement="light"
+)
 
 
-LORA, IA3 = {"num_splits": 4}, {"adapter": "ia3", "num_splits": 2}
+LORA = {"num_splits": 4, "placement": "light"}
+IA3 = {"adapter": "ia3", "num_splits": 2}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_new_logits_are_fresh_and_modules_stay(variant, granularity):
     new, start = moved(method, variant, trainable)
     flat, before = patching.flatten(start), patching.flatten(trainable)
     routers = {path for path in flat if path.endswith("/logits")}
-    assert len(routers) == {"linear": 36, "coder": 2, "block": 4}[granularity]
+    assert len(routers) == {"linear": 11, "coder": 2, "block": 3}[granularity]
     for path, leaf in flat.items():
         if path in routers:
             assert leaf.shape == (1, 4, 4)
@@ -141,7 +149,7 @@ def test_new_logits_are_fresh_and_modules_stay(variant, granularity):
 
 
 def test_soup_of_one_task_is_that_tasks_private_adapter():
-    method = methods.private(num_tasks=3, rank=2)
+    method = methods.private(num_tasks=3, rank=2, placement="light")
     frozen, trainable = trained(method)
     new, start = moved(method, "soup", trainable, task_weights=np.array([0.0, 1.0, 0.0]))
     alone = BATCH | {"task_ids": np.array([1, 1, 1], np.int32)}

@@ -343,7 +343,9 @@ def test_intercepted_maps_may_hold_parameters_and_report(params_for, scan_layers
     with nn.intercept_methods(interceptor):
         init = lambda rng: module.init(rng, *batch, enable_dropout=False)
         variables = jax.eval_shape(init, jax.random.key(0))
-        params = jax.jit(init)(jax.random.key(0))["params"]
+        rng = np.random.default_rng(0)
+        draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+        params = jax.tree.map(draw, variables["params"])
         seen.clear()
         apply = jax.jit(
             lambda rngs: module.apply(

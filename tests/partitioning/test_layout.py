@@ -36,7 +36,10 @@ METHODS = {
     "lora": lambda: methods.lora(rank=2),
     "molora": lambda: methods.molora(num_experts=2, rank=2),
     "mov": lambda: methods.mov(num_experts=2),
-    "mhr": lambda: methods.mhr(num_tasks=3, num_skills=2, num_splits=4, rank=2),
+    # At few layers, for programs of eight devices take long to compile; "lora" is at all.
+    "mhr": lambda: methods.mhr(
+        num_tasks=3, num_skills=2, num_splits=4, rank=2, placement=".*/(query|wo)"
+    ),
     "full": methods.full,
 }
 
@@ -271,9 +274,10 @@ def test_answers_do_not_depend_on_the_mesh(method):
     method = METHODS[method]()
     model = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
     shapes = {name: rows.shape for name, rows in next(batches(0)).items()}
-    params = jax.jit(lambda rng: model.init(rng, shapes))(jax.random.key(3))
-    noise = lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape)
-    params = jax.tree.map(lambda leaf: leaf + noise(leaf).astype(leaf.dtype), params)
+    abstract = jax.eval_shape(lambda rng: model.init(rng, shapes), jax.random.key(3))
+    rng = np.random.default_rng(3)
+    draw = lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
+    params = jax.tree.map(draw, abstract)
     axes = start_lib.Start(model, None, method, shapes).logical_axes()
     inputs = next(batches(0))["encoder_input_tokens"]
     questions = [

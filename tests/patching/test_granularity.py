@@ -30,6 +30,7 @@ def network(layers=2, **options):
     )
 
 
+@functools.cache
 def logits_of(method, module):
     init = functools.partial(method.patch(module).init, enable_dropout=False)
     variables = jax.eval_shape(init, jax.random.key(0), *TOKENS)
@@ -77,8 +78,10 @@ def test_number_of_routers(granularity, num_blocks, counts):
     assert tuple(len(groups(granularity, num_blocks, n)) for n in (8, 12, 24)) == counts
     # A network has the routers that its paths tell.
     num_blocks = num_blocks and 2
-    method = methods.poly(num_tasks=3, granularity=granularity, num_blocks=num_blocks)
-    found = logits_of(method, network(2))
+    options = {"granularity": granularity, "num_blocks": num_blocks}
+    if granularity != "linear":  # some layers of each block tell its groups
+        options["placement"] = "light"
+    found = logits_of(methods.poly(num_tasks=3, **options), network(2))
     told = groups(granularity, num_blocks, 2)
     if granularity == "linear":
         assert found.keys() == {f"{path}/adapter/router/logits" for path in told}
@@ -131,8 +134,8 @@ def randomised(params, seed=0):
 def test_a_shared_router_is_the_same_logits_everywhere(granularity, scan_layers):
     """One set at the root equals copies of it at every layer, in value."""
     module = network(layers=2 if scan_layers else 1, scan_layers=scan_layers)
-    shared = methods.mhr(num_tasks=3, num_splits=4, granularity=granularity)
-    single = methods.mhr(num_tasks=3, num_splits=4)
+    mhr = functools.partial(methods.mhr, num_tasks=3, num_splits=4, placement="light")
+    shared, single = mhr(granularity=granularity), mhr()
     init = lambda method: jax.eval_shape(
         functools.partial(method.patch(module).init, enable_dropout=False),
         jax.random.key(0),
@@ -162,7 +165,9 @@ def test_a_shared_router_is_the_same_logits_everywhere(granularity, scan_layers)
 
 def test_a_shared_router_draws_once():
     """With one router for the model, noise is one draw: layers do not differ."""
-    method = methods.poly(num_tasks=3, num_skills=2, granularity="model", relaxed=True)
+    method = methods.poly(
+        num_tasks=3, num_skills=2, granularity="model", relaxed=True, placement="light"
+    )
     module = network(1)
     init = functools.partial(method.patch(module).init, enable_dropout=False)
     params = randomised(jax.eval_shape(init, jax.random.key(0), *TOKENS)["params"])

@@ -29,7 +29,7 @@ def planned(*files, bindings=()):
 
 def tiny(**kwargs):
     sizes = {"vocab_size": 16, "emb_dim": 8, "num_heads": 2, "head_dim": 4, "mlp_dim": 12}
-    layers = {"num_encoder_layers": 3, "num_decoder_layers": 3}
+    layers = {"num_encoder_layers": 2, "num_decoder_layers": 2}
     return t5.Transformer(t5.T5Config(**sizes, **layers, **kwargs))
 
 
@@ -74,8 +74,8 @@ def test_parts_rules_and_leaves_add_up():
     assert found.adapters == sum(rule.num_parameters for rule in found.rules)
     assert found.adapters == sum(leaf.num_parameters for leaf in found.leaves)
     assert found.frozen == found.base
-    assert [(rule.adapter, len(rule.layers)) for rule in found.rules] == [("MoV", 18), ("MoV", 6)]
-    assert sum(leaf.count for leaf in found.leaves) == 2 * 24
+    assert [(rule.adapter, len(rule.layers)) for rule in found.rules] == [("MoV", 12), ("MoV", 4)]
+    assert sum(leaf.count for leaf in found.leaves) == 2 * 16
 
 
 def test_every_adapter_leaf_has_named_axes():

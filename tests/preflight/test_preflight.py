@@ -40,7 +40,7 @@ HERE = dataclasses.replace(hardware.find_target("v5e-8"), name="eight of this ma
 def experiment(method=None, batch_size=8):
     return programs.Experiment(
         t5.Transformer(CONFIG),
-        method or methods.lora(),
+        method or methods.ia3(),
         optimizers.adafactor(1e-3),
         {"inputs": 16, "targets": 8},
         batch_size,
@@ -69,9 +69,7 @@ def test_a_step_for_a_mesh_of_this_machine(capsys):
 def test_evaluation_is_compiled_as_it_runs():
     choice = compiled_lib.Choice(2, 2, 2, 1, "none")
     beams = decoding_lib.BeamSearch(num_beams=3)
-    given = dataclasses.replace(
-        experiment(methods.lora()), eval_batch_size=16, rank_choices=True, decoding=beams
-    )
+    given = dataclasses.replace(experiment(), eval_batch_size=16, rank_choices=True, decoding=beams)
     choices, answers = (
         given.compile(HERE, jax.devices(), choice, program) for program in ("eval", "decode")
     )

@@ -292,6 +292,18 @@ def test_last_two_keeps_rows_and_columns():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * (40 + 50) + 10
 
 
+@pytest.mark.parametrize("factoring", ["two_largest", "last_two"])
+def test_epsilon_is_added_to_squared_gradients(factoring):
+    options = {"factoring": factoring, "multiply_by_parameter_scale": False}
+    params = {"vector": np.zeros(3, np.float32), "matrix": np.zeros((2, 3), np.float32)}
+    ones, zeros = jax.tree.map(np.ones_like, params), params
+    for leaf in _train(optimizers.adafactor(0.1, epsilon=3.0, **options), params, [ones]).values():
+        np.testing.assert_allclose(leaf, -0.1 / np.sqrt(1 + 3), rtol=1e-5)
+    # What has no gradient, such as a LoRA's A while B is 0, is not divided by 0.
+    for leaf in _train(optimizers.adafactor(0.1, **options), params, [zeros]).values():
+        np.testing.assert_array_equal(leaf, 0.0)
+
+
 def test_unknown_factoring_is_refused():
     with pytest.raises(errors.UserError, match="is 'last'; expected one of two_largest, last_two"):
         optimizers.adafactor(0.1, factoring="last")

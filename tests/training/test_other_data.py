@@ -8,7 +8,7 @@ from moe_peft.data import samples
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-FILES = ("models/cldr_tiny.gin", "methods/lora.gin", "data/superni.gin")
+FILES = ("models/cldr_tiny.gin", "methods/ia3.gin", "data/superni.gin")
 FLAGS = (
     "BACKBONE=random:0",
     "T5Config.num_encoder_layers=1",
@@ -46,8 +46,6 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
     line = refusal(capsys, run("TRAIN_STEPS=4", f"{PROMPT}=definition_pos2"))
     assert "are of a run with other data settings: " in line
     assert f"gin.{PROMPT} is 'mhr' in the checkpoint and 'definition_pos2' here" in line
-    line = refusal(capsys, run("TRAIN_STEPS=4", f"{SEED}=7"))
-    assert f"gin.{SEED} is 42 in the checkpoint and 7 here" in line
 
     samples.write(tmp_path / "elsewhere")
     assert run("TRAIN_STEPS=4", f"DATA_DIR={tmp_path / 'elsewhere'}") == 0
@@ -64,9 +62,8 @@ def test_an_adaptation_goes_on_with_its_own_data_only(tmp_path, capsys):
         "adapt", tmp_path / "run", ("runs/fewshot.gin",), *numbers, *mixture, *bindings
     )
     assert run() == 0
-    line = refusal(capsys, run(f"{PROMPT}=definition_pos2"))
+    line = refusal(capsys, run(f"{SEED}=7"))
     assert "holds an adaptation with other settings: rows.gin." in line
-    assert f"{PROMPT} is 'mhr' in the checkpoint and 'definition_pos2' here" in line
-    assert f"rows.gin.{SEED} is 42 in" in refusal(capsys, run(f"{SEED}=7"))
+    assert f"{SEED} is 42 in the checkpoint and 7 here" in line
     samples.write(tmp_path / "elsewhere")
     assert run(f"DATA_DIR={tmp_path / 'elsewhere'}") == 0

@@ -29,12 +29,13 @@ METHODS = {
     ),
     "poly": functools.partial(poly, rank=2, alpha=3.0),
     "poly_ia3": functools.partial(poly, adapter="ia3"),
-    "private": functools.partial(methods.private, N),
-    "uniform": functools.partial(poly, routing="uniform"),
-    "random_task": functools.partial(poly, routing="random_task"),
-    "model": functools.partial(poly, granularity="model"),
+    # "lora" and "poly" are at all layers; where these are does not matter to their routers.
+    "private": functools.partial(methods.private, N, placement="light"),
+    "uniform": functools.partial(poly, routing="uniform", placement="light"),
+    "random_task": functools.partial(poly, routing="random_task", placement="light"),
+    "model": functools.partial(poly, granularity="model", placement="light"),
     "coder_ia3": functools.partial(poly, granularity="coder", adapter="ia3"),
-    "blocks": functools.partial(poly, granularity="blocks", num_blocks=1),
+    "blocks": functools.partial(poly, granularity="blocks", num_blocks=1, placement="light"),
 }
 TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 SHAPES = {**dict.fromkeys(TOKENS, (2, 4)), "task_ids": (2,)}
