@@ -128,7 +128,7 @@ def test_the_tests_above_can_fail(line):
 # Size
 
 # Of the package and its tasks: 26,500 before own data, the Python API, adapter folders and boards.
-MOST_LINES = 29_500
+MOST_LINES = 30_000
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_A_FUNCTION = 60
 LONG: dict[str, str] = {}  # a file, or "file: function", and the reason why it is longer

@@ -109,14 +109,13 @@ class Model:
           batch_size: rows of a batch, over all devices.
           out: folder of the run, with checkpoints and metrics; None keeps none.
           eval_data: kept for `evaluate`, as `data`; None: 5 % of the rows are kept apart.
-          learning_rate: the peak of a linear rise and decay, or a schedule; default: by method.
-            "auto" tries a few.
+          learning_rate: a peak, a schedule or "auto" (a few are tried); default: by method.
           optimizer: instead of AdamW with `learning_rate`.
           feature_lengths: {"inputs": tokens, "targets": tokens}; default: as the longest rows need,
             up to 512 and 128.
           seed: of fresh adapters, dropout and the order of the data.
           columns: other fields of `data.files.Files`, such as {"targets_column": "label"}.
-          **settings: other settings of `training.train`, such as `log_period`, `pack`, `mesh`.
+          **settings: others of `training.train`, such as `log_period`, `pack`, `mesh`.
 
         Raises UserError before anything compiles: data, a setting or the folder is wrong.
         """

@@ -41,6 +41,9 @@ class Settings:
     keep: int = 3  # newest checkpoints that are kept
     log_period: int = 100  # steps between lines of metrics.jsonl
     eval_period: int = 1_000  # steps between evaluations; there is always one at the end
+    # Try factors of the learning rate for a few steps each, and train with the best: see
+    # `rate_search`. A run that goes on keeps what it took.
+    searches_rate: bool = False
     # Where metrics go besides metrics.jsonl: any of "tensorboard", "wandb", "mlflow"; () for none.
     log_to: tuple[str, ...] | str = ("tensorboard",)
 

@@ -56,9 +56,6 @@ class Settings(loop.Settings):
     # "keep") takes its first parameters from: zero-shot with extra steps, as in "Multi-Head Adapter
     # Routing", section 5. None for fresh adapters.
     start_from: str | None = None
-    # Try factors of the learning rate for a few steps each, and train with the best: see
-    # `rate_search`. A run that goes on keeps what it took.
-    searches_rate: bool = False
     # Devices; default: all of them, data-parallel. `partitioning.Layout` says how weights are split
     # over its axes `fsdp` and `model`.
     mesh: jax.sharding.Mesh | None = None
@@ -103,7 +100,6 @@ def train(settings: Settings) -> loop.Result:
         start_from=settings.start_from,
         monitors=settings.monitors,
         mesh=mesh,
-        searches_rate=settings.searches_rate,
     )
     summary.conclude(settings, result.metrics, time.monotonic() - started)
     return result
@@ -174,7 +170,6 @@ def fit(
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    searches_rate: bool = False,
 ) -> loop.Result:
     """Trains as `train` does, for any model with `init` and `loss_sums` and any batches.
 
@@ -182,11 +177,9 @@ def fit(
       start: batch shapes -> models and method.
       open_batches: number of batches already consumed -> iterator over the following ones.
       described: {"model": ..., "data": ...}, json types; a resumed run must have the same.
-      settings: numbers and periods.
       describe_rows: what shapes the rows besides, json types, compared in the same way.
       introduce: is told the numbers of trainable parameters and of the network's own.
       eval_hook: (step, params) -> metrics.
-      searches_rate: as in `Settings`.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     mesh_lib.check_batch_size(settings.batch_size, settings.num_microbatches, mesh)
@@ -201,7 +194,6 @@ def fit(
         first_batch = loop.next_batch(batches, 1 + first_step)
         if describe_rows is not None:  # The data has been read and found good.
             described = {**described, "rows": describe_rows()}
-
         begin = start({name: rows.shape for name, rows in first_batch.items()})
         if saved:
             known = identity.as_json({"method": begin.method.describe(), **described})
@@ -212,26 +204,30 @@ def fit(
         backbone_lib.check_headers(backbone, begin.base_shapes())
         if introduce is not None:
             introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
-        watched = monitors_lib.Watched(
-            begin.model, begin.method, program.trainable, described["data"], folder, mesh
-        )
-        active = monitors_lib.start(monitors, watched)
-        if eval_hook is not None:
-            watch = lambda step, *trees: eval_hook(step, patching.merge(*trees))
-            active = [monitors_lib.Active("eval", settings.eval_period, watch), *active]
+        active = _watchers(program, described["data"], folder, mesh, monitors, eval_hook)
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
-        warnings = []
-        if searches_rate:
+        if settings.searches_rate:
             program = _find_rate(program, saved, frozen, state, open_batches(0))
             description |= program.describe_rate()
         if saved:
             identity.check_same_run(saved.description, description, folder)
             state = checkpoints.restore(saved, state)
-            warnings = start_lib.warnings(saved.description, description)
+        warnings = start_lib.warnings(saved.description, description) if saved else []
         run = loop.Run(settings, description, program.make_step(), frozen, stop, active)
         batches = itertools.chain([first_batch], batches)
         return run.make_steps(folder, state, saved, batches, warnings)
+
+
+def _watchers(program, data, folder, mesh, monitors, eval_hook) -> list[monitors_lib.Active]:
+    """Returns what is called every so many steps."""
+    begin = program.begin
+    what = (begin.model, begin.method, program.trainable, data, folder, mesh)
+    active = monitors_lib.start(monitors, monitors_lib.Watched(*what))
+    if eval_hook is None:
+        return active
+    watch = lambda step, *trees: eval_hook(step, patching.merge(*trees))
+    return [monitors_lib.Active("eval", program.settings.eval_period, watch), *active]
 
 
 def _find_rate(
