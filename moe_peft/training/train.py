@@ -164,8 +164,8 @@ def fit(
     model_dir: str | pathlib.Path,
     described: Mapping[str, Any],
     settings: loop.Settings,
-    describe_rows: Callable[[], Mapping[str, Any]] | None = None,
-    introduce: Callable[[int, int], None] | None = None,
+    describe_rows: Callable[[], Mapping[str, Any]] = dict,
+    introduce: Callable[[int, int], None] = lambda trainable, own: None,
     eval_hook: loop.EvalHook | None = None,
     monitors: Sequence[monitors_lib.Monitor] = (),
     start_from: str | None = None,
@@ -192,8 +192,8 @@ def fit(
         place = functools.partial(mesh_lib.put_batch, sharding=mesh_lib.batch_sharding(mesh))
         batches = stack.enter_context(prefetch.Prefetch(open_batches(first_step), place))
         first_batch = loop.next_batch(batches, 1 + first_step)
-        if describe_rows is not None:  # The data has been read and found good.
-            described = {**described, "rows": describe_rows()}
+        if rows := describe_rows():  # The data has been read and found good.
+            described = {**described, "rows": rows}
         begin = start({name: rows.shape for name, rows in first_batch.items()})
         if saved:
             known = identity.as_json({"method": begin.method.describe(), **described})
@@ -202,8 +202,7 @@ def fit(
         num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
         run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
         backbone_lib.check_headers(backbone, begin.base_shapes())
-        if introduce is not None:
-            introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
+        introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
         active = _watchers(program, described["data"], folder, mesh, monitors, eval_hook)
         # The weights come last: everything that can be refused without them has been looked at.
         frozen, state, description = program.load(backbone, start_from, described)
