@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from moe_peft import errors
 from moe_peft.data import tokenizers
+from moe_peft.weights import hub
 
 BYTES = "bytes"
 _END, _UNKNOWN = 1, 2
@@ -111,7 +112,7 @@ def get(name: str | None = None) -> Vocabulary:
 
 
 def _path(name: str) -> pathlib.Path:
-    return pathlib.Path(name.removeprefix("hf:")).expanduser()
+    return pathlib.Path(hub.local(name.removeprefix("hf:"))).expanduser()
 
 
 @functools.cache

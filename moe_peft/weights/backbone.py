@@ -20,6 +20,7 @@ from moe_peft.runtime import digest, run_once
 from moe_peft.weights import (
     checkpoint_file,
     formats,
+    hub,
     leaves,
     safetensors_files,
     saved_run,
@@ -97,7 +98,8 @@ def full_spec(spec: str) -> str:
     if not colon or kind not in {known.partition(":")[0] for known in KINDS}:
         found = formats.detect(spec)
         kind, path = {formats.ADAPTERS: "file"}.get(found, found), spec
-    if "://" in path or kind not in ("hf", "t5x", "file", "run"):
+    is_elsewhere = "://" in path or (kind == "hf" and hub.is_name(path))
+    if is_elsewhere or kind not in ("hf", "t5x", "file", "run"):
         return spec
     return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
 

@@ -7,6 +7,7 @@ pickle is ever opened.
 
 from collections.abc import Mapping
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_peft import errors
 from moe_peft.models import t5
 from moe_peft.weights import (
     checkpoint_file,
+    hub,
     leaves,
     locations,
     safetensors_files,
@@ -67,7 +69,7 @@ def read(
 
 def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     """Reads config.json and headers; UserError if there is no T5, a pickle, or a damaged file."""
-    folder = locations.existing(path)
+    folder = locations.existing(hub.local(os.fspath(path)))
     single = folder if folder.is_file() else None
     folder = folder.parent if single else folder
     settings = {}

@@ -1,0 +1,45 @@
+"""Models of the Hugging Face Hub by name, through huggingface_hub (the extra `hub`)."""
+
+import functools
+import os
+import re
+
+from moe_peft import errors
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/MODEL
+# Weights in safetensors, and what tells their sizes and their vocabulary; never a pickle.
+_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "spiece.model")
+_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def is_name(path: str) -> bool:
+    """Whether a path looks like OWNER/MODEL and is not that of a folder in one that is here."""
+    return bool(_NAME.fullmatch(path)) and not os.path.isdir(path.partition("/")[0])
+
+
+def local(path: str) -> str:
+    """The path, or the folder of what the Hub has by that name."""
+    return folder(path) if is_name(path) else path
+
+
+@functools.cache
+def folder(name: str) -> str:
+    """The folder of the Hub's cache that holds a model, fetched if it is not there yet.
+
+    Raises UserError: huggingface_hub is not installed, or the model cannot be fetched.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise errors.UserError(
+            f"There is no folder {name}. To fetch it from the Hugging Face Hub, pip install "
+            "'moe-peft-jax[hub]'."
+        ) from error
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
+    except Exception as error:  # of the network, of the Hub, or of its library
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise errors.UserError(
+            f"There is no folder {name}, and the Hugging Face Hub does not give it: {reason}. Give "
+            "the path of a folder with config.json, *.safetensors and a tokenizer."
+        ) from error
