@@ -29,8 +29,9 @@ class BadRow(errors.UserError):
     """
 
     def __init__(self, path: pathlib.Path | str, row: str, reason: str, seen: str = ""):
-        self.path, self.reason = str(path), reason
-        super().__init__(f"{path}, {row}: {reason}{f': {seen}' if seen else ''}.")
+        self.path, self.row, self.reason = str(path), row, reason
+        message = f"{path}, {row}: {reason}{f': {seen}' if seen else ''}"
+        super().__init__(message if message.endswith("?") else f"{message}.")
 
     def __reduce__(self):
         # A process hands it to another as what it says.
@@ -48,7 +49,8 @@ def configured(action: Literal["stop", "skip"] = "stop") -> str:
 
 
 _skipped: collections.Counter[tuple[str, str]] = collections.Counter()
-_forced: list[None] = []
+_forced: list[dict[tuple[str, str], list[BadRow]]] = []
+_EXAMPLES = 5
 _uncounted: list[None] = []
 
 
@@ -58,11 +60,12 @@ def is_skipping() -> bool:
 
 
 @contextlib.contextmanager
-def skipping() -> Iterator[None]:
-    """Inside, bad rows are skipped, even if gin says "stop"."""
-    _forced.append(None)
+def skipping() -> Iterator[Mapping[tuple[str, str], list[BadRow]]]:
+    """Inside, bad rows are skipped, even if gin says "stop"; yields the first few of each kind."""
+    found: dict[tuple[str, str], list[BadRow]] = {}
+    _forced.append(found)
     try:
-        yield
+        yield found
     finally:
         _forced.pop()
 
@@ -87,6 +90,9 @@ def skip_row(row: BadRow, count: int = 1) -> None:
     if key not in _skipped and not _forced:
         logging.warning("Skipped: %s Further rows like this one are only counted.", row)
     _skipped[key] += count
+    for found in _forced:
+        if len(first := found.setdefault(key, [])) < _EXAMPLES:
+            first.append(row)
 
 
 def parsed(parse: Callable[[Item], Parsed], items: Iterable[Item]) -> Iterator[Parsed]:

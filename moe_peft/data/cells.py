@@ -1,9 +1,12 @@
 """Cells of a user's rows as texts."""
 
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
 import hashlib
 import json
 import pathlib
-import re
+import string
 
 from moe_peft import errors
 from moe_peft.data import bad_rows, plain_files
@@ -11,27 +14,58 @@ from moe_peft.data import bad_rows, plain_files
 
 def columns_of(template: str) -> list[str]:
     """Names in braces; a UserError where there are none, or where the braces do not match."""
-    found = re.findall(r"\{([^{}]+)\}", template)
+    found = list(dict.fromkeys(name for _, name in _parts_of(template) if name is not None))
+    if not found:
+        raise errors.UserError(f"The template {template!r} names no column in braces.")
+    return found
+
+
+def filled(template: str, text: Callable[[str], str]) -> str:
+    """The template with the text of each column that it names."""
+    parts = _parts_of(template)
+    return "".join(before + ("" if name is None else text(name)) for before, name in parts)
+
+
+@functools.cache
+def _parts_of(template: str) -> list[tuple[str, str | None]]:
+    """(text, column behind it or None); names may have dots, which `str.format` would read."""
     try:
-        template.format(**dict.fromkeys(found, ""))
-    except (ValueError, IndexError, KeyError, AttributeError) as error:
+        found = list(string.Formatter().parse(template))
+        if any(name == "" or spec or kind for _, name, spec, kind in found):
+            raise ValueError("braces hold the name of a column and nothing else")
+    except ValueError as error:
         raise errors.UserError(
             f"The template {template!r} cannot be filled in ({error}); expected names of columns "
             "in braces, as in 'Question: {question}', and doubled braces elsewhere."
         ) from error
-    if not found:
-        raise errors.UserError(f"The template {template!r} names no column in braces.")
-    return list(dict.fromkeys(found))
+    return [(before, name) for before, name, *_ in found]
+
+
+def check_columns(path: pathlib.Path, wanted: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a column, by the flag that names it, that the first row lacks."""
+    have = list(plain_files.first(path))
+    for flag, name in ((flag, name) for flag, names in wanted.items() for name in names):
+        if name not in have:
+            raise errors.UserError(
+                f"{path} has no column {name!r}; it has {', '.join(map(repr, have))}."
+                f"{errors.near(name, have)} Name the column with {flag}."
+            )
 
 
 def text(path: pathlib.Path, place: str, row: plain_files.Row, column: str) -> str:
     """The text of a cell; numbers are written out."""
     value = row.get(column)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            reason = f"{column!r} has half a character"
+            raise bad_rows.BadRow(path, place, reason, ascii(value[error.start])) from None
         return value
+    if value is None or value != value:  # NaN, as pandas writes what is missing
+        raise bad_rows.BadRow(path, place, f"{column!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        reason = f"{column!r} is not a text" if value is not None else f"{column!r} is missing"
-        raise bad_rows.BadRow(path, place, reason, "" if value is None else type(value).__name__)
+        raise bad_rows.BadRow(path, place, f"{column!r} is not a text", type(value).__name__)
     return str(value)
 
 
@@ -41,14 +75,12 @@ def texts(
     """The texts of a cell that may hold a list, or must; in tables a JSON list counts as one."""
     value = row.get(column)
     if isinstance(value, str) and value.startswith("[") and path.suffix in (".csv", ".tsv"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except json.JSONDecodeError:
-            return (value,)
     if is_list and not isinstance(value, list):
         raise bad_rows.BadRow(path, place, f"{column!r} is not a list of texts")
     if not isinstance(value, list):
-        return (text(path, place, row, column),)
+        return (text(path, place, {column: value}, column),)
     if not value:
         raise bad_rows.BadRow(path, place, f"{column!r} is an empty list")
     return tuple(text(path, place, {column: each}, column) for each in value)

@@ -1,6 +1,7 @@
 """Where a user's rows are: files, folders, splits by name."""
 
 from collections.abc import Mapping, Sequence
+import os
 import pathlib
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from moe_peft import errors
 from moe_peft.data import plain_files
 
 TRAIN, VALIDATION = "train", "validation"
-Paths = str | Sequence[str] | Mapping[str, Any]
+Paths = str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, Any]
 # Beginnings of the names of files in a folder that say which split they are.
 _SPLITS = {TRAIN: ("train",), VALIDATION: ("validation", "valid", "dev", "eval"), "test": ("test",)}
 
@@ -17,12 +18,14 @@ _SPLITS = {TRAIN: ("train",), VALIDATION: ("validation", "valid", "dev", "eval")
 def by_split(data: Paths, default: str) -> dict[str, list[pathlib.Path]]:
     """Files by split; those that name none are of `default`."""
     if isinstance(data, Mapping):
-        given = {split: by_split(paths, split)[split] for split, paths in data.items()}
-        if unknown := set(given) - set(_SPLITS):
-            errors.check_one_of("A split of data", sorted(unknown)[0], _SPLITS)
-        return given
+        for split in data:
+            errors.check_one_of("A split of data", split, _SPLITS)
+        return {split: by_split(paths, split)[split] for split, paths in data.items()}
     found: dict[str, list[pathlib.Path]] = {}
-    for path in map(pathlib.Path, [data] if isinstance(data, str) else data):
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not paths:
+        raise errors.UserError(f"There is no file of the split {default!r}; expected at least one.")
+    for path in map(pathlib.Path, paths):
         path = path.expanduser()
         if not path.is_dir():
             found.setdefault(default, []).append(path)

@@ -1,13 +1,13 @@
 """A user's own files as tasks: questions and answers in columns, without SeqIO and TensorFlow."""
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
+import itertools
 import pathlib
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import numpy as np
@@ -29,6 +29,7 @@ TRAIN, VALIDATION = file_places.TRAIN, file_places.VALIDATION
 LONGEST = {"inputs": 512, "targets": 128}  # tokens, where nobody says how many
 _STEP = 8  # lengths are multiples of it
 _ENCODED = 1000  # rows that are made ids together
+_opened: dict[tuple[Any, ...], row_store.Stored] = {}
 
 
 @gin.register(module="data")
@@ -106,6 +107,8 @@ class Files:
         files = [path for paths in self.files.values() for path in paths]
         # A run is evaluated where its training files may no longer be.
         there = [path for path in files if path.is_file()] or files
+        if there and self.task_column != type(self).task_column:  # somebody named it
+            cells.check_columns(there[0], {"--task_column": [self.task_column]})
         return bool(there) and self.task_column in plain_files.first(there[0])
 
     @functools.cached_property
@@ -113,27 +116,15 @@ class Files:
         """Names of the tasks in the order of their ids; those of no training row come last."""
         if not self.has_tasks:
             return (str(self),)
-        known = list(self.task_names or self.names_in(TRAIN))
-        others = (self.names_in(split) for split in self.files if split != TRAIN)
-        known += sorted({name for names in others for name in names}.difference(known))
+        of = {s: file_tasks.names_in(f, self.task_column) for s, f in self.files.items()}
+        known = list(self.task_names or of.get(TRAIN, ()))
+        known += sorted(set().union(*of.values()).difference(known))
+        if twice := errors.twice(map(file_places.safe, known)):
+            raise errors.UserError(
+                f"Several tasks in the column {self.task_column!r} are reported as {twice!r}; give "
+                "them names with other letters, digits, dots or hyphens."
+            )
         return tuple(known)
-
-    def names_in(self, split: str) -> list[str]:
-        """Names in the column of tasks, sorted; the files are read once and for all."""
-        if not all(path.is_file() for path in self.files.get(split, ())):
-            return []
-
-        def write(folder: pathlib.Path) -> None:
-            with bad_rows.uncounted():
-                found = {str(row.get(self.task_column)) for _, _, row in self._records(split)}
-            (folder / "names.json").write_text(json.dumps(sorted(found)), encoding="utf-8")
-
-        digest = hashlib.sha256(
-            json.dumps([file_places.sign(self.files[split]), self.task_column]).encode()
-        )
-        place = cache.folder() / "files" / f"tasks-{digest.hexdigest()[:12]}"
-        cache.write_folder_once(place, write)
-        return json.loads((place / "names.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def tasks(self) -> list[file_tasks.Task]:
@@ -177,7 +168,7 @@ class Files:
         return {}
 
     def _store(self, split: str, files: Sequence[pathlib.Path]) -> row_store.Stored:
-        self._check_columns(files)
+        self.check_columns(files)
         settings = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -188,30 +179,32 @@ class Files:
         key += [split, sorted(settings.items()), self.names if self.has_tasks else ()]
         key += file_places.sign(files)
         make = functools.partial(self._lines, split, is_held_out)
-        return row_store.stored(
-            cache.folder() / "files", f"{file_places.safe(str(self))}-{split}", key, make
-        )
-
-    def _records(self, split: str) -> Iterator[tuple[pathlib.Path, str, plain_files.Row]]:
-        for path in self.files[split]:
-            for place, row in plain_files.read(path):
-                yield path, place, row
+        name = f"{file_places.safe(str(self))}-{split}"
+        # Others of the same settings are made in one run: what was skipped counts once.
+        known = (cache.folder(), name, str(key))
+        if known not in _opened:
+            _opened[known] = row_store.stored(cache.folder() / "files", name, key, make)
+        return _opened[known]
 
     def _lines(self, split: str, is_held_out: bool) -> Iterator[row_store.Line]:
         vocabulary = vocabularies.get(self.vocabulary)
-        source = TRAIN if is_held_out else split
-        examples = bad_rows.parsed(self._example, self._records(source))
-        if is_held_out:
-            is_wanted = lambda inputs: (
-                (cells.share(inputs) < self.eval_fraction) == (split != TRAIN)
-            )
-            examples = (example for example in examples if is_wanted(example[0].inputs))
-        for part in _parts(examples, _ENCODED):
-            inputs = vocabulary.encode_all([question.inputs for question, *_ in part])
-            targets = vocabulary.encode_all([answer for _, answer, _ in part])
-            for (question, _, accepted), *ids in zip(part, inputs, targets, strict=True):
-                ids = (np.asarray(each, np.int32) for each in ids)
-                yield row_store.Line(*ids, question.choices, accepted, question.task)
+        examples = self.examples(TRAIN if is_held_out else split)
+        # A bad row has no side: it counts among those of training, and once.
+        counted_before = is_held_out and split != TRAIN and bad_rows.is_skipping()
+        with bad_rows.uncounted() if counted_before else contextlib.nullcontext():
+            if is_held_out:
+                is_apart = lambda each: cells.share(each.question.inputs) < self.eval_fraction
+                examples = (each for each in examples if is_apart(each) == (split != TRAIN))
+            while part := list(itertools.islice(examples, _ENCODED)):
+                inputs = vocabulary.encode_all([each.question.inputs for each in part])
+                targets = vocabulary.encode_all([each.targets for each in part])
+                for each, *ids in zip(part, inputs, targets, strict=True):
+                    ids, asked = (np.asarray(of, np.int32) for of in ids), each.question
+                    yield row_store.Line(*ids, asked.choices, each.references, asked.task)
+
+    def examples(self, split: str) -> Iterator["Example"]:
+        """The rows of the files of a split that can be read, see `bad_rows`."""
+        return bad_rows.parsed(self._example, plain_files.read_all(self.files[split]))
 
     def question(self, path: pathlib.Path, place: str, row: plain_files.Row) -> "Question":
         """The question of a row; `path` and `place` are where it is, for messages."""
@@ -219,8 +212,7 @@ class Files:
         if self.inputs_template is None:
             inputs = text(self.inputs_column)
         else:
-            columns = cells.columns_of(self.inputs_template)
-            inputs = self.inputs_template.format(**{name: text(name) for name in columns})
+            inputs = cells.filled(self.inputs_template, text)
         choices = ()
         if row.get(self.choices_column):
             choices = cells.texts(path, place, row, self.choices_column, is_list=True)
@@ -229,7 +221,8 @@ class Files:
             name = text(self.task_column)
             if name not in self._numbers:
                 near = errors.near(name, self.names)
-                raise bad_rows.BadRow(path, place, f"the task {name!r} was not trained{near}")
+                seen = f"{name!r}.{near}" if near else repr(name)
+                raise bad_rows.BadRow(path, place, "the task was not trained", seen)
             task = self._numbers[name]
         return Question(inputs, choices, task)
 
@@ -237,8 +230,7 @@ class Files:
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 
-    def _example(self, record) -> tuple["Question", str, tuple[str, ...]]:
-        """(question, answer, all accepted answers)."""
+    def _example(self, record) -> "Example":
         path, place, row = record
         question = self.question(path, place, row)
         if self.has_tasks and question.task is None:
@@ -251,9 +243,9 @@ class Files:
             reason = "the answer is not among the choices"
             raise bad_rows.BadRow(path, place, reason, f"{absent[0]!r}, {list(choices)}")
         targets = row_store.draw_answer(accepted, question.inputs, self.seed)
-        return question, targets, accepted
+        return Example(question, targets, accepted, path, place)
 
-    def _check_columns(self, files: Sequence[pathlib.Path]) -> None:
+    def check_columns(self, files: Sequence[pathlib.Path]) -> None:
         """Raises UserError for a column that is not in the first row of a file."""
         wanted = {"--targets_column": [self.targets_column]}
         if self.inputs_template is None:
@@ -261,13 +253,7 @@ class Files:
         else:
             wanted["--inputs_template"] = cells.columns_of(self.inputs_template)
         for path in files:
-            have = list(plain_files.first(path))
-            for flag, name in ((flag, name) for flag, names in wanted.items() for name in names):
-                if name not in have:
-                    raise errors.UserError(
-                        f"{path} has no column {name!r}; it has {', '.join(map(repr, have))}."
-                        f"{errors.near(name, have)} Name the column with {flag}."
-                    )
+            cells.check_columns(path, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +265,16 @@ class Question:
     task: int | None = None  # id; None where the row names none
 
 
+class Example(NamedTuple):
+    """A row."""
+
+    question: Question
+    targets: str  # the answer that trains
+    references: tuple[str, ...]  # every accepted answer, if several
+    path: pathlib.Path
+    place: str
+
+
 def lengths_of(mixture: Any) -> dict[str, int]:
     """`Files.lengths`; of a SeqIO mixture, which is not read as a whole, the most."""
     return mixture.lengths() if isinstance(mixture, Files) else dict(LONGEST)
@@ -287,14 +283,3 @@ def lengths_of(mixture: Any) -> dict[str, int]:
 def rounded(length: int) -> int:
     """The next multiple of 8."""
     return -(-length // _STEP) * _STEP
-
-
-def _parts(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    part = []
-    for item in items:
-        part.append(item)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -1,6 +1,6 @@
 """Rows of .jsonl, .csv, .tsv and .parquet files, one by one, whatever their size."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import csv
 import json
 import pathlib
@@ -29,17 +29,23 @@ def read(path: pathlib.Path) -> Iterator[tuple[Place, Row]]:
         yield from _READERS[path.suffix](path)
     except UnicodeDecodeError as error:
         raise errors.UserError(f"{path} is not UTF-8 text: {error.reason}.") from error
-    except (OSError, csv.Error, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise errors.UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def read_all(paths: Iterable[pathlib.Path]) -> Iterator[tuple[pathlib.Path, Place, Row]]:
+    """`read` of one file after another."""
+    return ((path, *record) for path in paths for record in read(path))
 
 
 def check(path: pathlib.Path) -> None:
     """Raises UserError unless the path is a file of a known kind that has something in it."""
+    if path.is_dir():
+        raise errors.UserError(f"The file {path} is a folder.")
     if not path.is_file():
         folder = path.parent
         near = errors.near(path.name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise errors.UserError(f"The file {path} {what}.{near}")
+        raise errors.UserError(f"The file {path} is not there.{near}")
     errors.check_one_of(f"The ending of {path}", path.suffix, _READERS)
     if not path.stat().st_size:
         raise errors.UserError(f"The file {path} is empty; expected rows with inputs and targets.")
@@ -61,8 +67,9 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[Place, Row]]:
         place = f"line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise bad_rows.BadRow(path, place, "not JSON", error.msg) from None
+        except (ValueError, RecursionError) as error:
+            seen = str(getattr(error, "msg", error))
+            raise bad_rows.BadRow(path, place, "not JSON", seen) from None
         if not isinstance(row, dict):
             raise bad_rows.BadRow(path, place, "not a JSON object", type(row).__name__)
         return place, row
@@ -77,7 +84,8 @@ def _read_table(delimiter: str) -> Callable[[pathlib.Path], Iterator[tuple[Place
         csv.field_size_limit(_FIELD_BYTES)
         with path.open(encoding="utf-8-sig", newline="") as file:
             cells = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(cells, [])
+            lines = filter(None, _with_line(path, cells))
+            header = next(lines, [])
             if twice := errors.twice(header):
                 raise errors.UserError(f"{path}: two columns are called {twice!r}.")
 
@@ -88,9 +96,20 @@ def _read_table(delimiter: str) -> Callable[[pathlib.Path], Iterator[tuple[Place
                     raise bad_rows.BadRow(path, place, reason, str(len(row)))
                 return place, dict(zip(header, row, strict=True))
 
-            yield from bad_rows.parsed(parsed, filter(None, cells))
+            yield from bad_rows.parsed(parsed, lines)
 
     return read_table
+
+
+def _with_line(path: pathlib.Path, cells) -> Iterator[list[str]]:
+    # Not a bad row to skip: after a quote that never closes, the rest of the file would be it.
+    first = 1
+    try:
+        for row in cells:
+            yield row
+            first = cells.line_num + 1
+    except csv.Error as error:
+        raise errors.UserError(f"{path}, row at line {first}: cannot be read: {error}.") from error
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[Place, Row]]:

@@ -200,12 +200,12 @@ def add_files(own: files.Files, name: str | None = None) -> str:
 
     `name` is by default that of the file. Raises ValueError if it is taken.
     """
-    name = name or str(own)
+    name = name or re.sub(r"[^\w.]+", "_", str(own))
     feature = seqio.Feature(_of_seqio(vocabularies.get(own.vocabulary)), add_eos=True)
     features = {"inputs": feature, "targets": feature}
     if own.has_tasks:
         features["task_ids"] = _scalar
-    names = {task: f"{name}_{task.name}" if own.has_tasks else name for task in own.tasks}
+    names = {task: task_name(name, task.name) if own.has_tasks else name for task in own.tasks}
     for task, registered in names.items():
         splits = functools.partial(list, task.splits)
         seqio.TaskRegistry.add(
