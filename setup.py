@@ -78,7 +78,9 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"moe_peft.tasks": "tasks", "moe_peft.gin": "gin"},
-    package_data={"": ["*.gin", "*.safetensors", "*.md", "*.json", "*.tsv", "*.tar.xz"]},
+    package_data={
+        "": ["py.typed", "*.gin", "*.safetensors", "*.md", "*.json", "*.tsv", "*.tar.xz"]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moe-peft = moe_peft.cli.main:main"]},

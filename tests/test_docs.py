@@ -1,5 +1,6 @@
 """What the documents show is what is there."""
 
+import doctest
 import importlib.util
 import pathlib
 
@@ -17,3 +18,8 @@ def test_the_picture_of_the_rooms_is_of_today():
     map_of_rooms = (DOCS / "implementation.md").read_text()
     missing = [room for room in script.rooms() if f"**{room}" not in map_of_rooms]
     assert missing == ["narrow_matmul"]  # in the paragraph of errors
+
+
+def test_the_loop_of_ones_own_runs():
+    found = doctest.testfile(str(DOCS / "python.md"), module_relative=False)
+    assert (found.failed, found.attempted > 15) == (0, True)

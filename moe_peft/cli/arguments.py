@@ -115,7 +115,7 @@ def _add_convert(commands) -> None:
             "A place is PATH or FORMAT:PATH; formats are hf, t5x, peft and, for a file "
             "*.safetensors, ours. What is at --from is detected.\nExamples:\n"
             "  moe-peft convert --from embedded:cldr_tiny --to hf:cldr_tiny\n"
-            "  moe-peft convert --from results/cldr/lora --to peft:lora\n"
+            "  moe-peft convert results/cldr/lora --to peft:lora\n"
             "  moe-peft convert --from results/cldr/mhr --task 3 --to peft:task3\n"
             "  moe-peft convert --from results/cldr/lora --merge --to hf:merged\n"
             "  moe-peft convert --average a.safetensors b.safetensors --to soup.safetensors"
@@ -125,6 +125,7 @@ def _add_convert(commands) -> None:
     flag = sub.add_argument
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--from", dest="source", metavar="PLACE", help="what to convert")
+    what.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, as --from")
     what.add_argument("--average", nargs="+", metavar="PLACE", help="adapters to average")
     flag("--to", required=True, metavar="PLACE", help="what to write")
     flag("--weights", metavar="0.5,...", help="of --average; default: equal ones")

@@ -203,7 +203,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise errors.UserError("--average takes at least two adapters, got 1.")
     if args.weights is not None:
         options["weights"] = _numbers("--weights", args.weights, float)
-    sources = args.average or [args.source]
+    sources = args.average or [args.source or args.run]
     _say_written([convert.convert(sources, args.to, convert.Options(**options))])
 
 
