@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_peft import errors
-from moe_peft.data import files, rows
+from moe_peft.data import file_tasks, files, rows
 
 FEATURES = ("inputs", "targets")
 
-Mixture = str | files.Files
+Mixture = str | files.Files | file_tasks.Task
 Task = Any  # a seqio.Task, or a files.Task with the attributes of one that are used here
 
 
@@ -36,9 +36,16 @@ def tasks_of(mixture: Mixture) -> list[Task]:
     found = get(mixture)
     if isinstance(found, files.Files):
         return found.tasks
+    if isinstance(found, file_tasks.Task):
+        return [found]
     import seqio
 
     return list(seqio.get_subtasks(found))
+
+
+def mixture_of(task: Task) -> Mixture:
+    """What has the rows of one task only."""
+    return task if isinstance(task, file_tasks.Task) else task.name
 
 
 def reporting(task: Task) -> rows.Reporting:

@@ -44,7 +44,8 @@ def tasks(
     `Evaluator.task_group`; None takes that of the run, if it has one.
     """
     configured = task_group(folder)  # Registers what the run's settings import, too.
-    found = _task_names(folder, saved.description["data"])
+    own = saved.description.get("files", {}).get("task_names")
+    found = dict(enumerate(own)) if own else _task_names(folder, saved.description["data"])
     names = [found.get(number, f"task {number}") for number in range(num_tasks)]
     return named(names, group or configured)
 

@@ -136,7 +136,8 @@ def test_tasks_are_counted_from_their_column(capsys, place):
     own_data.write(place / "tasks.jsonl", named)
     shutil.rmtree("runs/mhr", ignore_errors=True)
     flags = "train --method mhr --backbone hf:./t5 --data tasks.jsonl --out runs/mhr --steps 2"
-    code, said = run(capsys, *flags.split(), "--gin.mhr.num_splits=2", "--batch_size", 4)
+    more = ["--gin.mhr.num_splits=2", "--batch_size", 4, "--gin_file", "monitors/alignment.gin"]
+    code, said = run(capsys, *flags.split(), *more)
     assert (code, "of 3 tasks" in said) == (0, True)
     assert "0.1 for routers" in said
     assert "NUM_TASKS = 3" in (place / "runs/mhr/config.gin").read_text()
@@ -148,6 +149,9 @@ def test_tasks_are_counted_from_their_column(capsys, place):
     assert (code, "question 1 does not say which task" in said) == (2, True)
     own_data.write(questions, [{"inputs": "great 7", "task": "t9"}])
     assert "the task 't9' was not trained" in run(capsys, *infer)[1]
+    assert main.main(["report", "runs/mhr", "--out", "pictures"]) == 0
+    assert "by their numbers" not in capsys.readouterr().out
+    assert list(pathlib.Path("pictures").rglob("*.png"))
 
 
 def test_a_rate_is_found_once(capsys, place):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 import numpy as np
 
 from moe_peft import errors, methods, patching
+from moe_peft.data import lookup, pipeline
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import processes
 from moe_peft.training import step as step_lib
@@ -132,21 +133,20 @@ def task_batches(
 ) -> dict[str, Mapping[str, np.ndarray]]:
     """Returns one unpacked batch of each of `num_tasks` drawn tasks, in the mixture's order.
 
-    `data` is of a run's description: mixture and feature_lengths count. Examples are of the train
+    `data` is of a run: mixture and feature_lengths count. Examples are of the train
     split; a smaller task repeats some. Raises UserError below two tasks.
     """
-    from moe_peft.data import lookup, pipeline  # Imports TensorFlow.
-
     mixture, lengths = data["mixture"], data["feature_lengths"]
-    names = [task.name for task in lookup.tasks_with(mixture, "train")]
-    if min(len(names), num_tasks) < 2:
+    tasks = lookup.tasks_with(mixture, "train")
+    if min(len(tasks), num_tasks) < 2:
         raise errors.UserError(
-            f"Gradient alignment compares tasks: {mixture!r} has {len(names)}, and num_tasks is "
+            f"Gradient alignment compares tasks: {mixture!r} has {len(tasks)}, and num_tasks is "
             f"{num_tasks}; it takes at least 2."
         )
-    draw = np.random.default_rng(seed).permutation(len(names))[:num_tasks]
-    chosen = [names[index] for index in sorted(draw)]
-    return {name: next(pipeline.train_batches(name, batch_size, lengths, seed)) for name in chosen}
+    draw = np.random.default_rng(seed).permutation(len(tasks))[:num_tasks]
+    first = lambda task: next(pipeline.train_batches(task, batch_size, lengths, seed))
+    chosen = [tasks[index] for index in sorted(draw)]
+    return {task.name: first(lookup.mixture_of(task)) for task in chosen}
 
 
 def records(folder) -> list[dict]:
