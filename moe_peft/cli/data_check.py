@@ -1,16 +1,19 @@
-"""`data check`: are the benchmarks' files complete, readable, and free of leaks?"""
+"""`data check`: are files of benchmarks, or a user's own, whole, readable, and free of leaks?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import pathlib
+import types
+from typing import Any
 
 import rich.box
 import rich.table
 
 from moe_peft import errors
-from moe_peft.data import roots, samples
-from moe_peft.data.checking import check, parts
+from moe_peft.cli import flags
+from moe_peft.data import file_places, files, roots, samples, vocabularies
+from moe_peft.data.checking import check, own, parts
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.runtime import tables
 
@@ -24,17 +27,24 @@ def run(
     with_hashes: bool = True,
     ignored: Sequence[str] = (),
     as_json: bool = False,
+    own_flags: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> int:
-    """Checks benchmarks and prints what was found; 1 if a rule that is not ignored fails, else 0.
+    """Checks files and prints what was found; 1 if a rule that is not ignored fails, else 0.
 
     Args:
       root: as DATA_DIR: holds superni/, crossfit/ or p3/; "embedded:samples"; or "embedded:cldr"
-        for the suite.
+        for the suite. Or a file, or a folder, with rows of the user's own.
       benchmarks: names of those that must be there; default: all that are.
       with_hashes: hash every file.
       ignored: rules of `check.FAILING` that do not count as a failure.
       as_json: print JSON and no tables.
+      own_flags: values of the flags that are for rows of the user's own, None where not given.
     """
+    given = {name: value for name, value in own_flags.items() if value is not None}
+    is_own = file_places.are_files(root)
+    _check_flags(root, is_own, benchmarks, list(given))
+    if is_own:
+        return _run_own(root, given, ignored, as_json)
     for rule in ignored:
         errors.check_one_of("--ignore", rule, check.FAILING)
     found = []
@@ -46,6 +56,52 @@ def run(
     else:
         show(found, ignored)
     return int(any(benchmark.failures(ignored) for benchmark in found))
+
+
+def _check_flags(place: str, is_own: bool, benchmarks: Sequence[str], names: Sequence[str]) -> None:
+    if is_own and benchmarks:
+        raise errors.UserError(f"--benchmark is for a folder of benchmarks; {place} is none.")
+    if names and not is_own:
+        raise errors.UserError(f"--{names[0]} is for rows of your own; {place} has none.")
+
+
+def _run_own(place: str, given: dict[str, Any], ignored: Sequence[str], as_json: bool) -> int:
+    for rule in ignored:
+        errors.check_one_of("--ignore", rule, own.FAILING)
+    name = flags.vocabulary_of(given.pop("backbone", None), given.pop("vocabulary", None))
+    limits = dict(files.LONGEST)
+    for side in limits:
+        if (limit := given.pop(f"max_{side}", None)) is not None:
+            errors.check_at_least(f"--max_{side}", limit, 2)
+            if name is None:
+                raise errors.UserError(f"--max_{side} needs --backbone or --vocabulary.")
+            limits[side] = limit
+    rows = files.Files(place, eval_fraction=0, **given)
+    found = own.check(rows, name and vocabularies.get(name), limits)
+    if as_json:
+        print(json.dumps(found.as_json(ignored), indent=2, ensure_ascii=False))
+    else:
+        _show_own(found, ignored)
+    return int(bool(found.failures(ignored)))
+
+
+def _show_own(found: own.Checked, ignored: Sequence[str]) -> None:
+    console = tables.wide_console(140)
+    longest = [f"longest {side}" for side in files.LONGEST]
+    table = _table("rows", "split", "rows", "damaged", *longest)
+    for split, of in found.splits.items():
+        lengths = [f"{of.longest[side]:,}" if of.longest else "" for side in files.LONGEST]
+        table.add_row(split, f"{of.rows:,}", f"{of.damaged:,}", *lengths)
+    console.print(table)
+    for finding in found.findings:
+        fails = finding.rule in own.FAILING and finding.rule not in ignored
+        what = f"{finding.rule} ({'fails' if fails else 'for information'}): {finding.message}"
+        more = ", ..." if finding.count > len(finding.rows) else ""
+        console.print(f"{finding.where}: {what}", highlight=False, markup=False)
+        rows = f"{finding.count:,} row{'s' * (finding.count > 1)}: {', '.join(finding.rows)}{more}"
+        console.print(f"    {rows}", highlight=False, markup=False)
+    failures = found.failures(ignored)
+    print(f"{failures} findings to fix" if failures else "nothing to fix")
 
 
 def _counted(what: str, listed: Sequence[parts.Part]):
