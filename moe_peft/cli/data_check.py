@@ -43,12 +43,10 @@ def run(
     given = {name: value for name, value in own_flags.items() if value is not None}
     is_own = file_places.are_files(root)
     _check_flags(root, is_own, benchmarks, list(given))
-    if is_own:
-        return _run_own(root, given, ignored, as_json)
     for rule in ignored:
         errors.check_one_of("--ignore", rule, check.FAILING)
-    found = []
-    for name, folder in _folders(root, benchmarks).items():
+    found = [_check_own(root, given)] if is_own else []
+    for name, folder in () if is_own else _folders(root, benchmarks).items():
         progress = functools.partial(_counted, f"check {name}")
         found.append(check.check(name, folder, with_hashes, progress))
     if as_json:
@@ -65,9 +63,7 @@ def _check_flags(place: str, is_own: bool, benchmarks: Sequence[str], names: Seq
         raise errors.UserError(f"--{names[0]} is for rows of your own; {place} has none.")
 
 
-def _run_own(place: str, given: dict[str, Any], ignored: Sequence[str], as_json: bool) -> int:
-    for rule in ignored:
-        errors.check_one_of("--ignore", rule, own.FAILING)
+def _check_own(place: str, given: dict[str, Any]) -> check.Benchmark:
     name = flags.vocabulary_of(given.pop("backbone", None), given.pop("vocabulary", None))
     limits = dict(files.LONGEST)
     for side in limits:
@@ -77,31 +73,7 @@ def _run_own(place: str, given: dict[str, Any], ignored: Sequence[str], as_json:
                 raise errors.UserError(f"--max_{side} needs --backbone or --vocabulary.")
             limits[side] = limit
     rows = files.Files(place, eval_fraction=0, **given)
-    found = own.check(rows, name and vocabularies.get(name), limits)
-    if as_json:
-        print(json.dumps(found.as_json(ignored), indent=2, ensure_ascii=False))
-    else:
-        _show_own(found, ignored)
-    return int(bool(found.failures(ignored)))
-
-
-def _show_own(found: own.Checked, ignored: Sequence[str]) -> None:
-    console = tables.wide_console(140)
-    longest = [f"longest {side}" for side in files.LONGEST]
-    table = _table("rows", "split", "rows", "damaged", *longest)
-    for split, of in found.splits.items():
-        lengths = [f"{of.longest[side]:,}" if of.longest else "" for side in files.LONGEST]
-        table.add_row(split, f"{of.rows:,}", f"{of.damaged:,}", *lengths)
-    console.print(table)
-    for finding in found.findings:
-        fails = finding.rule in own.FAILING and finding.rule not in ignored
-        what = f"{finding.rule} ({'fails' if fails else 'for information'}): {finding.message}"
-        more = ", ..." if finding.count > len(finding.rows) else ""
-        console.print(f"{finding.where}: {what}", highlight=False, markup=False)
-        rows = f"{finding.count:,} row{'s' * (finding.count > 1)}: {', '.join(finding.rows)}{more}"
-        console.print(f"    {rows}", highlight=False, markup=False)
-    failures = found.failures(ignored)
-    print(f"{failures} findings to fix" if failures else "nothing to fix")
+    return own.check(rows, name and vocabularies.get(name), limits)
 
 
 def _counted(what: str, listed: Sequence[parts.Part]):

@@ -77,12 +77,13 @@ def test_check(capsys):
     code, printed = run(capsys, *CHECK, "--eval_data", "dev.jsonl", "--json")
     found = json.loads(printed.out)
     assert (code, found["failures"]) == (1, 1)
-    (leak,) = found["findings"]
-    assert (leak["rule"], leak["rows"]) == ("leak", ["line 1 (as train.jsonl line 2)"])
+    (leak,) = found["benchmarks"]["dev"]["findings"]
+    said = "trained with another answer: line 1 (as train.jsonl line 2)"
+    assert (leak["rule"], leak["message"]) == ("leak", said)
     code, printed = run(capsys, *CHECK, "--eval_data", "dev.jsonl", "--ignore", "leak")
     assert code == 0
-    assert "dev.jsonl: leak (for information): trained with another answer" in printed.out
-    assert "1 row: line 1 (as train.jsonl line 2)" in printed.out
+    assert "(for information)" in printed.out
+    assert said in " ".join(printed.out.split())
     assert "nothing to fix" in printed.out
 
 
@@ -92,8 +93,9 @@ def test_check_of_a_folder_and_of_lengths(capsys, folder):
     lengths = ("--vocabulary", "bytes", "--max_inputs", "5")
     code, printed = run(capsys, "check", "rows", *lengths, "--json")
     found = json.loads(printed.out)
-    assert (code, found["splits"]["test"]) == (1, {"rows": 0, "damaged": 1, "longest": {}})
-    assert [finding["rule"] for finding in found["findings"]] == ["damaged", "long"]
+    (own,) = found["benchmarks"].values()
+    assert (code, [group["examples"] for group in own["groups"]]) == (1, [1, 0])
+    assert [finding["rule"] for finding in own["findings"]] == ["damaged", "long"]
     code, printed = run(capsys, "check", "rows", *lengths)
     assert "1 findings to fix" in printed.out
 

@@ -1,128 +1,92 @@
 """What can be wrong with a user's own rows, said before anything trains on them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import itertools
-from typing import Any
 
 from moe_peft.data import bad_rows, files, vocabularies
-from moe_peft.data.checking import fingerprints
+from moe_peft.data.checking import check as check_lib
+from moe_peft.data.checking import fingerprints, parts
 
-# Rules, and whether a check fails by them.
-RULES = {
-    "damaged": "a row cannot be read, and stops a run",
-    "leak": "a question to evaluate on is one to train on",
-    "conflict": "a question comes again with another answer",
-    "duplicate": "a question comes again with the same answer",
-    "long": "a row is longer than the limit, and is cut",
-}
-FAILING = ("damaged", "leak")
 _ROWS = 5  # that a finding names
 _CHUNK = 1000
 
 
 @dataclasses.dataclass
-class Finding:
-    """What a rule found in one file."""
+class _Seen:
+    """What has been read: the answers to each question, and where it stands."""
 
-    rule: str  # one of `RULES`
-    where: str  # the file
-    message: str
-    count: int = 0  # rows
-    rows: list[str] = dataclasses.field(default_factory=list)  # the first few
-
-
-@dataclasses.dataclass
-class Split:
-    """What there is of one split."""
-
-    rows: int = 0  # that can be read
-    damaged: int = 0
-    longest: dict[str, int] = dataclasses.field(default_factory=dict)  # tokens, end marks included
-
-
-@dataclasses.dataclass
-class Checked:
-    """What is known of a user's rows."""
-
-    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
-    findings: list[Finding] = dataclasses.field(default_factory=list)
-
-    def failures(self, ignored: Collection[str] = ()) -> int:
-        """Number of findings that a check fails by."""
-        return sum(f.rule in FAILING and f.rule not in ignored for f in self.findings)
+    findings: dict[tuple[str, str, str], check_lib.Finding] = dataclasses.field(
+        default_factory=dict
+    )
+    trained: dict[int, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    split: dict[int, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
     def add(self, rule: str, where: object, message: str, row: str) -> None:
-        """Counts one row."""
+        """Counts a row, and names it if it is one of the first."""
         key = (rule, str(where), message)
-        same = (f for f in self.findings if (f.rule, f.where, f.message) == key)
-        if (finding := next(same, None)) is None:
-            self.findings.append(finding := Finding(*key))
+        finding = self.findings.setdefault(key, check_lib.Finding(*key, count=0))
         finding.count += 1
-        finding.rows += [row] if len(finding.rows) < _ROWS else []
-
-    def as_json(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
-        """Everything, for other programs."""
-        return {"failures": self.failures(ignored), "ignored": list(ignored)} | dataclasses.asdict(
-            self
-        )
+        if finding.count <= _ROWS:
+            finding.message += f"{':' if finding.count == 1 else ','} {row}"
 
 
 def check(
     own: files.Files,
     vocabulary: vocabularies.Vocabulary | None = None,
     limits: Mapping[str, int] = files.LONGEST,
-) -> Checked:
+) -> check_lib.Benchmark:
     """Reads all rows once. Questions are the same but for case and white space, in one task.
 
     Without a vocabulary, nothing is compared with `limits`, tokens of "inputs" and "targets".
     Raises UserError: a file or a column is not there, or a file cannot be read at all.
     """
-    found, trained = Checked(), {}
+    found, seen = check_lib.Benchmark(str(own)), _Seen()
     for split in sorted(own.files, key=lambda split: split != files.TRAIN):
         own.check_columns(own.files[split])
-        counts = found.splits[split] = Split()
-        seen: dict[int, tuple[int, str]] = {}  # by question: the answers, and where
+        key = (parts.TRAINING if split == files.TRAIN else parts.HELD_OUT, split)
+        sizes = {str(path): path.stat().st_size for path in own.files[split]}
+        group = check_lib.Group(*key, set(own.names), files=dict.fromkeys(sizes, ""))
+        group.size = sum(sizes.values())
+        found.groups[key] = group
         with bad_rows.skipping() as first, bad_rows.counting() as skipped:
             examples = own.examples(split)
             while part := list(itertools.islice(examples, _CHUNK)):
-                counts.rows += len(part)
-                for example in part:
-                    _compare(example, seen, trained, found)
+                group.examples += len(part)
+                group.duplicates += sum(_is_again(example, seen) for example in part)
                 if vocabulary is not None:
-                    _measure(part, vocabulary, limits, counts, found)
+                    _measure(part, vocabulary, limits, seen)
         for (path, reason), count in skipped.items():
-            rows = [row.row for row in first[path, reason]]
-            found.findings.append(Finding("damaged", path, reason, count, rows))
-        counts.damaged = sum(skipped.values())
+            named = ", ".join(row.row for row in first[path, reason])
+            found.findings.append(check_lib.Finding("damaged", path, f"{reason}: {named}", count))
         if split == files.TRAIN:
-            trained = seen
-    found.findings.sort(key=lambda finding: list(RULES).index(finding.rule))
+            seen.trained = seen.split
+        seen.split = {}
+    found.findings += seen.findings.values()
     return found
 
 
-def _compare(example: files.Example, seen, trained, found: Checked) -> None:
+def _is_again(example: files.Example, seen: _Seen) -> bool:
     asked, here = example.question, f"{example.path.name} {example.place}"
     text = f"{asked.task}\0{fingerprints.normalise(asked.inputs)}"
     accepted = sorted(map(fingerprints.normalise, example.references or (example.targets,)))
     question, answers = map(fingerprints.of_text, (text, "\0".join(accepted)))
-    if question in trained:
-        before, there = trained[question]
-        answer = "the same answer" if before == answers else "another answer"
-        message = f"trained with {answer}"
-        found.add("leak", example.path, message, f"{example.place} (as {there})")
-    before, there = seen.setdefault(question, (answers, here))
-    if there != here:
-        rule = "duplicate" if before == answers else "conflict"
-        found.add(rule, example.path, RULES[rule], f"{example.place} (as {there})")
+    if question in seen.trained:
+        before, there = seen.trained[question]
+        message = f"trained with {'the same' if before == answers else 'another'} answer"
+        seen.add("leak", example.path, message, f"{example.place} (as {there})")
+    before, there = seen.split.setdefault(question, (answers, here))
+    if there == here:
+        return False
+    rule = "duplicate" if before == answers else "conflict"
+    seen.add(rule, example.path, "came before", f"{example.place} (as {there})")
+    return True
 
 
-def _measure(part, vocabulary, limits, counts: Split, found: Checked) -> None:
+def _measure(part, vocabulary, limits, seen: _Seen) -> None:
     sides = {"inputs": [e.question.inputs for e in part], "targets": [e.targets for e in part]}
     for name, texts in sides.items():
-        lengths = [len(ids) + 1 for ids in vocabulary.encode_all(texts)]
-        counts.longest[name] = max(counts.longest.get(name, 0), *lengths)
-        for example, length in zip(part, lengths, strict=True):
-            if length > limits[name]:
+        for example, ids in zip(part, vocabulary.encode_all(texts), strict=True):
+            if len(ids) >= limits[name]:
                 message = f"more than {limits[name]} tokens of {name}"
-                found.add("long", example.path, message, f"{example.place} ({length})")
+                seen.add("long", example.path, message, f"{example.place} ({len(ids) + 1})")

@@ -8,6 +8,8 @@ from moe_peft import errors
 from moe_peft.data import bad_rows, files, vocabularies
 from moe_peft.data.checking import own
 
+BEFORE, SAME = "came before:", "trained with the same answer"
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -25,8 +27,9 @@ def row(inputs, targets="a", **more):
 
 
 def check(data, *rest, **settings):
+    """(benchmark, [(rule, rows in all, message)])."""
     found = own.check(files.Files(data, eval_fraction=0, **settings), *rest)
-    return found, [(f.rule, f.count, f.rows) for f in found.findings]
+    return found, [(f.rule, f.count, f.message) for f in found.findings]
 
 
 def test_rows_that_are_as_they_should_be(tmp_path):
@@ -34,7 +37,13 @@ def test_rows_that_are_as_they_should_be(tmp_path):
     found, findings = check(path, vocabularies.get("bytes"))
     assert not findings
     assert found.failures() == 0
-    assert found.splits == {"train": own.Split(3, 0, {"inputs": 4, "targets": 2})}
+    (group,) = found.groups.values()
+    assert (group.group, group.split, group.examples, group.duplicates) == (
+        "training",
+        "train",
+        3,
+        0,
+    )
 
 
 def test_questions_that_come_again(tmp_path):
@@ -45,16 +54,17 @@ def test_questions_that_come_again(tmp_path):
     )
     found, findings = check(path)
     assert findings == [
-        ("conflict", 1, ["line 4 (as a.jsonl line 1)"]),
-        ("duplicate", 2, ["line 3 (as a.jsonl line 1)", "line 6 (as a.jsonl line 5)"]),
+        ("duplicate", 2, f"{BEFORE} line 3 (as a.jsonl line 1), line 6 (as a.jsonl line 5)"),
+        ("conflict", 1, f"{BEFORE} line 4 (as a.jsonl line 1)"),
     ]
+    assert [group.duplicates for group in found.groups.values()] == [3]
     assert found.failures() == 0
 
 
 def test_a_question_of_another_task_is_another_one(tmp_path):
     rows = (row("a", task="x"), row("a", task="y"), row("a", "b", task="y"))
     _, findings = check(write(tmp_path / "a.jsonl", *rows))
-    assert findings == [("conflict", 1, ["line 3 (as a.jsonl line 2)"])]
+    assert findings == [("conflict", 1, f"{BEFORE} line 3 (as a.jsonl line 2)")]
 
 
 def test_questions_to_evaluate_on_that_train(tmp_path):
@@ -62,12 +72,10 @@ def test_questions_to_evaluate_on_that_train(tmp_path):
     dev = write(tmp_path / "dev.jsonl", row("c"), row("B"), row("A", "other"), row("b"))
     found, findings = check({"validation": dev, "train": train})
     assert findings == [
-        ("leak", 2, ["line 2 (as train.jsonl line 2)", "line 4 (as train.jsonl line 2)"]),
-        ("leak", 1, ["line 3 (as train.jsonl line 1)"]),
-        ("duplicate", 1, ["line 4 (as dev.jsonl line 2)"]),
+        ("leak", 2, f"{SAME}: line 2 (as train.jsonl line 2), line 4 (as train.jsonl line 2)"),
+        ("leak", 1, "trained with another answer: line 3 (as train.jsonl line 1)"),
+        ("duplicate", 1, f"{BEFORE} line 4 (as dev.jsonl line 2)"),
     ]
-    messages = ["trained with the same answer", "trained with another answer"]
-    assert [f.message for f in found.findings[:2]] == messages
     assert {f.where for f in found.findings} == {dev}
     assert (found.failures(), found.failures(["leak"])) == (2, 0)
 
@@ -77,18 +85,16 @@ def test_splits_to_evaluate_on_may_share_questions(tmp_path):
     dev = write(tmp_path / "dev.jsonl", row("b"))
     found, findings = check({"train": train, "validation": dev, "test": dev})
     assert not findings
-    assert list(found.splits) == ["train", "validation", "test"]
+    assert [split for _, split in found.groups] == ["train", "validation", "test"]
 
 
 def test_rows_that_cannot_be_read(tmp_path):
     train = write(tmp_path / "a.jsonl", *[row("a", "")] * 9, "{", row("b"))
     found, findings = check(train)
     assert findings == [
-        ("damaged", 9, [f"line {n}" for n in range(1, 6)]),
-        ("damaged", 1, ["line 10"]),
+        ("damaged", 9, "'targets' is empty: line 1, line 2, line 3, line 4, line 5"),
+        ("damaged", 1, "not JSON: line 10"),
     ]
-    assert [f.message for f in found.findings] == ["'targets' is empty", "not JSON"]
-    assert (found.splits["train"].rows, found.splits["train"].damaged) == (1, 10)
     assert found.failures() == 2
     with pytest.raises(bad_rows.BadRow):  # outside, they stop as before
         list(files.Files(train).examples("train"))
@@ -97,10 +103,10 @@ def test_rows_that_cannot_be_read(tmp_path):
 def test_rows_that_are_cut(tmp_path):
     path = write(tmp_path / "a.jsonl", row("12345", "1234"), row("1234567", "123"))
     found, findings = check(path, vocabularies.get("bytes"), {"inputs": 7, "targets": 4})
-    assert findings == [("long", 1, ["line 2 (8)"]), ("long", 1, ["line 1 (5)"])]
-    messages = ["more than 7 tokens of inputs", "more than 4 tokens of targets"]
-    assert [f.message for f in found.findings] == messages
-    assert found.splits["train"].longest == {"inputs": 8, "targets": 5}
+    assert findings == [
+        ("long", 1, "more than 7 tokens of inputs: line 2 (8)"),
+        ("long", 1, "more than 4 tokens of targets: line 1 (5)"),
+    ]
     assert found.failures() == 0
     assert not check(path, None, {"inputs": 7, "targets": 4})[1]
 
