@@ -201,16 +201,19 @@ def _add_data(commands) -> None:
         description=(
             "Reads all files of the benchmarks in a folder once and reports counts, hashes and "
             "findings by rule. Exits with 1 where the rules missing, damaged or leak found "
-            "something; duplicate, count, hash and optional are for information."
+            "something; duplicate, count, hash and optional are for information. In rows of your "
+            "own, it looks for the same questions, those of --eval_data among those to train on "
+            "too, and, given --backbone or --vocabulary, for what is too long."
         ),
     )
     flag = check.add_argument
-    folder = "as DATA_DIR: holds superni/, crossfit/, p3/, or some of them"
-    flag("folder", metavar="DIR", help=folder)
+    folder = "as DATA_DIR: holds superni/, crossfit/, p3/, or some of them; or rows of your own"
+    flag("folder", metavar="DIR|FILE", help=folder)
     several: dict[str, Any] = {"action": "append", "default": []}
     flag("--benchmark", metavar="NAME", help="only this; may be repeated", **several)
     flag("--ignore", metavar="RULE", help="do not fail by this rule; may be repeated", **several)
     flag("--no_hashes", action="store_true", help="do not hash files; half the reading")
+    flags.add(check, "data check")
     _add_json(check)
 
     prepare = _add_settings(verbs, "data prepare", commands_lib.DATA_COMMANDS["data prepare"])
@@ -223,7 +226,7 @@ def _add_data(commands) -> None:
 
     show = _add_settings(verbs, "data show", commands_lib.DATA_COMMANDS["data show"])
     flag = show.add_argument
-    flag("name", metavar="NAME", help="task, or mixture in the order of training")
+    flag("name", metavar="NAME", help="task; mixture in the order of training; own file")
     flag("--split", default="train")
     flag("--count", type=int, default=3, metavar="N", help="examples; default: 3")
     flag("--start", type=int, default=0, metavar="N", help="examples to leave out")

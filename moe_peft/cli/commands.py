@@ -135,6 +135,7 @@ DATA_COMMANDS = {
         "data show cldr_month_de --split validation",
         "data show superni_train --gin_file samples/superni.gin --count 2",
         "data show p3_t0 --gin_file samples/p3.gin --packed",
+        "data show train.jsonl --backbone hf:./flan-t5-base",
         modules=(*_NAMED, "moe_peft.cli.data_show"),
         defaults=(
             *(*_DATA_DEFAULTS, "FEATURE_LENGTHS = None"),

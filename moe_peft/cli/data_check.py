@@ -1,16 +1,19 @@
-"""`data check`: are the benchmarks' files complete, readable, and free of leaks?"""
+"""`data check`: are files of benchmarks, or a user's own, whole, readable, and free of leaks?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import pathlib
+import types
+from typing import Any
 
 import rich.box
 import rich.table
 
 from moe_peft import errors
-from moe_peft.data import roots, samples
-from moe_peft.data.checking import check, parts
+from moe_peft.cli import flags
+from moe_peft.data import file_places, files, roots, samples, vocabularies
+from moe_peft.data.checking import check, own, parts
 from moe_peft.runtime import progress as progress_lib
 from moe_peft.runtime import tables
 
@@ -24,21 +27,26 @@ def run(
     with_hashes: bool = True,
     ignored: Sequence[str] = (),
     as_json: bool = False,
+    own_flags: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> int:
-    """Checks benchmarks and prints what was found; 1 if a rule that is not ignored fails, else 0.
+    """Checks files and prints what was found; 1 if a rule that is not ignored fails, else 0.
 
     Args:
       root: as DATA_DIR: holds superni/, crossfit/ or p3/; "embedded:samples"; or "embedded:cldr"
-        for the suite.
+        for the suite. Or a file, or a folder, with rows of the user's own.
       benchmarks: names of those that must be there; default: all that are.
       with_hashes: hash every file.
       ignored: rules of `check.FAILING` that do not count as a failure.
       as_json: print JSON and no tables.
+      own_flags: values of the flags that are for rows of the user's own, None where not given.
     """
+    given = {name: value for name, value in own_flags.items() if value is not None}
+    is_own = file_places.are_files(root)
+    _check_flags(root, is_own, benchmarks, list(given))
     for rule in ignored:
         errors.check_one_of("--ignore", rule, check.FAILING)
-    found = []
-    for name, folder in _folders(root, benchmarks).items():
+    found = [_check_own(root, given)] if is_own else []
+    for name, folder in () if is_own else _folders(root, benchmarks).items():
         progress = functools.partial(_counted, f"check {name}")
         found.append(check.check(name, folder, with_hashes, progress))
     if as_json:
@@ -46,6 +54,26 @@ def run(
     else:
         show(found, ignored)
     return int(any(benchmark.failures(ignored) for benchmark in found))
+
+
+def _check_flags(place: str, is_own: bool, benchmarks: Sequence[str], names: Sequence[str]) -> None:
+    if is_own and benchmarks:
+        raise errors.UserError(f"--benchmark is for a folder of benchmarks; {place} is none.")
+    if names and not is_own:
+        raise errors.UserError(f"--{names[0]} is for rows of your own; {place} has none.")
+
+
+def _check_own(place: str, given: dict[str, Any]) -> check.Benchmark:
+    name = flags.vocabulary_of(given.pop("backbone", None), given.pop("vocabulary", None))
+    limits = dict(files.LONGEST)
+    for side in limits:
+        if (limit := given.pop(f"max_{side}", None)) is not None:
+            errors.check_at_least(f"--max_{side}", limit, 2)
+            if name is None:
+                raise errors.UserError(f"--max_{side} needs --backbone or --vocabulary.")
+            limits[side] = limit
+    rows = files.Files(place, eval_fraction=0, **given)
+    return own.check(rows, name and vocabularies.get(name), limits)
 
 
 def _counted(what: str, listed: Sequence[parts.Part]):

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import rich.box
 import rich.markup
@@ -58,7 +59,7 @@ class Packed:
 class Settings:
     """Of `data show`."""
 
-    name: str = ""  # of a task or mixture
+    name: lookup.Mixture = ""  # of a task or mixture, or rows of the user's files
     split: str = "train"  # of it
     count: int = 3  # how many
     start: int = 0  # examples to leave out
@@ -81,7 +82,7 @@ def data_show(settings: Settings) -> list[Shown] | Packed:
     wanted = settings.feature_lengths
     lengths = lookup.check_lengths(wanted) if wanted else (1 << 30,) * 2
     sources = [evaluation_data.task_rows(task, split, lengths, end) for task in tasks]
-    if isinstance(provider, seqio.Task):
+    if isinstance(provider, seqio.Task) or not getattr(provider, "has_tasks", True):
         places = ((0, row) for row in range(len(sources[0])))
     else:
         places = mixing.Stream(sources, pipeline.rates(name, tasks), settings.seed).places(0)
@@ -92,8 +93,10 @@ def data_show(settings: Settings) -> list[Shown] | Packed:
     return [_shown(tasks[task], sources[task], row, lengths) for task, row in chosen]
 
 
-def find(name: str) -> seqio.Task | seqio.Mixture:
+def find(name: lookup.Mixture) -> Any:
     """The task or mixture of that name, be it one that only the user's files name."""
+    if not isinstance(name, str):
+        return name
     mixtures = list(seqio.MixtureRegistry.names())
     if name not in {*seqio.TaskRegistry.names(), *mixtures}:
         for mixture in [m for m in mixtures if m.startswith(name.split("_")[0] + "_")]:
@@ -142,8 +145,11 @@ def _packed(settings: Settings) -> Packed:
     return Packed((lengths["inputs"], lengths["targets"]), tuple(zip(inputs, targets)))
 
 
-def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -> None:
-    """Prints examples."""
+def show(found: Sequence[Shown] | Packed, as_json: bool = False, all_ids: bool = False) -> None:
+    """Prints examples, or a packed row."""
+    if isinstance(found, Packed):
+        _show_packed(found, as_json, all_ids)
+        return
     if as_json:
         listed = [dataclasses.asdict(each) for each in found]
         print(json.dumps(listed, indent=2, ensure_ascii=False))
@@ -170,8 +176,7 @@ def show(found: Sequence[Shown], as_json: bool = False, all_ids: bool = False) -
         console.print()
 
 
-def show_packed(found: Packed, as_json: bool = False, all_ids: bool = False) -> None:
-    """Prints a packed row."""
+def _show_packed(found: Packed, as_json: bool, all_ids: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
         return

@@ -35,6 +35,8 @@ _TYPES: Mapping[str, Callable[[str], Any]] = {
     "task": int,
     "step": int,
     "shots": int,
+    "max_inputs": int,
+    "max_targets": int,
     "eval_fraction": float,
     "learning_rate": _number,
 }
@@ -64,6 +66,11 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "infer": (*_NETWORK, "vocabulary", "inputs", "outputs", "batch_size", *_COLUMNS),
     "export": ("to",),
     "merge": ("to", "task"),
+    "data show": ("backbone", "vocabulary", *_MORE_COLUMNS),
+    "data check": (
+        *("backbone", "vocabulary", "eval_data", *_COLUMNS, "task_column", "choices_column"),
+        *("max_inputs", "max_targets"),
+    ),
 }
 # Commands that take a run as an argument; whether they read its `config.gin`.
 _RUNS = {"eval": True, "infer": True, "export": False, "merge": True}
@@ -85,6 +92,8 @@ _HELP = {
     "variant": "what is taken over from --source: keep, new_logits, z, mu or soup",
     "out": "folder of the run",
     "to": "file or folder to write",
+    "max_inputs": "tokens of a question that is not cut; default: 512",
+    "max_targets": "tokens of an answer that is not cut; default: 128",
 }
 _CHOICES = {"dtype": ("float32", "bfloat16"), "frozen_dtype": ("float32", "bfloat16")}
 _CHOICES["bad_rows"] = ("stop", "skip")
@@ -128,6 +137,8 @@ def given(command: str, args: argparse.Namespace) -> Given:
         if "out" in values:
             raise errors.UserError("--out is for evaluating a backbone; a run has its own folder.")
         _add_run(found, run, _RUNS[command])
+    if command == "data show":
+        _add_rows(found, args, values)
     if source := values.get("source"):
         _add_run(found, source, True, ["MODEL_DIR=%gin.REQUIRED"])
     if "variant" in values:
@@ -145,6 +156,34 @@ def given(command: str, args: argparse.Namespace) -> Given:
     for flag, value in values.items():
         name = _PARAMETERS.get(flag) or macro_of(command, flag)
         found.bindings.append(f"{name}={_absolute(flag, value)!r}")
+    return found
+
+
+def _add_rows(found: Given, args: argparse.Namespace, values: dict[str, Any]) -> None:
+    from moe_peft.data import file_places
+
+    if vocabulary := vocabulary_of(values.pop("backbone", None), values.pop("vocabulary", None)):
+        values["vocabulary"] = vocabulary
+    name, is_own = args.name, file_places.are_files(args.name)
+    if is_own and "vocabulary" not in values and not (args.gin_file or args.gin_bindings):
+        raise errors.UserError("Rows become ids by a vocabulary: give --backbone or --vocabulary.")
+    found.bindings.append(f"data_show.name={'@data.Files()' if is_own else repr(name)}")
+    if is_own:
+        found.files.append("data/own.gin")
+        values["data"] = [name]
+
+
+def vocabulary_of(backbone: str | None, vocabulary: str | None) -> str | None:
+    """The vocabulary that is given, or that the backbone tells; None where neither is given."""
+    if backbone is None or vocabulary is not None:
+        return vocabulary
+    from moe_peft.weights import backbone as backbone_lib
+
+    found = backbone_lib.vocabulary(backbone_lib.full_spec(backbone))
+    if found is None:
+        raise errors.UserError(
+            f"--backbone {backbone} does not tell its vocabulary; give --vocabulary."
+        )
     return found
 
 

@@ -159,9 +159,8 @@ def _data_prepare(entry_point: Callable, args: argparse.Namespace) -> None:
 def _data_show(entry_point: Callable, args: argparse.Namespace) -> None:
     from moe_peft.cli import data_show
 
-    found = entry_point(**_flags(args, "name", "split", "count", "start", "packed"))
-    printed = data_show.show_packed if args.packed else data_show.show
-    printed(found, args.json, args.all_ids)
+    found = entry_point(**_flags(args, "split", "count", "start", "packed"))
+    data_show.show(found, args.json, args.all_ids)
 
 
 # Commands that take flags only.
@@ -172,7 +171,8 @@ def _data_check(args: argparse.Namespace) -> int:
 
     with tensorflow_logs.silenced():
         from moe_peft.cli import data_check
-    return data_check.run(args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
+    what = (args.folder, args.benchmark, not args.no_hashes, args.ignore, args.json)
+    return data_check.run(*what, _flags(args, *(flag[2:] for flag in flags.of("data check"))))
 
 
 def _completion(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from moe_peft import errors
-from moe_peft.data import plain_files
+from moe_peft.data import plain_files, roots
 
 TRAIN, VALIDATION = "train", "validation"
 Paths = str | os.PathLike | Sequence[str | os.PathLike] | Mapping[str, Any]
@@ -44,6 +44,16 @@ def by_split(data: Paths, default: str) -> dict[str, list[pathlib.Path]]:
 def _split_of(path: pathlib.Path) -> str | None:
     stems = ((split, stem) for split, stems in _SPLITS.items() for stem in stems)
     return next((split for split, stem in stems if path.stem.startswith(stem)), None)
+
+
+def are_files(name: str) -> bool:
+    """Whether a name is a place of rows: neither a task nor a folder of benchmarks."""
+    path = pathlib.Path(name).expanduser()
+    if not path.is_dir():
+        return path.is_file() or path.suffix in plain_files.SUFFIXES
+    inside = list(path.iterdir())
+    has_rows = any(each.suffix in plain_files.SUFFIXES for each in inside)
+    return has_rows and not any(each.name in roots.LAYOUT for each in inside)
 
 
 def sign(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int]]:

@@ -20,6 +20,8 @@ RULES = {
     "damaged": "a file or a row cannot be read",
     "leak": "an input to train on is an input that scores are made of",
     "duplicate": "an input comes twice in one part of a task",
+    "conflict": "an input comes again with another answer",
+    "long": "a row is longer than the limit, and is cut",
     "count": "a task has other numbers of examples than published",
     "hash": "a file is not the published one",
     "optional": "a task outside the benchmark's core is not there",
