@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from moe_peft import errors
 from moe_peft.runtime import json_files
 
 Rows = Iterable[Mapping[str, Any] | tuple[str, str]]
@@ -19,7 +20,16 @@ def on_disk(given: Any, folder: pathlib.Path, name: str) -> Any:
     rows = list(given)
     if rows and all(isinstance(row, str | os.PathLike) for row in rows):
         return [os.fspath(row) for row in rows]
-    as_row = lambda row: row if isinstance(row, Mapping) else dict(zip(("inputs", "targets"), row))
     path = folder / "data" / f"{name}.jsonl"
-    json_files.write_jsonl(path, map(as_row, rows))
+    json_files.write_jsonl(path, [_as_row(number, row) for number, row in enumerate(rows, 1)])
     return str(path)
+
+
+def _as_row(number: int, row: Any) -> Mapping[str, Any]:
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, tuple | list) and len(row) == 2:
+        return dict(zip(("inputs", "targets"), row, strict=True))
+    raise errors.UserError(
+        f"Row {number} is {str(row)[:60]!r}; expected a dictionary or a pair (inputs, targets)."
+    )

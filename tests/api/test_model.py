@@ -132,6 +132,10 @@ MISTAKES = {
         "no.jsonl is not there",
     ),
     "no texts": (lambda: moe_peft.load("t5").generate([]), "at least one text"),
+    "a row of three": (
+        lambda: moe_peft.load("t5", method=moe_peft.methods.ia3()).train([("a", "b", "c")]),
+        "Row 1 is .*a pair",
+    ),
     "no rows": (
         lambda: moe_peft.load("t5", method=moe_peft.methods.ia3()).train([]),
         "is empty",
