@@ -62,7 +62,8 @@ def _rows(settings: Any) -> str:
         return f"{settings.mixture}"
     count = sum(map(len, stream.sources))
     passes = settings.num_steps * settings.batch_size / max(count, 1)
-    name = getattr(settings.mixture, "title", settings.mixture)
+    mixture = settings.mixture
+    name = mixture if isinstance(mixture, str) else mixture.title
     text = f"{name}, {count:,} training rows ({passes:.3g} passes)"
     if len(stream.sources) > 1:
         text += f" of {len(stream.sources)} tasks"
