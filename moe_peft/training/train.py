@@ -259,6 +259,7 @@ class _Program:
             *(self._settings.num_microbatches, rates),
             layout=self._layout,
             out_shardings=(self._places, self._layout.replicated),
+            compiler_options=step_lib.compiler_options(),
         )
 
     def _create_state(self, trainable: PyTree) -> step_lib.TrainState:
