@@ -59,6 +59,7 @@ class Program:
             *(self.settings.num_microbatches, rates),
             layout=self._layout,
             out_shardings=(self._places, self._layout.replicated),
+            compiler_options=step_lib.compiler_options(),
         )
 
     def _create_state(self, trainable: PyTree) -> step_lib.TrainState:

@@ -244,3 +244,12 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch, is_elsewhere):
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in points] == [(s, 1 / s) for s in (1, 2, 3, 4)]
     assert (folder / "mlflow.db").exists() is not is_elsewhere
+
+
+def test_tensorboard_does_without_torch(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    boards.BOARDS["tensorboard"](tmp_path, 0, {}).close(True)
+    assert "torch" not in sys.modules

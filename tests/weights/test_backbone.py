@@ -274,3 +274,10 @@ def test_kinds_that_hold_no_model(tmp_path):
     with pytest.raises(errors.UserError, match="There is no .*nowhere"):
         backbone.load(f"t5x:{tmp_path / 'nowhere'}", SHAPES, _init)
     backbone.check_headers("random:0", SHAPES)
+
+
+@pytest.mark.parametrize(("device", "is_scanned"), [("cpu", False), ("gpu", True)])
+def test_deep_networks_are_scanned_on_accelerators(monkeypatch, device, is_scanned):
+    monkeypatch.setattr(backbone, "_MANY_LAYERS", 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    assert backbone.network("embedded:cldr_tiny").config.scan_layers == is_scanned
