@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_peft import errors, patching
 from moe_peft.models import family
-from moe_peft.runtime import digest, run_once
+from moe_peft.runtime import digest
 from moe_peft.weights import (
     checkpoint_file,
     formats,
@@ -76,7 +76,7 @@ def load(
     elif kind == "run":
         params = _from_run(spec, rest)
     else:
-        params = run_once.jit(init)(jax.random.key(_seed(spec, rest)))
+        params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
     scanned = scan_layout.is_scanned(patching.flatten(abstract_params))
     if scan_layout.is_scanned(patching.flatten(params)) != scanned:
         params = leaves.load(scan_layout.convert(leaves.flatten(params), scanned))
