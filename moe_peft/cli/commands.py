@@ -44,6 +44,7 @@ COMMANDS = {
         "train --gin_file experiments/cldr/mov.gin --gin.MODEL_DIR=/tmp/try --gin.TRAIN_STEPS=20",
         modules=("moe_peft.training.train",),
         defaults=("include 'runs/train.gin'",),
+        optional=("LOG_TO",),
     ),
     "preflight": _command(
         "preflight",

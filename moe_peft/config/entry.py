@@ -22,7 +22,8 @@ class Command:
     example: str  # complete command lines that work
     modules: tuple[str, ...]  # imported before any gin file is read, the entry point's last
     defaults: tuple[str, ...] = ()  # gin statements read before any file
-    # Macros that parameters of their names read only where files give a text: no value is needed.
+    # Macros that parameters of their names read only where files give a text, or several: no value
+    # is needed.
     optional: tuple[str, ...] = ()
     # Whether it reads a part of what files set; what it does not read is then not a mistake.
     reads_a_part: bool = False
@@ -55,7 +56,8 @@ def configure(
         defaults += more
         config = gin_files.load(files, bindings, search_paths, defaults)
     macros = {name: config.macro(name) for name in command.optional}
-    given = [name for name, found in macros.items() if found and isinstance(found.value, str)]
+    is_text = lambda found: found is not None and isinstance(found.value, str | tuple)
+    given = [name for name, found in macros.items() if is_text(found)]
     if given:
         more = [f"{command.entry_point}.{name.lower()}=%{name}" for name in given]
         config = gin_files.load(files, [*bindings, *more], search_paths, defaults)

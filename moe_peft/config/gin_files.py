@@ -192,10 +192,13 @@ def resolved_text() -> str:
 def write_config(folder: pathlib.Path) -> None:
     """Writes the resolved configuration to `folder`/config.gin, for the record and to run again.
 
-    Where gin was not asked, as in Python, there is none.
+    There is none of a run that Python configures itself, see `set_aside`.
     """
-    if text := resolved_text():
-        (folder / "config.gin").write_text(text, encoding="utf-8")
+    if not _aside:
+        (folder / "config.gin").write_text(resolved_text(), encoding="utf-8")
+
+
+_aside: list[None] = []
 
 
 @contextlib.contextmanager
@@ -203,9 +206,11 @@ def set_aside() -> Iterator[None]:
     """Inside, nothing is configured: callers in Python say everything themselves."""
     before = dict(gin_config._CONFIG)
     gin_config._CONFIG.clear()
+    _aside.append(None)
     try:
         yield
     finally:
+        _aside.pop()
         gin_config._CONFIG.update(before)
 
 

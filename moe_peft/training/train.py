@@ -222,7 +222,8 @@ def _watchers(program, data, folder, mesh, monitors, eval_hook) -> list[monitors
     """Returns what is called every so many steps."""
     begin = program.begin
     # A user's own files are an object, which the description only names.
-    data = {**data, "mixture": getattr(program.settings, "mixture", data.get("mixture"))}
+    if mixture := getattr(program.settings, "mixture", None):
+        data = {**data, "mixture": mixture}
     what = (begin.model, begin.method, program.trainable, data, folder, mesh)
     active = monitors_lib.start(monitors, monitors_lib.Watched(*what))
     if eval_hook is None:

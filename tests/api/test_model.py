@@ -8,14 +8,12 @@ import sys
 import gin
 import jax
 import numpy as np
+import own_data
 import pytest
 
 import moe_peft
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import saved_run
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import own_data
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,15 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 
 import gin
 import jax
+import own_data
 import pytest
 
 from moe_peft.cli import main
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import backbone, saved_run
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import own_data
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +145,7 @@ def test_tasks_are_counted_from_their_column(capsys, place):
     code, said = run(capsys, *infer)
     assert (code, "question 1 does not say which task" in said) == (2, True)
     own_data.write(questions, [{"inputs": "great 7", "task": "t9"}])
-    assert "the task 't9' was not trained" in run(capsys, *infer)[1]
+    assert "the task was not trained: 't9'" in run(capsys, *infer)[1]
     assert main.main(["report", "runs/mhr", "--out", "pictures"]) == 0
     assert "by their numbers" not in capsys.readouterr().out
     assert list(pathlib.Path("pictures").rglob("*.png"))

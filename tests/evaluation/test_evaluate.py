@@ -406,7 +406,7 @@ def test_infer_answers_lines_and_choices(suite, asked, backbone, tmp_path):
     assert free["prediction"] == answer
 
     lines.write_text('{"question": "a"}\n')
-    with pytest.raises(errors.UserError, match='object 1 has no text under "inputs"; it has quest'):
+    with pytest.raises(errors.UserError, match="in.jsonl, line 1: 'inputs' is missing"):
         run(inputs=str(lines))
     text.write_text("\n")
     with pytest.raises(errors.UserError, match="holds no questions"):
