@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 
 
 TRAIN = [
-    *("train", "--method", "lora", "--backbone", "hf:./t5", "--data", "train.jsonl"),
+    *("train", "--method", "ia3", "--backbone", "hf:./t5", "--data", "train.jsonl"),
     *("--steps", "3", "--batch_size", "4"),
 ]
 
@@ -61,9 +61,9 @@ def test_a_run_says_what_it_will_do_and_what_comes_next(capsys, place):
     assert 0 < num_held_out < 12
     for text in (
         f"backbone   hf:{place}/t5 (1 + 1 layers",
-        "method     lora, ",
+        "method     ia3, ",
         f"{num_held_out} others kept apart for evaluation",
-        "steps      3 of 4 rows; adamw, learning rate at most 0.001",
+        "steps      3 of 4 rows; adamw, learning rate at most 0.01",
         f"writes to  {place}/runs/said",
         "moe-peft eval runs/said\n",
         "moe-peft infer runs/said --inputs",
@@ -133,7 +133,14 @@ def test_tasks_are_counted_from_their_column(capsys, place):
     own_data.write(place / "tasks.jsonl", named)
     shutil.rmtree("runs/mhr", ignore_errors=True)
     flags = "train --method mhr --backbone hf:./t5 --data tasks.jsonl --out runs/mhr --steps 2"
-    more = ["--gin.mhr.num_splits=2", "--batch_size", 4, "--gin_file", "monitors/alignment.gin"]
+    more = [
+        "--gin.mhr.num_splits=2",
+        "--gin.mhr.placement=light",
+        "--batch_size",
+        4,
+        "--gin_file",
+        "monitors/alignment.gin",
+    ]
     code, said = run(capsys, *flags.split(), *more)
     assert (code, "of 3 tasks" in said) == (0, True)
     assert "0.1 for routers" in said
@@ -175,7 +182,10 @@ MISTAKES = {
     ),
     "missing column": ("{TRAIN} --inputs_column text --out x", "'text'.*--inputs_column"),
     "unknown method": ("train --method loar", "--method is 'loar'.*Did you mean 'lora'"),
-    "unknown option": ("{TRAIN} --out x --gin.lora.ranks=2", "no parameter 'ranks'.*'rank'"),
+    "unknown option": (
+        "{TRAIN} --out x --gin.mov.top=2 --method mov",
+        "no parameter 'top'.*'top_k'",
+    ),
     "a folder that is no T5": ("{TRAIN} --backbone hf:runs --out x", "runs has neither"),
     "another run": ("{TRAIN} --method mov --out runs/reviews", "another method.*--out"),
     "data and a mixture": (
