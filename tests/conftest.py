@@ -71,7 +71,11 @@ def memory_goes_back():
 
 @pytest.fixture(autouse=True)
 def one_device(request, monkeypatch):
-    """Meshes that nobody specified have one device, unless a test is marked `eight_devices`."""
+    """Meshes that nobody specified have one device, unless a test is marked `eight_devices`.
+
+    What a command adds to the search path of modules goes with the test: the working directory.
+    """
+    monkeypatch.setattr(sys, "path", [*sys.path])
     if "eight_devices" not in request.keywords:
         monkeypatch.setattr(mesh_lib, "all_devices", lambda: jax.devices()[:1])
 
