@@ -27,7 +27,6 @@ from moe_peft.weights import (
     hugging_face,
     leaves,
     locations,
-    safetensors_files,
     t5_sizes,
     t5x_files,
 )
@@ -78,7 +77,7 @@ def convert(folder, source, target, layout, scanned):
 def same(folder, one, other):
     """Whether two folders of Hugging Face hold the same bytes, tensor by tensor."""
     one, other = (
-        safetensors_files.open_folder(locations.existing(folder / name)) for name in (one, other)
+        hugging_face.open_tensors(locations.existing(folder / name)) for name in (one, other)
     )
     return one.keys() == other.keys() and all(
         leaf.read().tobytes() == other[key].read().tobytes() for key, leaf in one.items()

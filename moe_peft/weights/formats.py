@@ -12,6 +12,7 @@ from moe_peft.weights import (
     saved_run,
     t5_sizes,
     t5x_files,
+    torch_files,
 )
 
 HUGGING_FACE, T5X, PEFT, ADAPTERS = "hf", "t5x", "peft", "ours"
@@ -21,14 +22,16 @@ FORMATS = (HUGGING_FACE, T5X, PEFT, ADAPTERS)
 def detect(path: epath.PathLike) -> str:
     """Returns the format of a file or folder.
 
-    "hf": a folder that transformers wrote. "t5x": a checkpoint, or a run's folder with some.
-    "peft": a folder of PEFT. "ours": a safetensors file or an adapter folder, as `moe-peft export`
-    writes them.
-    Raises UserError if nothing is there, a pickle is, or nothing that is known.
+    "hf": a folder that transformers wrote, or a file of torch. "t5x": a checkpoint, or a run's
+    folder with some. "peft": a folder of PEFT. "ours": a safetensors file or an adapter folder, as
+    `moe-peft export` writes them.
+    Raises UserError if nothing is there, another pickle than torch's, or nothing that is known.
     """
     found = locations.existing(path)
     if found.is_file():
         locations.refuse_pickle(found)
+        if found.suffix in torch_files.SUFFIXES:
+            return HUGGING_FACE
         if found.suffix != ".safetensors" and found.name != t5x_files.INDEX:
             raise errors.UserError(f"{found} is not a known file of weights; expected a folder.")
         return T5X if found.name == t5x_files.INDEX else ADAPTERS
@@ -38,13 +41,12 @@ def detect(path: epath.PathLike) -> str:
         return PEFT
     if t5x_files.is_checkpoint(found) or t5x_files.steps(found):
         return T5X
-    weights = (safetensors_files.SINGLE, safetensors_files.INDEX, hugging_face.CONFIG)
-    if any((found / name).exists() for name in weights):
+    if any((found / name).exists() for name in (hugging_face.CONFIG, *hugging_face.WEIGHTS)):
         return HUGGING_FACE
     locations.refuse_pickle(found)
     raise errors.UserError(
-        f"{found} holds no known weights; expected transformers' model.safetensors and "
-        "config.json, a T5X checkpoint_N, or PEFT's adapter_config.json."
+        f"{found} holds no known weights; expected transformers' config.json with "
+        "model.safetensors or pytorch_model.bin, a T5X checkpoint_N, or PEFT's adapter_config.json."
     )
 
 

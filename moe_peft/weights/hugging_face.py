@@ -1,8 +1,8 @@
-"""Hugging Face T5 in and out: config.json and safetensors, one file or several with an index.
+"""Hugging Face T5 in and out: config.json and weights, one file or several with an index.
 
 T5 1.0 and 1.1, LM-adapted T5, T0, Flan-T5, mT5 and ByT5 share the names and the arithmetic; sizes,
-activation and vocabulary are in config.json. Nothing here imports torch or transformers, and no
-pickle is ever opened.
+activation and vocabulary are in config.json. Files of torch.save are read where there are no
+safetensors. Nothing here imports torch or transformers, and no pickle is ever run.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ from moe_peft.weights import (
     safetensors_files,
     t5_names,
     t5_sizes,
+    torch_files,
 )
 
 CONFIG = "config.json"
@@ -32,6 +33,8 @@ TOKENIZER_FILES = (
     *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "generation_config.json"),
 )
+WEIGHTS = (safetensors_files.SINGLE, safetensors_files.INDEX)  # the first that is there
+WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
 _STRIP = 64  # rows
 
@@ -68,23 +71,38 @@ def read(
 
 
 def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
-    """Reads config.json and headers; UserError if there is no T5, a pickle, or a damaged file."""
-    folder = locations.existing(hub.local(os.fspath(path)))
-    single = folder if folder.is_file() else None
-    folder = folder.parent if single else folder
-    settings = {}
+    """Reads config.json and headers; UserError if there is no T5, another pickle, or damage."""
+    place = locations.existing(hub.local(os.fspath(path)))
+    folder, settings = place.parent if place.is_file() else place, {}
     if (folder / CONFIG).exists():
         settings = safetensors_files.read_json(folder / CONFIG)
         _check_settings(settings, folder / CONFIG)
-    if single is not None:
-        locations.refuse_pickle(single)
-    open_tensors = safetensors_files.open_file if single else safetensors_files.open_folder
-    found, unused, known = _renamed(open_tensors(single or folder), settings)
+    found, unused, known = _renamed(open_tensors(place), settings)
     if settings:
         config = _config(settings, folder / CONFIG)
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
     return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, settings)
+
+
+def open_tensors(place: epath.Path) -> leaves.Leaves:
+    """Returns the tensors of a file or folder by transformers' names; only headers are read."""
+    within = [place / name for name in WEIGHTS if (place / name).exists()]
+    found = within[0] if within else place
+    locations.refuse_pickle(found)
+    if found.is_dir():
+        raise errors.UserError(
+            f"{place} has neither {' nor '.join(WEIGHTS)}; expected a folder that transformers' "
+            "save_pretrained wrote."
+        )
+    is_index = found.suffix == ".json"
+    return safetensors_files.open_parts(found, open_file) if is_index else open_file(found)
+
+
+def open_file(path: epath.Path) -> leaves.Leaves:
+    """Returns the tensors of a file of safetensors or of torch; only headers are read."""
+    files = torch_files if path.suffix in torch_files.SUFFIXES else safetensors_files
+    return files.open_file(path)
 
 
 def write(

@@ -12,7 +12,7 @@ from moe_peft import errors
 from moe_peft.runtime import tensorflow_logs
 
 # Files that run code when they are opened, or that hold weights in yet another format.
-_PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
+_PICKLES = (".pkl", ".pickle", ".ckpt")
 _OTHERS = (".h5", ".msgpack", ".gguf", ".onnx")
 
 

@@ -5,7 +5,7 @@ shape, first and last byte), then the values. https://github.com/huggingface/saf
 Reading plain bytes keeps one tensor in memory, and a file cut short can be told by its key.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import math
@@ -49,7 +49,7 @@ def open_file(path: epath.PathLike) -> leaves.Leaves:
 def read_metadata(path: epath.PathLike) -> dict[str, Any]:
     """Returns the metadata given to `save_tree`, {} where a file has none."""
     header, _, _ = _read_header(epath.Path(path))
-    with _explained(path, "safetensors"):
+    with explained(path, "safetensors"):
         return json.loads(header.get(_METADATA, {}).get(_OURS, "{}"))
 
 
@@ -81,20 +81,12 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {_OURS: json.dumps(dict(metadata), sort_keys=True)}
 
 
-def open_folder(folder: epath.Path) -> leaves.Leaves:
-    """Returns the tensors of `model.safetensors`, or of all files that its index names."""
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return open_file(folder / SINGLE)
-        locations.refuse_pickle(folder)
-        raise errors.UserError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; expected a folder that transformers' "
-            "save_pretrained wrote."
-        )
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise errors.UserError(f"{index} has no 'weight_map' from keys to files.")
+def open_parts(index: epath.Path, open_part: Callable[..., leaves.Leaves]) -> leaves.Leaves:
+    """Returns the tensors of all files that transformers' index names, next to it."""
+    folder, places = index.parent, read_json(index).get("weight_map")
+    is_near = lambda name: isinstance(name, str) and "/" not in name
+    if not isinstance(places, dict) or not all(map(is_near, places.values())):
+        raise errors.UserError(f"{index} has no 'weight_map' from keys to files next to it.")
     found, first_keys = {}, {name: key for key, name in reversed(places.items())}
     for name in dict.fromkeys(places.values()):
         if not (folder / name).exists():
@@ -102,7 +94,7 @@ def open_folder(folder: epath.Path) -> leaves.Leaves:
                 f"{index} says that {first_keys[name]} is in {name}, but there is no such file "
                 "next to it. Copy the missing part."
             )
-        found |= open_file(folder / name)
+        found |= open_part(folder / name)
     lost = sorted(places.keys() - found.keys())
     if lost:
         raise errors.UserError(
@@ -113,7 +105,7 @@ def open_folder(folder: epath.Path) -> leaves.Leaves:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Returns the object in a JSON file."""
-    with _explained(path, "JSON"):
+    with explained(path, "JSON"):
         found = json.loads(path.read_text())
     if not isinstance(found, dict):
         raise errors.UserError(f"{path} holds {type(found).__name__}, expected an object.")
@@ -165,16 +157,17 @@ def write_folder(
 
 
 @contextlib.contextmanager
-def _explained(path: epath.PathLike, kind: str) -> Iterator[None]:
+def explained(path: epath.PathLike, kind: str, *more: type[Exception]) -> Iterator[None]:
+    """Turns a system's or a value's error, or one of `more`, into a UserError with the path."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *more) as error:
         raise errors.UserError(f"{path} cannot be read as {kind}: {error}.") from error
 
 
 def _read_header(path: epath.Path) -> tuple[dict[str, Any], int, int]:
     """Returns the header, the byte where values start, and the size of the file in bytes."""
-    with _explained(path, "safetensors"):
+    with explained(path, "safetensors"):
         size = path.stat().length
         with path.open("rb") as file:
             start = file.read(8)

@@ -12,7 +12,7 @@ from moe_peft import errors, methods
 from moe_peft.convert.peft import adapters
 from moe_peft.convert.peft import config as config_lib
 from moe_peft.convert.peft import tensors as tensors_lib
-from moe_peft.weights import identity, records
+from moe_peft.weights import formats, identity, records
 
 NAMES = ("lora", "qv", "ia3", "mhr8")
 CASES = [(name, "t5_1_1") for name in NAMES]
@@ -111,6 +111,22 @@ def test_rank_stabilised_scale_is_an_alpha(toy, folders, tmp_path):
     assert adapters.gap(saved, folder).relative < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["zip", "serial"])
+@pytest.mark.parametrize("name", ["lora", "ia3", "mhr4"])
+def test_adapters_of_older_peft_are_pickled(toy, folders, writing, name, kind, tmp_path):
+    folder = copy(folders, name, tmp_path)
+    tensors = safetensors.numpy.load_file(folder / tensors_lib.TENSORS)
+    (folder / tensors_lib.TENSORS).unlink()
+    (folder / tensors_lib.PICKLED).write_bytes(writing.of_arrays(tensors, kind))
+    assert formats.detect(folder) == "peft"
+    saved, kept = adapters.read(folder, base(toy)), adapters.read(folders / name, base(toy))
+    assert toy.same(saved.trainable, kept.trainable)
+    assert saved.description == kept.description
+    assert adapters.gap(saved, folder).relative < 1e-6
+    with pytest.raises(errors.UserError, match="name them with --base"):
+        adapters.read(folder)
+
+
 def copy(folders, name, tmp_path):
     return shutil.copytree(folders / name, tmp_path / name)
 
@@ -180,7 +196,9 @@ def test_damaged_files_are_named(toy, folders, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     check_refused(toy, folder, "is cut short: base_model.model.", tensors_lib.TENSORS)
     path.rename(folder / "adapter_model.bin")
-    check_refused(toy, folder, "is a pickle", "adapter_model.bin")
+    check_refused(toy, folder, "cannot be read as torch's", "adapter_model.bin")
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.pkl")
+    check_refused(toy, folder, "is a pickle", "adapter_model.pkl")
     (folder / config_lib.NAME).write_text("{")
     check_refused(toy, folder, "cannot be read as JSON", config_lib.NAME)
 

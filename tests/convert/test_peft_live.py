@@ -182,3 +182,18 @@ def test_imported_adapters_have_pefts_logits(torch, toy, name, tmp_path):
     adapters.write(saved, tmp_path / "b", "toy")
     again = theirs.PeftModel.from_pretrained(fresh(toy, layout), tmp_path / "b").eval()
     np.testing.assert_allclose(their_logits(toy, again, config.peft_type.value), want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "poly_4"])
+def test_what_peft_pickles_is_what_it_saves(torch, toy, name, tmp_path):
+    import peft as theirs
+
+    layout, config = configs()[name]
+    model = theirs.get_peft_model(fresh(toy, layout), config).eval()
+    for folder, is_safe in (("new", True), ("old", False)):
+        model.save_pretrained(tmp_path / folder, safe_serialization=is_safe)
+    assert (tmp_path / "old" / "adapter_model.bin").exists()
+    where = adapters.Base(f"hf:{base(toy, layout)}", toy.network(layout).config, "of the toy")
+    new, old = (adapters.read(tmp_path / folder, where) for folder in ("new", "old"))
+    assert toy.same(new.trainable, old.trainable)
+    assert new.description == old.description

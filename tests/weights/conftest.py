@@ -1,5 +1,8 @@
 """A small T5 with random weights, in both layouts."""
 
+import importlib.util
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -43,3 +46,13 @@ def flat():
         return {path: draw(shape) for path, shape in t5_sizes.shapes_of(cfg).items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def writing():
+    """The module that writes files of torch by hand."""
+    path = pathlib.Path(__file__).with_name("torch_writing.py")
+    spec = importlib.util.spec_from_file_location("torch_writing", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

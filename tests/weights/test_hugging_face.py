@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from moe_peft import errors, patching
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.weights import formats, hugging_face, leaves, safetensors_files, t5_names, t5_sizes
+from moe_peft.weights import formats, hugging_face, leaves, t5_names, t5_sizes
 
 
 def assert_same(flat, params):
@@ -58,7 +58,7 @@ def test_there_and_back(cfg, flat, tmp_path, dtype, shard_bytes):
     )
     assert old.keys() == new.keys()
     assert (folder / "config.json").read_bytes() == (again / "config.json").read_bytes()
-    stored, restored = map(safetensors_files.open_folder, map(epath.Path, (folder, again)))
+    stored, restored = map(hugging_face.open_tensors, map(epath.Path, (folder, again)))
     assert stored.keys() == restored.keys()
     assert len(stored) == len(params)
     for key, leaf in stored.items():
@@ -258,7 +258,7 @@ def test_a_part_that_is_missing(cfg, flat, tmp_path):
         hugging_face.read(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pkl", "pytorch_model-0001.bin"])
+@pytest.mark.parametrize("name", ["model.ckpt", "weights.pkl", "weights.pickle"])
 def test_pickles_are_not_opened(folder, name):
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(errors.UserError, match=f"{name} is a pickle.*save_pretrained"):

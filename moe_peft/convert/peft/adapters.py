@@ -1,8 +1,8 @@
 """Adapters in PEFT's folder format, in and out: LoRA, (IA)3, Poly and MHR.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. What we write also has our own
-record of the run in the tensors' header, which PEFT ignores: read again, it gives the very same
-adapter of the very same run. Nothing here imports torch or peft.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, or `adapter_model.bin`. What
+we write also has our own record of the run in the tensors' header, which PEFT ignores: read again,
+it gives the very same adapter of the very same run. Nothing here imports torch or peft.
 """
 
 from collections.abc import Iterable, Mapping
@@ -96,7 +96,8 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
     folder = pathlib.Path(folder).expanduser()
     config = config_lib.read(folder)
     tensors = tensors_lib.open_folder(folder, config["peft_type"])
-    description = safetensors_files.read_metadata(folder / tensors_lib.TENSORS)
+    path = tensors_lib.file_of(folder)
+    description = {} if path.suffix == ".bin" else safetensors_files.read_metadata(path)
     if "method" in description:
         network = _network(description, base, folder)
     elif base is not None:
@@ -106,9 +107,9 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
         what = "does not say which weights it was trained on"
         raise errors.UserError(f"{folder} {what}; name them with --base hf:FOLDER.")
     step = description.pop("step", 0)
-    method = records.method(description["method"], str(folder / tensors_lib.TENSORS))
+    method = records.method(description["method"], str(path))
     settings = map(methods_lib.method_settings, (config, methods_lib.settings(method)))
-    names = f"in {config_lib.NAME}", f"in {tensors_lib.TENSORS}"
+    names = f"in {config_lib.NAME}", f"in {path.name}"
     if difference := identity.first_difference(*settings, where=names):
         raise errors.UserError(f"{folder}: {difference}; they do not belong together.")
     shapes = adapter_trees.shapes_of(method, network)
@@ -209,7 +210,7 @@ def _check_tensors(
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
         key = tensors_lib.key_of(missing[0], tensors_lib.SUFFIXES[config["peft_type"]][0])
-        raise errors.UserError(f"{folder / tensors_lib.TENSORS} has no {key}.")
+        raise errors.UserError(f"{tensors_lib.file_of(folder)} has no {key}.")
 
 
 def _source(own: leaves.Leaves) -> str:

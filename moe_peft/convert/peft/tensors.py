@@ -9,12 +9,13 @@ import numpy as np
 from moe_peft import errors
 from moe_peft.convert import adapter_trees
 from moe_peft.routing import task_routers
-from moe_peft.weights import leaves, locations, safetensors_files, t5_names
+from moe_peft.weights import hugging_face, leaves, locations, t5_names
 
 Arrays = adapter_trees.Arrays
 Tensors = dict[str, leaves.Leaves]  # layer of the unscanned network -> suffix -> tensor
 
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # as older versions of PEFT wrote them
 _PREFIX = "base_model.model."
 _LOGITS = f"router/{task_routers.LOGITS}"
 SUFFIXES = {
@@ -24,14 +25,19 @@ SUFFIXES = {
 }
 
 
+def file_of(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the file with the tensors of a folder; UserError if there is none."""
+    for name in (TENSORS, PICKLED):
+        if (folder / name).is_file():
+            return folder / name
+    locations.refuse_pickle(folder)
+    raise errors.UserError(f"{folder} has no {TENSORS}.")
+
+
 def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
     """Returns the tensors of a folder; only headers are read."""
-    path = folder / TENSORS
-    if not path.is_file():
-        locations.refuse_pickle(folder)
-        raise errors.UserError(f"{folder} has no {TENSORS}.")
-    suffixes, found = SUFFIXES[kind], {}
-    for key, leaf in safetensors_files.open_file(path).items():
+    path, suffixes, found = file_of(folder), SUFFIXES[kind], {}
+    for key, leaf in hugging_face.open_file(path).items():
         suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
         module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
         kernel = t5_names.path_of(f"{module}.weight") or ""
