@@ -95,14 +95,15 @@ def example(task: lookup.Task, source: rows.Rows, index: int) -> Example:
     templates = source.scalars.get("template_ids")
     targets = text("targets")
     references = source.references[index] if source.references else ()
-    if references and targets not in references:  # the vocabulary cannot spell the answer
+    choices = source.answer_choices[index] if source.answer_choices else ()
+    if references and targets not in (choices or references):  # the vocabulary spells it otherwise
         targets = references[0]
     return Example(
         task=task.name,
         template_id=0 if templates is None else int(templates[index]),
         inputs=text("inputs"),
         targets=targets,
-        answer_choices=source.answer_choices[index] if source.answer_choices else (),
+        answer_choices=choices,
         references=references,
     )
 

@@ -152,6 +152,12 @@ class Files:
             self._stored[split] = files and self._store(split, files)
         return self._stored[split]
 
+    def num_unspelled(self) -> int:
+        """Training answers with a piece that the vocabulary does not know."""
+        targets = self.stored(TRAIN).targets
+        unknown = np.flatnonzero(targets.flat == vocabularies.get(self.vocabulary).unk_id)
+        return len(np.unique(np.searchsorted(targets.ends, unknown, side="right")))
+
     def lengths(self) -> dict[str, int]:
         """Tokens of inputs and targets that the longest rows need, up to `LONGEST`."""
         found = map(rounded, self.longest())
@@ -199,8 +205,12 @@ class Files:
                 inputs = vocabulary.encode_all([each.question.inputs for each in part])
                 targets = vocabulary.encode_all([each.targets for each in part])
                 for each, *ids in zip(part, inputs, targets, strict=True):
-                    ids, asked = (np.asarray(of, np.int32) for of in ids), each.question
-                    yield row_store.Line(*ids, asked.choices, each.references, asked.task)
+                    asked, accepted = each.question, each.references
+                    if (spelled := vocabulary.decode(ids[1])) not in accepted:
+                        # White space and the like; what it cannot spell stays a wrong answer.
+                        accepted += (spelled,) * (vocabulary.unk_id not in ids[1])
+                    ids = (np.asarray(of, np.int32) for of in ids)
+                    yield row_store.Line(*ids, asked.choices, accepted, asked.task)
 
     def examples(self, split: str) -> Iterator["Example"]:
         """The rows of the files of a split that can be read, see `bad_rows`."""

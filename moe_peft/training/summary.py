@@ -38,6 +38,12 @@ def introduce(settings: Any, mesh: jax.sharding.Mesh, num_trainable: int, num_ba
     }
     for name, text in lines.items():
         print(f"{name:10} {text}", file=sys.stderr, flush=True)
+    if num_unspelled := getattr(settings.mixture, "num_unspelled", int)():
+        print(
+            f"WARNING: {num_unspelled:,} of the answers have characters that the vocabulary does "
+            "not know; they cannot be learned to the letter.",
+            file=sys.stderr,
+        )
 
 
 def conclude(settings: Any, metrics: Mapping[str, float], seconds: float) -> None:

@@ -493,3 +493,21 @@ def test_own_files_need_no_tensorflow(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(20, task="a"))
     run = [sys.executable, "-c", PROGRAM, path]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+SPIECE = pathlib.Path(seqio.__file__).parent / "test_data/sentencepiece/sentencepiece.model"
+
+
+def test_an_answer_counts_as_the_vocabulary_spells_it(tmp_path):
+    """White space that it joins is no mistake; characters that it lacks are."""
+    spelled, unknown = "a  nice\tl", "a 日 l"
+    rows = [{"inputs": "one", "targets": spelled}, {"inputs": "two", "targets": unknown}]
+    own = files.Files(str(write(tmp_path / "a.jsonl", rows)), str(SPIECE), eval_fraction=0)
+    (batch,) = pipeline.eval_examples(own, {"inputs": 16, "targets": 16}, "train", 4)
+    one, two = batch.examples
+    vocabulary = vocabularies.get(str(SPIECE))
+    again = vocabulary.decode(vocabulary.encode(spelled))
+    assert again != spelled
+    assert {spelled, again} <= set(one.accepted)
+    assert two.accepted == (unknown,)
+    assert own.num_unspelled() == 1
