@@ -1,7 +1,6 @@
 """A T5 with adapters in Python: what the model that `moe_peft.load` returns can do."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import os
 import pathlib
 import tempfile
@@ -14,7 +13,7 @@ from jaxtyping import PyTree
 from moe_peft import errors, methods, patching
 from moe_peft.api import rows as rows_lib
 from moe_peft.config import gin_files
-from moe_peft.convert import adapter_folder
+from moe_peft.convert import adapter_folder, adapter_trees
 from moe_peft.data import files as files_lib
 from moe_peft.data import vocabularies
 from moe_peft.evaluation import aggregation, infer, inference
@@ -26,9 +25,6 @@ from moe_peft.runtime import progress as progress_lib
 from moe_peft.training import optimizers, restore, schedules, train
 from moe_peft.training import start as start_lib
 from moe_peft.weights import saved_run
-
-_ANY_BATCH = {**dict.fromkeys(("encoder_input_tokens", "decoder_input_tokens"), (1, 2))}
-_ANY_BATCH |= {"decoder_target_tokens": (1, 2), "task_ids": (1,)}
 
 
 class Model:
@@ -52,7 +48,8 @@ class Model:
         self.network, self.method, self.backbone = network, method, backbone
         self.vocabulary = vocabulary
         self._frozen_dtype, self._saved = frozen_dtype, saved
-        self._start = start_lib.Start.of_network(network, method, _ANY_BATCH)
+        shapes = adapter_trees.BATCH_SHAPES
+        self._start = start_lib.Start.of_network(network, method, shapes)
         self._mesh = mesh_lib.make_mesh()
         self._params: PyTree | None = None
         self._answering: dict[Any, inference.AnsweringModel] = {}
@@ -226,8 +223,7 @@ class Model:
                 decoding=decoding_lib.Greedy(),
                 rank_choices=True,
             )
-            model = dataclasses.replace(self._start.model)
-            rows = evaluator.predict(model, self.params, evaluator.mixtures[0])
+            rows = evaluator.predict(self._start.model, self.params, evaluator.mixtures[0])
         results = aggregation.aggregate(rows).to_json()
         overall = results["overall"]
         groups = {name: line["mean"] for name, line in results["groups"].items()}

@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Callable, Mapping
 import os
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 from moe_peft import errors
@@ -33,7 +32,6 @@ _TYPES: Mapping[str, Callable[[str], Any]] = {
     "batch_size": int,
     "seed": int,
     "task": int,
-    "step": int,
     "shots": int,
     "max_inputs": int,
     "max_targets": int,
@@ -51,15 +49,8 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "preflight": (*_NETWORK, "batch_size"),
     "train": (
         *(*_NETWORK, "vocabulary", "data", "eval_data", "out", "steps", "batch_size"),
-        *(
-            "learning_rate",
-            "seed",
-            "dtype",
-            "frozen_dtype",
-            "eval_fraction",
-            "log_to",
-            *_MORE_COLUMNS,
-        ),
+        *("learning_rate", "seed", "dtype", "frozen_dtype", "eval_fraction", "log_to"),
+        *_MORE_COLUMNS,
     ),
     "adapt": (*_NETWORK, "source", "variant", "shots", "out", "steps", "batch_size", "seed"),
     "eval": (*_NETWORK, "vocabulary", "data", "out", "batch_size", "metric", *_MORE_COLUMNS),
@@ -80,7 +71,6 @@ _OTHER_MACROS = {
     "infer": {"batch_size": "EVAL_BATCH_SIZE"},
     "export": {"to": "OUTPUTS"},
     "merge": {"to": "OUTPUTS"},
-    "preflight": {"batch_size": "BATCH_SIZE"},
 }
 _PARAMETERS = {"metric": "Evaluator.metric"}  # flags that set a parameter, not a macro
 _HELP = {
@@ -90,6 +80,7 @@ _HELP = {
     "learning_rate": "the peak; default: by method; auto: a few are tried",
     "metric": "of answers in text, such as exact_match or rouge_l",
     "variant": "what is taken over from --source: keep, new_logits, z, mu or soup",
+    "log_to": "boards that show metrics, such as tensorboard,wandb",
     "out": "folder of the run",
     "to": "file or folder to write",
     "max_inputs": "tokens of a question that is not cut; default: 512",
@@ -231,29 +222,20 @@ def _of_saved(path: pathlib.Path) -> list[str]:
 
 
 def _add_packaged(found: Given, kind: str, name: str) -> None:
-    """A file of models/ or methods/ by its name; what it sets is not set by a file of the user."""
-    from moe_peft.config import gin_files
+    """A file of models/ or methods/ by its name.
 
-    folder = gin_files.packaged_folder() / f"{kind}s"
-    known = sorted(path.stem for path in folder.glob("*.gin"))
+    It comes before the user's files, which may change its settings, but not which one it is.
+    """
+    from moe_peft.config import packaged
+
+    known = {path.stem: path for path in packaged.files(f"{kind}s")}
     errors.check_one_of(f"--{kind}", name, known)
     found.files.append(f"{kind}s/{name}.gin")
     macro = kind.upper()
-    value = _setting(folder / f"{name}.gin", macro)
+    value = packaged.bindings(known[name]).get(macro)
     if value is None:
         raise errors.UserError(f"--{kind} {name}: {kind}s/{name}.gin sets no {macro}.")
     found.bindings.append(f"{macro}={value}")
-
-
-def _setting(path: pathlib.Path, macro: str) -> str | None:
-    """The text of a macro's value in a packaged file or one that it includes."""
-    text = path.read_text(encoding="utf-8")
-    if match := re.search(rf"^{macro} = (\S+)", text, re.MULTILINE):
-        return match[1]
-    for name in re.findall(r"^include '([^']+)'", text, re.MULTILINE):
-        if found := _setting(path.parents[1] / name, macro):
-            return found
-    return None
 
 
 def _absolute(flag: str, value: Any) -> Any:

@@ -280,7 +280,7 @@ class Example(NamedTuple):
 
     question: Question
     targets: str  # the answer that trains
-    references: tuple[str, ...]  # every accepted answer, if several
+    references: tuple[str, ...]  # every accepted answer
     path: pathlib.Path
     place: str
 

@@ -16,7 +16,7 @@ from moe_peft.training import optimizers
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _STEPS = 40  # of each training
-_JUDGED = 10  # last steps, whose mean loss counts; every batch is new to the model
+_JUDGED = 10  # last steps, whose mean loss counts, each before the model learns from its batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,10 @@ def find(
     )
     ends = np.asarray(losses)[:, -_JUDGED:].mean(axis=1)
     if np.isnan(ends).all():
-        ends = np.where(np.asarray(factors) == min(factors), 0.0, ends)
+        raise errors.UserError(
+            f"None of the learning rates from {peak * min(factors):g} to {peak * max(factors):g} "
+            "trains: every loss is NaN. Give a lower one, or DTYPE='float32'."
+        )
     best = float(factors[int(np.nanargmin(ends))])
     return Found(best, tuple(peak * f for f in factors), tuple(map(float, ends)))
 

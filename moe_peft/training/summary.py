@@ -51,13 +51,14 @@ def conclude(settings: Any, metrics: Mapping[str, float], seconds: float) -> Non
     if not processes.is_first():
         return
     folder = _short(settings.model_dir)
+    exported = f"{folder}.safetensors" if settings.method.name == "full" else f"{folder}_adapter"
     loss = f", loss {metrics['loss']:.4f} in the last steps" if "loss" in metrics else ""
     print(
         f"trained {settings.num_steps:,} steps{loss}, in {progress_lib.duration(seconds)}; the "
-        f"adapters are in {folder}\nnext:\n"
+        f"result is in {folder}\nnext:\n"
         f"  moe-peft eval {folder}\n"
         f"  moe-peft infer {folder} --inputs questions.jsonl --outputs answers.jsonl\n"
-        f"  moe-peft export {folder} --to {folder}_adapter",
+        f"  moe-peft export {folder} --to {exported}",
         file=sys.stderr,
     )
 
