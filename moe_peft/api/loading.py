@@ -56,8 +56,7 @@ def load(
 
 
 def _is_backbone(spec: str) -> bool:
-    kinds = {kind.partition(":")[0] for kind in backbone_lib.KINDS}
-    if spec.partition(":")[0] in kinds:
+    if spec.partition(":")[0] in backbone_lib.PREFIXES:
         return True
     folder = pathlib.Path(spec).expanduser()
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()

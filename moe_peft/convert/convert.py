@@ -121,7 +121,7 @@ def _base(spec: str) -> adapters.Base:
 
 def _backbone_spec(base: str) -> str:
     """Returns `--base` as gin's BACKBONE has it: with a prefix."""
-    if base.partition(":")[0] in {kind.partition(":")[0] for kind in backbone.KINDS}:
+    if base.partition(":")[0] in backbone.PREFIXES:
         return base
     place = targets.source(base)
     kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)

@@ -30,6 +30,7 @@ from moe_peft.weights import (
 
 KINDS = ("random:SEED", "embedded:NAME", "run:FOLDER[@STEP]")
 KINDS += ("file:PATH.safetensors", "hf:FOLDER", "t5x:FOLDER")
+PREFIXES = frozenset(kind.partition(":")[0] for kind in KINDS)
 _CONVERTED = (formats.HUGGING_FACE, formats.T5X)
 
 
@@ -97,7 +98,7 @@ _MANY_LAYERS = 6
 def full_spec(spec: str) -> str:
     """The spec with an absolute path, and with its kind, told from the files where it has none."""
     kind, colon, path = spec.partition(":")
-    if not colon or kind not in {known.partition(":")[0] for known in KINDS}:
+    if not colon or kind not in PREFIXES:
         found = formats.detect(spec)
         kind, path = {formats.ADAPTERS: "file"}.get(found, found), spec
     is_elsewhere = "://" in path or (kind == "hf" and hub.is_name(path))
