@@ -16,9 +16,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 _GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
-# Toy programs run for milliseconds and compile for seconds.
+# Toy programs run for milliseconds and compile for seconds; cut in parts, they compile for longer.
 _FLAGS = (
     f"{_GIVEN_FLAGS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later XLA ends at its name
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"

@@ -1,6 +1,7 @@
 """Trained leaves layer by layer, as the unscanned network has them, and back into a tree."""
 
 from collections.abc import Mapping
+import functools
 import re
 from typing import Any
 
@@ -19,6 +20,7 @@ _ADAPTER = f"/{patching.ADAPTER}/"
 BATCH_SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}  # of any batch
 
 
+@functools.lru_cache(maxsize=64)  # tracing takes half a second, and a folder is read again
 def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
     """Returns the shape of every leaf that a run of the method on the network trains."""
     trainable = start_lib.Start.of_network(network, method, BATCH_SHAPES).trainable_shapes()

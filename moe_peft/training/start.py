@@ -41,10 +41,9 @@ class Start:
         """Returns the abstract params of the model without adapters."""
         return jax.eval_shape(self.init_base, jax.random.key(0))
 
-    @functools.cache  # noqa: B019
     def shapes(self) -> PyTree:
         """Returns the abstract params of the model with adapters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return self._variables()["params"]
 
     def trainable_shapes(self) -> PyTree:
         """Returns the abstract trainable tree; UserError: it is empty, or a rule does not fit."""
@@ -58,11 +57,7 @@ class Start:
 
     def logical_axes(self) -> layout_lib.Axes:
         """Returns the names of the axes of every parameter; none of a model that does not tell."""
-        init = getattr(self.model, "init_variables", None)
-        if init is None:
-            return {}
-        shapes = jax.eval_shape(lambda rng: init(rng, self.batch_shapes), jax.random.key(0))
-        return layout_lib.logical_axes(shapes)
+        return layout_lib.logical_axes(self._variables())
 
     def trees(
         self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
@@ -99,6 +94,13 @@ class Start:
 
         wanted = lambda flat: {path: leaf for path, leaf in flat.items() if path not in base}
         return run_once.jit(lambda rng: wanted(patching.flatten(self.init(rng))))
+
+    @functools.cache  # noqa: B019
+    def _variables(self) -> PyTree:
+        if not hasattr(self.model, "init_variables"):
+            return {"params": jax.eval_shape(self.init, jax.random.key(0))}
+        init = lambda rng: self.model.init_variables(rng, self.batch_shapes)
+        return jax.eval_shape(init, jax.random.key(0))
 
     def init(self, rng: Array) -> PyTree:
         """Returns fresh params of the model with adapters."""

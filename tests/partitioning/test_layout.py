@@ -141,10 +141,11 @@ def test_every_mesh_equals_one_device(alone, tmp_path, method, shape, scan_layer
     check_equal(found, alone(method, scan_layers=scan_layers))
 
 
-def test_a_run_goes_on_on_another_mesh(alone, tmp_path):
+@pytest.mark.parametrize("then", [(1, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+def test_a_run_goes_on_on_another_mesh(alone, tmp_path, then):
     """Every axis is split in the first mesh: also what every mesh must give."""
-    train(tmp_path, "mhr", (2, 2, 2), num_steps=4, scan_layers=True)
-    _, result = found = train(tmp_path, "mhr", (1, 8, 1), scan_layers=True)
+    train(tmp_path, "mhr", (2, 2, 2), num_steps=6, scan_layers=True)
+    _, result = found = train(tmp_path, "mhr", then, scan_layers=True)
     check_equal(found, alone("mhr", scan_layers=True))
     assert result.state.step == STEPS
 

@@ -9,7 +9,7 @@ from moe_peft.runtime import host_memory
 
 KEEP = host_memory.keep  # Other tests do without: see conftest.py.
 
-# Calls of a program with 400 MB of temporaries; prints the fewest page faults of a later call, and
+# Calls of a program with 144 MB of temporaries; prints the fewest page faults of a later call, and
 # the most memory ever held, in kB.
 PROGRAM = """
 import resource
@@ -20,10 +20,10 @@ usage = lambda: resource.getrusage(resource.RUSAGE_SELF)
 if {is_kept}:
     host_memory.run_programs_inline()
 program = jax.jit(lambda x: jnp.outer(x, x) @ x)
-vector = jnp.arange(10_000.0)
+vector = jnp.arange(6_000.0)
 memory = host_memory.Kept() if {is_kept} else None
 faults = []
-for _ in range(16):
+for _ in range(8):
     before = usage().ru_minflt
     jax.block_until_ready(program(vector))
     faults.append(usage().ru_minflt - before)
