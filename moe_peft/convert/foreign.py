@@ -58,7 +58,7 @@ def base_of(base: str) -> adapters.Base:
 def backbone_spec(base: str) -> str:
     """Returns `--base` as gin's BACKBONE has it: with a prefix."""
     if base.partition(":")[0] in backbone.PREFIXES:
-        return base
+        return backbone.full_spec(base)
     place = targets.source(base)
     kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)
     return f"{kind}:{place}"

@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import moe_peft
 from moe_peft import methods, patching
 from moe_peft.convert import adapter_trees
 from moe_peft.convert.peft import adapters
 from moe_peft.models import encoder_decoder
-from moe_peft.weights import records
+from moe_peft.weights import hugging_face, records
 
 _path = pathlib.Path(__file__).with_name("peft_by_hand.py")
 _spec = importlib.util.spec_from_file_location(_path.stem, _path)
@@ -221,3 +222,26 @@ def test_logits_with_everything_and_a_trained_head(toy, tmp_path, key):
     assert "more than those" in adapters.methods_lib.why_not(method)
     assert method.name == methods.lora().name
     assert saved.description["gin"] == []
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_load_and_save(toy, tmp_path, monkeypatch, has_head):
+    monkeypatch.chdir(tmp_path)
+    network = toy.network("t5_1_1")
+    hugging_face.write(tmp_path / "t5", network.config, toy.base_params(network))
+    arrays, config = tensors(of("q", "v")), {**OLD, "base_model_name_or_path": "t5"}
+    if has_head:
+        arrays["base_model.model.lm_head.weight"] = np.ones((32, 16), np.float32)
+        config["modules_to_save"] = ["lm_head"]
+    write(tmp_path / "a", config, arrays)
+    model = moe_peft.load("a", vocabulary="bytes")
+    assert model.backbone == f"hf:{tmp_path / 't5'}"
+    _, trained = model.method.split(model.params)
+    read_too = moe_peft.load("peft:a", backbone="t5", vocabulary="bytes")
+    assert toy.same(trained, read_too.method.split(read_too.params)[1])
+    assert ("decoder/logits_dense/kernel" in patching.flatten(trained)) == has_head
+    model.save("b")
+    # PEFT has a place for the adapter alone.
+    assert (tmp_path / "b" / "adapter_model.safetensors").exists() != has_head
+    again = moe_peft.load("b", vocabulary="bytes")
+    assert toy.same(trained, again.method.split(again.params)[1])

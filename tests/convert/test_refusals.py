@@ -320,7 +320,7 @@ LINES = [
     (f"AT/a {WEIGHTS}", command(revision="v2")),
     (
         "AT/a is for the model './gone', which is not found; name it with --base hf:FOLDER (in "
-        "Python: backbone=). There is no gone.",
+        "Python: backbone=). There is no AT/gone.",
         command(base_model_name_or_path="./gone"),
     ),
     (

@@ -20,7 +20,9 @@ ALL_LINEAR = "all-linear"
 _INDICES = (r".*?\.[^.]*\.(\d+)\.", r".*\.[^.]*\.(\d+)\.")
 
 
-def check(config: Mapping[str, Any], held: Collection[str], known: Collection[str], where: str):
+def check(
+    config: Mapping[str, Any], held: Collection[str], known: Collection[str], where: str
+) -> None:
     """Raises UserError unless the config selects those modules that the file holds.
 
     Args:
@@ -31,20 +33,15 @@ def check(config: Mapping[str, Any], held: Collection[str], known: Collection[st
     """
     if not config.get("target_modules"):
         return  # PEFT chooses by the kind of model
-    held, selections = (
-        set(held),
-        [
-            {module for module in known if _is_selected(config, module, is_end, index)}
-            for is_end, index in itertools.product((_ends_at_dot, str.endswith), _INDICES)
-        ],
-    )
-    if held in selections:
+    rules = list(itertools.product((_ends_at_dot, str.endswith), _INDICES))
+    select = lambda rule: {module for module in known if _is_selected(config, module, *rule)}
+    if set(held) in map(select, rules):
         return
-    lost, alone = sorted(held - selections[0]), sorted(selections[0] - held)
-    if lost:
+    today = select(rules[0])
+    if lost := sorted(set(held) - today):
         what = f"does not select {lost[0]}, of which there are tensors; PEFT would not load them"
     else:
-        what = f"selects {alone[0]}, of which there are no tensors"
+        what = f"selects {min(today - set(held))}, of which there are no tensors"
     raise errors.UserError(f"{where}: target_modules {what}.")
 
 
@@ -52,12 +49,10 @@ def _is_selected(config: Mapping[str, Any], module: str, is_end: Callable, index
     targets, excluded = config["target_modules"], config.get("exclude_modules")
     if excluded and _matches(excluded, module, _ends_at_dot):
         return False
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return True
-    if isinstance(targets, str) or module in targets:
-        return _matches(targets, module, is_end)
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or _matches(targets, module, is_end)
     layers = config.get("layers_to_transform")
-    if not _matches(targets, module, is_end) or layers is None or layers == []:
+    if module in targets or not _matches(targets, module, is_end) or layers in (None, []):
         return _matches(targets, module, is_end)
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
