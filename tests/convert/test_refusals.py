@@ -154,11 +154,13 @@ def unsupported(kind):
 
 
 def init(name):
-    return (
-        f"{CONFIG}: init_lora_weights is {name!r}, which changes the frozen weights; convert the "
-        "adapter to a plain LoRA with PEFT first (save_pretrained with "
-        "path_initial_model_for_weight_conversion), or merge it with PEFT."
+    how = (
+        "convert the adapter to a plain LoRA with PEFT first (save_pretrained with "
+        "path_initial_model_for_weight_conversion), or merge it with PEFT"
     )
+    how = "merge it with PEFT, on the base that LoftQ made" if name == "loftq" else how
+    what = f"init_lora_weights is {name!r}, which changes the frozen weights"
+    return f"{CONFIG}: {what}; {how}."
 
 
 def to_save(shown):

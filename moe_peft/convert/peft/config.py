@@ -77,11 +77,14 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         if key not in _READ[kind] and key not in _FREE and value and value != _NEUTRAL.get(key):
             _refuse(path, key, value, kind)
     if (init := config.get("init_lora_weights")) not in _INITS:
-        raise errors.UserError(
-            f"{path}: init_lora_weights is {init!r}, which changes the frozen weights; convert the "
-            "adapter to a plain LoRA with PEFT first (save_pretrained with "
-            "path_initial_model_for_weight_conversion), or merge it with PEFT."
+        how = (
+            "merge it with PEFT, on the base that LoftQ made"
+            if init == "loftq"
+            else "convert the adapter to a plain LoRA with PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it with PEFT"
         )
+        what = f"init_lora_weights is {init!r}, which changes the frozen weights"
+        raise errors.UserError(f"{path}: {what}; {how}.")
     return config
 
 
