@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from moe_peft import errors, methods
 from moe_peft.api import model as model_lib
-from moe_peft.convert import foreign, targets
+from moe_peft.convert import foreign, targets, tfew
 from moe_peft.data import files as files_lib
 from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import records, saved_run
@@ -28,7 +28,7 @@ def load(
     Args:
       source: a backbone, such as "hf:./flan-t5-base" or "embedded:cldr_tiny" (all kinds:
         `weights.backbone.KINDS`); or the folder of a run, an adapter folder or an exported file;
-        or a folder of PEFT, "peft:OWNER/NAME" on the Hub, or "tfew:FILE.pt" of T-Few's (IA)3.
+        or a folder of PEFT, "peft:OWNER/NAME" on the Hub, or a file *.pt of T-Few's (IA)3.
       method: what is adapted and what trains, such as `methods.molora(num_experts=8)`, for a
         backbone; None leaves it as it is. A run tells its own.
       backbone: of a run, where its weights have moved; default: where the run had them. Of other
@@ -72,7 +72,7 @@ def _is_foreign(spec: str) -> bool:
     kind, colon, _ = spec.partition(":")
     folder = pathlib.Path(spec).expanduser()
     is_peft = (folder / "adapter_config.json").is_file() and not saved_run.is_adapter_folder(folder)
-    return is_peft or (bool(colon) and kind in foreign.KINDS)
+    return is_peft or tfew.is_file(folder) or (bool(colon) and kind in foreign.KINDS)
 
 
 def as_seqio_task(data: Any, name: str | None = None, *, vocabulary: str, **columns: Any) -> str:

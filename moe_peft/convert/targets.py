@@ -8,6 +8,7 @@ import pathlib
 from etils import epath
 
 from moe_peft import errors
+from moe_peft.convert import tfew
 from moe_peft.weights import backbone, formats, hub, locations, saved_run
 
 RUN, TFEW = "run", "tfew"
@@ -41,7 +42,7 @@ def source(spec: str) -> Place:
     if prefix == "embedded":
         return Place(formats.ADAPTERS, backbone.embedded_path(spec, name))
     kind, path = _split(spec)
-    if kind == TFEW:  # its files are told from other ones of torch by their keys only
+    if kind == TFEW or (kind is None and tfew.is_file(path)):
         return Place(TFEW, locations.existing(path))
     if kind == formats.PEFT:
         path = hub.local(path)

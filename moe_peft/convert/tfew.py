@@ -10,10 +10,18 @@ from etils import epath
 from moe_peft import errors
 from moe_peft.convert.peft import adapters
 from moe_peft.models import t5
-from moe_peft.weights import hugging_face, saved_run, t5_names
+from moe_peft.weights import saved_run, t5_names, torch_files
 
 _SUFFIX = ".multi_lora_b"
 _AS_IN_PEFT = {"peft_type": "IA3", "feedforward_modules": []}  # the same vectors in the same places
+
+
+def is_file(path: epath.PathLike) -> bool:
+    """Whether a file of torch holds vectors of T-Few; only its description is read."""
+    path = epath.Path(path)
+    if path.suffix not in torch_files.SUFFIXES or not path.is_file():
+        return False
+    return any(key.endswith(_SUFFIX) for key in torch_files.open_file(path))
 
 
 def read(path: epath.PathLike, base: adapters.Base) -> saved_run.Saved:
@@ -22,7 +30,7 @@ def read(path: epath.PathLike, base: adapters.Base) -> saved_run.Saved:
     Raises UserError: the file holds something else than vectors of (IA)3's places in that model.
     """
     path, tensors = epath.Path(path), {}
-    for key, leaf in hugging_face.open_file(path).items():
+    for key, leaf in torch_files.open_file(path).items():
         kernel = t5_names.path_of(key.removesuffix(_SUFFIX) + ".weight") or ""
         if not key.endswith(_SUFFIX) or not kernel.endswith("/kernel"):
             what = f"is not MODULE{_SUFFIX}, a vector of T-Few's (IA)3"

@@ -179,4 +179,4 @@ def test_files_of_t_few(torch, base, tmp_path):
         if "ia3_l" in key
     }
     torch.save(found, tmp_path / "t03b_ia3_finish.pt")
-    check_same(torch, model, f"tfew:{tmp_path / 't03b_ia3_finish.pt'}", base)
+    check_same(torch, model, tmp_path / "t03b_ia3_finish.pt", base)

@@ -6,7 +6,7 @@ import pytest
 
 from moe_peft import methods, patching
 from moe_peft.cli import main
-from moe_peft.convert import tfew
+from moe_peft.convert import targets, tfew
 from moe_peft.convert.peft import adapters
 from moe_peft.models import encoder_decoder
 from moe_peft.weights import identity, safetensors_files, saved_run
@@ -71,7 +71,8 @@ def test_the_command(toy, file, tmp_path, capsys):
     path = safetensors_files.save_tree(
         toy.base_params(toy.network("t5_1_1")), tmp_path / "b.safetensors"
     )
-    place, target = f"tfew:{file()}", tmp_path / "ia3.safetensors"
+    place, target = str(file()), tmp_path / "ia3.safetensors"
+    assert targets.source(place) == targets.source(f"tfew:{place}")
     arguments = ["convert", "--from", place, "--to", str(target)]
     assert main.main(arguments) == main.USER_ERROR
     assert "name them with --base" in capsys.readouterr().err
