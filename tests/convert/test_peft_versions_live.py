@@ -44,7 +44,7 @@ def base(torch, tmp_path_factory):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(0.0, 0.3).add_(1.0 if "layer_norm" in name else 0.0)
-        model.lm_head.weight[259:] = 0  # ids that are no byte are never the answer
+        model.lm_head.weight[131:] = 0  # what is no ASCII is never the answer, nor is an end
         model.lm_head.weight[:3] = 0
     folder = tmp_path_factory.mktemp("live") / "base"
     model.save_pretrained(folder)
@@ -85,7 +85,7 @@ def check_same(torch, model, folder, base):
         made = made[0, 1:].tolist()
         answers.append(vocabulary.decode(made[: made.index(1)] if 1 in made else made))
     assert ours.generate(TEXTS, max_tokens=6) == answers
-    assert any(answers)
+    assert all(answers)
 
 
 def save_torch(torch, model, folder, keep=lambda key: "lora_" in key, rename=lambda key: key):
