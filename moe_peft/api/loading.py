@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from moe_peft import errors, methods
 from moe_peft.api import model as model_lib
+from moe_peft.convert import foreign, targets, tfew
 from moe_peft.data import files as files_lib
 from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import records, saved_run
@@ -26,10 +27,13 @@ def load(
 
     Args:
       source: a backbone, such as "hf:./flan-t5-base" or "embedded:cldr_tiny" (all kinds:
-        `weights.backbone.KINDS`); or the folder of a run, an adapter folder or an exported file.
+        `weights.backbone.KINDS`); or the folder of a run, an adapter folder or an exported file;
+        or a folder of PEFT, "peft:OWNER/NAME" on the Hub, or a file *.pt of T-Few's (IA)3.
       method: what is adapted and what trains, such as `methods.molora(num_experts=8)`, for a
         backbone; None leaves it as it is. A run tells its own.
-      backbone: of a run, where its weights have moved; default: where the run had them.
+      backbone: of a run, where its weights have moved; default: where the run had them. Of other
+        projects' adapters: what they are for (read once for its fingerprint); default: as PEFT's
+        `base_model_name_or_path` says.
       network: the network without adapters; default: as the backbone's files tell.
       vocabulary: path of a SentencePiece model or a folder with a tokenizer, or "bytes"; default:
         the backbone's.
@@ -43,7 +47,8 @@ def load(
         network = network or backbone_lib.network(spec)
         vocabulary = vocabulary or backbone_lib.vocabulary(spec)
         return model_lib.Model(network, method or methods.frozen(), spec, vocabulary, frozen_dtype)
-    saved = saved_run.load(spec)
+    is_foreign = _is_foreign(spec)
+    saved = foreign.read(targets.source(spec), backbone) if is_foreign else saved_run.load(spec)
     if method is not None:
         raise errors.UserError(f"{spec} tells its own method; leave `method` out.")
     description = saved.description
@@ -60,6 +65,14 @@ def _is_backbone(spec: str) -> bool:
         return True
     folder = pathlib.Path(spec).expanduser()
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def _is_foreign(spec: str) -> bool:
+    """Whether another project wrote the adapter."""
+    kind, colon, _ = spec.partition(":")
+    folder = pathlib.Path(spec).expanduser()
+    is_peft = (folder / "adapter_config.json").is_file() and not saved_run.is_adapter_folder(folder)
+    return is_peft or tfew.is_file(folder) or (bool(colon) and kind in foreign.KINDS)
 
 
 def as_seqio_task(data: Any, name: str | None = None, *, vocabulary: str, **columns: Any) -> str:

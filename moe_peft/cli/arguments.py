@@ -113,7 +113,7 @@ def _add_convert(commands) -> None:
         ),
         epilog=(
             "A place is PATH or FORMAT:PATH; formats are hf, t5x, peft and, for a file "
-            "*.safetensors, ours. What is at --from is detected.\nExamples:\n"
+            "*.safetensors, ours; --from reads tfew, too. What is there is detected.\nExamples:\n"
             "  moe-peft convert --from embedded:cldr_tiny --to hf:cldr_tiny\n"
             "  moe-peft convert results/cldr/lora --to peft:lora\n"
             "  moe-peft convert --from results/cldr/mhr --task 3 --to peft:task3\n"

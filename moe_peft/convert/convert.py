@@ -5,13 +5,12 @@ import dataclasses
 import pathlib
 import time
 
-import jax
-
-from moe_peft import errors, patching
+from moe_peft import errors
 from moe_peft.convert import (
     adapter_folder,
     adapter_trees,
     averaging,
+    foreign,
     merge,
     models,
     single_task,
@@ -19,7 +18,6 @@ from moe_peft.convert import (
 )
 from moe_peft.convert.peft import adapters
 from moe_peft.weights import (
-    backbone,
     checkpoint_file,
     formats,
     leaves,
@@ -86,8 +84,8 @@ def _open(
     for name in ("member", "step"):
         if getattr(options, name) is not None:
             raise errors.UserError(f"{place} is not a folder of runs, so it has no --{name}.")
-    if place.kind == formats.PEFT:
-        saved = adapters.read(place.path, _base(options.base) if options.base else None)
+    if place.kind in foreign.KINDS:
+        saved = foreign.read(place, options.base)
         for line in saved.description.get("gin", ()):
             print(line)
         return saved
@@ -103,29 +101,6 @@ def _average(names, contents, options: Options) -> saved_run.Saved:
     if len(set(names)) < len(names):
         raise errors.UserError(f"--average names {', '.join(names)}: one of them twice.")
     return averaging.average(dict(zip(names, contents, strict=True)), options.weights)
-
-
-def _base(spec: str) -> adapters.Base:
-    """Returns the model that `--base` names, with the fingerprint of its weights."""
-    place = targets.source(spec)
-    if place.kind in (targets.RUN, formats.PEFT):
-        what = f"in the format {place.kind!r}, which is not a whole model"
-        raise errors.UserError(f"--base {spec} is {what}.")
-    config = formats.open_backbone(place.path, place.kind).config
-    shapes, abstract = t5_sizes.shapes_of(config), jax.ShapeDtypeStruct
-    tree = {path: abstract(shape, "float32") for path, shape in shapes.items()}
-    spec = _backbone_spec(spec)
-    loaded = backbone.load(spec, patching.trees.unflatten(tree), None)
-    return adapters.Base(spec, config, loaded.fingerprint)
-
-
-def _backbone_spec(base: str) -> str:
-    """Returns `--base` as gin's BACKBONE has it: with a prefix."""
-    if base.partition(":")[0] in backbone.PREFIXES:
-        return base
-    place = targets.source(base)
-    kind = {formats.ADAPTERS: "file"}.get(place.kind, place.kind)
-    return f"{kind}:{place}"
 
 
 def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Place:
@@ -154,7 +129,7 @@ def _convert_adapter(saved, name: str, to: str, options: Options) -> targets.Pla
 
 def _merge(saved, name: str, to: str, options: Options) -> targets.Place:
     place = _target_of_model(to, None, "--merge makes", options)
-    given = _backbone_spec(options.base) if options.base else None
+    given = foreign.backbone_spec(options.base) if options.base else None
     spec = given or saved.description.get("backbone_spec", "")
     method = records.method(saved.description["method"], name)
     network = records.network(saved.description, name)

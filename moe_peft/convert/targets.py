@@ -8,10 +8,11 @@ import pathlib
 from etils import epath
 
 from moe_peft import errors
-from moe_peft.weights import backbone, formats, saved_run
+from moe_peft.convert import tfew
+from moe_peft.weights import backbone, formats, hub, locations, saved_run
 
-RUN = "run"
-_KINDS = (RUN, *formats.FORMATS)
+RUN, TFEW = "run", "tfew"
+_KINDS = (RUN, TFEW, *formats.FORMATS)
 _SUFFIX = ".safetensors"
 
 
@@ -19,7 +20,7 @@ _SUFFIX = ".safetensors"
 class Place:
     """A file or folder and its format."""
 
-    kind: str  # "run" (a run or an adaptation of ours), "ours", "peft", "hf" or "t5x"
+    kind: str  # "run" (a run or an adaptation of ours), "tfew", or one of `formats`
     path: epath.Path | pathlib.Path
 
     def __str__(self) -> str:
@@ -34,12 +35,17 @@ class Place:
 def source(spec: str) -> Place:
     """Returns what is at "PATH", "FORMAT:PATH" or "embedded:NAME"; a UserError if it is unknown.
 
-    The format is detected where it is not given. Of an adapter folder it is the file in it.
+    The format is detected where it is not given. Of an adapter folder it is the file in it. "peft:"
+    takes a name on the Hub, too.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "embedded":
         return Place(formats.ADAPTERS, backbone.embedded_path(spec, name))
     kind, path = _split(spec)
+    if kind == TFEW or (kind is None and tfew.is_file(path)):
+        return Place(TFEW, locations.existing(path))
+    if kind == formats.PEFT:
+        path = hub.local(path)
     is_run = saved_run.steps(path) or saved_run.is_adaptation(pathlib.Path(path))
     detected = RUN if kind == RUN or (kind is None and is_run) else formats.detect(path)
     if kind not in (None, detected):
@@ -60,7 +66,7 @@ def target(spec: str, default: str | None) -> Place:
     if kind is None:
         ways = f"write hf:{spec}, t5x:{spec} or FILE{_SUFFIX}"
         raise errors.UserError(f"--to {spec} does not say in which format; {ways}.")
-    if kind == RUN or (is_file and kind != formats.ADAPTERS):
+    if kind in (RUN, TFEW) or (is_file and kind != formats.ADAPTERS):
         expected = f"our own format is *{_SUFFIX} or ours:FOLDER, any other a folder"
         raise errors.UserError(f"--to {spec}: {expected}.")
     return Place(kind, path)

@@ -1,15 +1,19 @@
-"""Models of the Hugging Face Hub by name, through huggingface_hub (the extra `hub`)."""
+"""Models and adapters of the Hugging Face Hub by name, through huggingface_hub (extra `hub`)."""
 
 import functools
 import os
+import pathlib
 import re
 
 from moe_peft import errors
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/MODEL
-# Weights in safetensors, and what tells their sizes and their vocabulary; never a pickle.
+# Weights in safetensors, and what tells their sizes and their vocabulary;
 _FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "spiece.model")
 _FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES += ("adapter_config.json",)
+# weights of torch, read and never run, only where there are none in safetensors.
+_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 def is_name(path: str) -> bool:
@@ -36,10 +40,13 @@ def folder(name: str) -> str:
             "'moe-peft-jax[hub]'."
         ) from error
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
+        found = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
+        if not list(pathlib.Path(found).glob("*.safetensors")):
+            found = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES + _PICKLED))
+        return found
     except Exception as error:  # of the network, of the Hub, or of its library
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise errors.UserError(
             f"There is no folder {name}, and the Hugging Face Hub does not give it: {reason}. Give "
-            "the path of a folder with config.json, *.safetensors and a tokenizer."
+            "the path of a folder with config.json, weights and a tokenizer."
         ) from error

@@ -38,6 +38,7 @@ class _Part(NamedTuple):
 def open_file(path: epath.PathLike) -> leaves.Leaves:
     """Returns the tensors of a file by key; only the description is read.
 
+    A state dict may lie inside of another dictionary, next to anything that is no tensors by name.
     A UserError says what is wrong if it is damaged, or holds more than a dictionary of tensors.
     """
     path = epath.Path(path)
@@ -46,12 +47,31 @@ def open_file(path: epath.PathLike) -> leaves.Leaves:
         if start != _SERIAL and not start.startswith(_ZIP):
             raise ValueError("it is no zip and has not torch's magic number")
         found, parts = (_open_serial if start == _SERIAL else _open_zip)(file)
-        tensors = found if type(found) is dict else {"it": found}
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, torch_pickles.Tensor) or tensors is not found:
-                kind = type(tensor).__name__.strip("_")
-                raise ValueError(f"{key} is a {kind}; expected tensors by name, as in a state dict")
-    return {key: _leaf(path, key, one, parts[one.storage.key]) for key, one in tensors.items()}
+        within, tensors = _tensors(found)
+    return {key: _leaf(path, within + key, one, parts[one.storage.key]) for key, one in tensors}
+
+
+def _tensors(found: Any) -> tuple[str, list[tuple[str, torch_pickles.Tensor]]]:
+    """Returns where in a file its only dictionary of tensors is, "" or "KEY/", and its items."""
+    if _is_tensors(found):
+        return "", list(found.items())
+    values = found if type(found) is dict else {"it": found}
+    inner = [key for key, value in values.items() if value and _is_tensors(value)]
+    if len(inner) == 1 and isinstance(inner[0], str):
+        return f"{inner[0]}/", list(found[inner[0]].items())
+    expected = "expected tensors by name, as in a state dict"
+    if inner:
+        which = f"{len(inner)} dictionaries of tensors, {', '.join(map(str, inner))}"
+        raise ValueError(f"it has {which}; save the one by itself ({expected})")
+    for key, value in values.items():
+        if type(found) is not dict or not isinstance(value, torch_pickles.Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__.strip('_')}; {expected}")
+    raise ValueError(f"a key is no text; {expected}")
+
+
+def _is_tensors(value: Any) -> bool:
+    is_each = lambda key, one: isinstance(key, str) and isinstance(one, torch_pickles.Tensor)
+    return type(value) is dict and all(is_each(*item) for item in value.items())
 
 
 def _open_zip(file: BinaryIO) -> tuple[Any, dict[str, _Part]]:

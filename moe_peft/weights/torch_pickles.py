@@ -90,7 +90,8 @@ def load(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
             stack[-1].extend(taken)
         elif opcode.startswith("SETITEM") and type(stack[-1]) is dict:
             for key, value in zip(taken[::2], taken[1::2], strict=True):
-                if _text(key) in stack[-1]:
+                # States of optimisers, next to which a state dict may lie, have numbers for keys.
+                if (key if type(key) is int else _text(key)) in stack[-1]:
                     raise ValueError(f"{key} is there twice")
                 stack[-1][key] = value
         elif opcode == "BUILD" and type(stack[-1]) is type(taken[0]) is dict:

@@ -132,3 +132,16 @@ def test_an_index_names_files_next_to_it(cfg, flat, tmp_path, writing):
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(errors.UserError, match="no such file next to it"):
         hugging_face.read(folder)
+
+
+def test_a_state_dict_next_to_other_things(tmp_path, writing):
+    inner = writing.state_dict(a=writing.tensor())[2:-1]
+    number = lambda value: b"K" + bytes([value])
+    optimizer = b"}(" + writing.text("state") + b"}(K\x00}K\x01Ns" + b"uu"
+    pickle = writing.state_dict(state_dict=inner, epoch=number(3), optimizer=optimizer, none=b"N")
+    for data in (writing.zipped(pickle), writing.serial(pickle)):
+        (tmp_path / "last.ckpt.pt").write_bytes(data)
+        found = torch_files.open_file(tmp_path / "last.ckpt.pt")
+        assert found.keys() == {"a"}
+        assert found["a"].source.endswith("last.ckpt.pt: state_dict/a")
+        assert found["a"].read().tobytes() == bytes(range(24))

@@ -79,6 +79,7 @@ def short(value):
 
 
 A = w.text("a")
+INNER = b"}" + A + w.tensor() + b"s"
 # A part of the message, and what stands for the value of the key "a".
 VALUES = [
     ("asks for 'os.system'", b"cos\nsystem\n(" + w.text("true") + b"tR"),
@@ -131,6 +132,9 @@ VALUES = [
     ("the opcode SETITEM", b"]" + A + b"Ns"),
     ("a is there twice", b"N" + A + b"N"),
     ("a is a dict; expected tensors", b"}"),
+    ("a is a dict; expected tensors", b"}K\x00" + w.tensor() + b"s"),
+    ("a is a dict; expected tensors", b"}" + A + INNER + b"s"),
+    ("2 dictionaries of tensors, a, b; save the one", INNER + w.text("b") + INNER),
     ("a is a str; expected tensors", w.text("cos\nsystem\n(S'true'\ntR.")),
     ("a is a Storage; expected tensors", w.storage()),
     ("before it is there", b"h\x07"),
@@ -180,7 +184,8 @@ WHOLE = [
     ("exhausted before seeing STOP", b"\x80\x02}"),
     ("no printable text", b"\x80\x02}(" + w.text("a\nb") + w.tensor() + b"u."),
     ("no printable text of at most", b"\x80\x02}(" + w.text("a" * 501) + w.tensor() + b"u."),
-    ("no printable text", b"\x80\x02}(K\x01" + w.tensor() + b"u."),
+    ("a key is no text; expected tensors", b"\x80\x02}(K\x01" + w.tensor() + b"u."),
+    ("no printable text", b"\x80\x02}(N" + w.tensor() + b"u."),
     ("argument 2 is shorter", b"\x80\x02}(" + A + w.tensor() + A + b"u."),
     ("opcode b'.xff' unknown", b"\x80\x02\xff."),
 ]

@@ -19,6 +19,7 @@ from moe_peft import errors, methods, patching, routing
 from moe_peft.convert import adapter_trees
 from moe_peft.convert.peft import config as config_lib
 from moe_peft.convert.peft import methods as methods_lib
+from moe_peft.convert.peft import places
 from moe_peft.convert.peft import tensors as tensors_lib
 from moe_peft.models import t5
 from moe_peft.weights import (
@@ -95,28 +96,63 @@ def read(folder: pathlib.Path | str, base: Base | None = None) -> saved_run.Save
     """
     folder = pathlib.Path(folder).expanduser()
     config = config_lib.read(folder)
-    tensors = tensors_lib.open_folder(folder, config["peft_type"])
+    tensors, whole = tensors_lib.open_folder(folder, config)
     path = tensors_lib.file_of(folder)
-    description = {} if path.suffix == ".bin" else safetensors_files.read_metadata(path)
-    if "method" in description:
+    description = record(folder)
+    if description:
         network = _network(description, base, folder)
     elif base is not None:
         network = t5.Transformer(base.config)
-        description = _describe(config, tensors, base)
+        description = describe(config, tensors, whole, base)
+        modules = [list(map(tensors_lib.module_of, one)) for one in (tensors, kernels(base))]
+        places.check(config, *modules, f"{folder}/{config_lib.NAME} and {path.name}")
     else:
         what = "does not say which weights it was trained on"
-        raise errors.UserError(f"{folder} {what}; name them with --base hf:FOLDER.")
+        how = "name them with --base hf:FOLDER (in Python: backbone=)"
+        raise errors.UserError(f"{folder} {what}; {how}.")
+    return assembled(config, tensors, whole, description, network, path)
+
+
+def record(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns our record of a run in a folder, empty in one that PEFT itself saved."""
+    path = tensors_lib.file_of(folder)
+    found = {} if path.suffix == ".bin" else safetensors_files.read_metadata(path)
+    return found if "method" in found else {}
+
+
+def base_name(folder: pathlib.Path) -> str | None:
+    """Returns the model that PEFT says an adapter is for, a folder or a name on the Hub."""
+    config = config_lib.read(folder)
+    is_newest = config.get("revision") in (None, "main")
+    return (config.get("base_model_name_or_path") or None) if is_newest else None
+
+
+def assembled(
+    config: Mapping[str, Any],
+    tensors: tensors_lib.Tensors,
+    whole: leaves.Leaves,
+    description: dict[str, Any],
+    network: t5.Transformer,
+    path: pathlib.Path,
+) -> saved_run.Saved:
+    """Returns the tensors of a file as a run with that description would have saved them.
+
+    Raises UserError if they are not those of its method, or not of its settings.
+    """
     step = description.pop("step", 0)
     method = records.method(description["method"], str(path))
-    settings = map(methods_lib.method_settings, (config, methods_lib.settings(method)))
+    settings = (config, methods_lib.settings(method))
+    settings = [methods_lib.method_settings(one, list(tensors)) for one in settings]
     names = f"in {config_lib.NAME}", f"in {path.name}"
     if difference := identity.first_difference(*settings, where=names):
-        raise errors.UserError(f"{folder}: {difference}; they do not belong together.")
+        raise errors.UserError(f"{path.parent}: {difference}; they do not belong together.")
     shapes = adapter_trees.shapes_of(method, network)
-    tensors = tensors_lib.aligned(tensors, adapter_trees.layers_of(shapes))
-    _check_tensors(config, tensors, shapes, network.config, folder)
-    kind, alpha = config["peft_type"], methods_lib.folded_alpha(method)
-    layers = {layer: tensors_lib.from_peft(kind, own, alpha) for layer, own in tensors.items()}
+    adapters = {one: shape for one, shape in shapes.items() if patching.is_adapter(one)}
+    tensors = tensors_lib.aligned(tensors, adapter_trees.layers_of(adapters))
+    _check_tensors(config, tensors, adapters, network.config, path)
+    how = settings[0].get("r", 1), settings[0].get("lora_alpha", methods_lib.folded_alpha(method))
+    layers = {one: tensors_lib.from_peft(config, one, own, *how) for one, own in tensors.items()}
+    layers |= _whole(whole, shapes)
     tree = adapter_trees.assemble(layers, shapes)
     return saved_run.Saved(step, tree, {}, {"description": description})
 
@@ -130,7 +166,7 @@ def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> me
     config = config_lib.read(folder)
     method = records.method(saved.description["method"], str(folder))
     layers = adapter_trees.by_layer(saved)
-    tensors = tensors_lib.open_folder(folder, config["peft_type"])
+    tensors, _ = tensors_lib.open_folder(folder, config)
     tensors = tensors_lib.aligned(tensors, list(layers))
     rng = np.random.default_rng(seed)
     ours, theirs = [], []
@@ -148,21 +184,25 @@ def gap(saved: saved_run.Saved, folder: pathlib.Path | str, seed: int = 0) -> me
         ours.append(np.asarray(found).reshape(-1))
         # A layer that the folder leaves alone is one that (IA)3 does not scale.
         flat = (a.reshape(2, 5, -1).astype(np.float64) for a in (x, y))
-        found = tensors_lib.forward(config, tensors[layer], *flat, ids) if layer in tensors else y
+        flat = (*flat, ids)
+        found = tensors_lib.forward(config, layer, tensors[layer], *flat) if layer in tensors else y
         theirs.append(np.asarray(found).reshape(-1))
     return merging.gap(np.concatenate(theirs), np.concatenate(ours))
 
 
-def _describe(
-    config: Mapping[str, Any], tensors: tensors_lib.Tensors, base: Base
+def describe(
+    config: Mapping[str, Any], tensors: tensors_lib.Tensors, whole: leaves.Leaves, base: Base
 ) -> dict[str, Any]:
     """Returns the description that a run of ours with this adapter would have."""
-    kernels = methods_lib.kernels(base.config)
+    model = f"{base.spec} ({t5_sizes.describe(base.config)})"
     for layer, own in tensors.items():
-        if layer not in kernels:
-            model = f"{base.spec} ({t5_sizes.describe(base.config)})"
+        if layer not in kernels(base):
             raise errors.UserError(f"{_source(own)} is not a layer of {model}.")
-    method, gin_lines = methods_lib.method(config, list(tensors), base.config)
+    for path, leaf in whole.items():
+        if path not in t5_sizes.shapes_of(base.config):
+            what = f"is the embedding in {model}, so it does not train alone"
+            raise errors.UserError(f"{leaf.source} {what}; {config_lib.MERGED}.")
+    method, gin_lines = methods_lib.method(config, list(tensors), list(whole), base.config)
     description = {
         "method": method.describe(),
         "gin": gin_lines,
@@ -171,6 +211,22 @@ def _describe(
         "backbone_spec": base.spec,
     }
     return identity.as_json(description)
+
+
+def kernels(base: Base) -> list[str]:
+    """Returns the linear maps in the blocks of a model, as paths of the unscanned network."""
+    return list(methods_lib.kernels(base.config))
+
+
+def _whole(tensors: leaves.Leaves, shapes: adapter_trees.Shapes) -> adapter_trees.Layers:
+    """Returns kernels that were trained whole, as `adapter_trees.assemble` takes them."""
+    found = {}
+    for path, leaf in tensors.items():
+        if leaf.shape != shapes[path][::-1]:
+            message = f"{leaf.source} has the shape {leaf.shape}; expected {shapes[path][::-1]}."
+            raise errors.UserError(message)
+        found[path] = {"": leaf.read().astype(np.float32).T}
+    return found
 
 
 def _network(
@@ -191,7 +247,7 @@ def _check_tensors(
     tensors: tensors_lib.Tensors,
     expected: adapter_trees.Shapes,
     network: t5.T5Config,
-    folder: pathlib.Path,
+    path: pathlib.Path,
 ) -> None:
     """Refuses layers that are missing or left over, and tensors of another shape."""
     layers, kernels = adapter_trees.layers_of(expected), methods_lib.kernels(network)
@@ -210,7 +266,7 @@ def _check_tensors(
     missing = [layer for layer in layers if layer not in tensors]
     if missing and config["peft_type"] != "IA3":
         key = tensors_lib.key_of(missing[0], tensors_lib.SUFFIXES[config["peft_type"]][0])
-        raise errors.UserError(f"{tensors_lib.file_of(folder)} has no {key}.")
+        raise errors.UserError(f"{path} has no {key}.")
 
 
 def _source(own: leaves.Leaves) -> str:

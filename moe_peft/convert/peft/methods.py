@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from moe_peft import adapters, errors, methods, patching
-from moe_peft.convert.peft import config as config_lib
+from moe_peft.convert.peft import places, tensors
 from moe_peft.models import t5
 from moe_peft.routing import task_routers
-from moe_peft.weights import t5_sizes
+from moe_peft.weights import t5_names, t5_sizes
 
 _KINDS = {adapters.LoRA: "LORA", adapters.IA3: "IA3", adapters.SkilledLoRA: "POLY"}
 # Settings that change numbers: what our methods and PEFT call them.
@@ -59,8 +59,9 @@ def why_not(method: methods.Method) -> str | None:
                 "(one task of it is a LoRA: --task)"
             )
     layer = f"encoder/layer/{patching.ADAPTER}"
-    leaves = f"{layer}/lora_a", f"{layer}/router/logits", "encoder/layer/kernel"
-    if [method.is_trainable(path) for path in leaves] != [True, True, False]:
+    frozen = "encoder/layer/kernel", t5_names.path_of("lm_head.weight")
+    leaves = f"{layer}/lora_a", f"{layer}/router/logits", *frozen
+    if [method.is_trainable(path) for path in leaves] != [True, True, False, False]:
         return "what it trains is not all of its adapters, or more than those"
     return None
 
@@ -88,31 +89,37 @@ def settings(method: methods.Method) -> dict[str, Any]:
     return {"peft_type": own, **found, **_SAME_FOR_ALL[own]}
 
 
-def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that change an adapter's numbers, as one compares them."""
+def method_settings(config: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that change the adapters' numbers in these layers, to be compared."""
     names = {"peft_type", *_NAMES[config["peft_type"]].values()} - {"lora_dropout"}
     found = {name: config[name] for name in names}
-    return found | ({"lora_alpha": config_lib.alpha(config)} if "lora_alpha" in found else {})
+    if config["peft_type"] == "LORA":
+        found["r"], found["lora_alpha"] = places.common(config, map(tensors.module_of, layers))
+    return found
 
 
 def method(
-    config: Mapping[str, Any], layers: Sequence[str], network: t5.T5Config
+    config: Mapping[str, Any], layers: Sequence[str], whole: Sequence[str], network: t5.T5Config
 ) -> tuple[methods.Method, list[str]]:
     """Returns our method with the settings of a PEFT folder, and the gin lines that make it.
 
-    `layers` are those with an adapter, as paths of the unscanned network.
+    `layers` are those with an adapter, as paths of the unscanned network, and `whole` the leaves
+    that train besides; with those, no gin lines make it.
     """
     own = config["peft_type"]
     name, settings = own.lower(), {ours: config[theirs] for ours, theirs in _NAMES[own].items()}
     if own != "IA3":
         settings["placement"] = _placement(layers, network)
     if own == "LORA":
-        settings["alpha"] = config_lib.alpha(config)
+        found = method_settings(config, layers)
+        settings["rank"], settings["alpha"] = found["r"], found["lora_alpha"]
         settings["dropout_rate"] = float(config["lora_dropout"])
     elif own == "POLY":
         settings["relaxed"] = True
-    lines = [f"{name}.{key} = {value!r}" for key, value in settings.items()]
-    return methods.get(name)(**settings), [f"METHOD = @methods.{name}()", *lines]
+    made, lines = methods.get(name)(**settings), [f"METHOD = @methods.{name}()"]
+    if whole:
+        return dataclasses.replace(made, trainable="|".join([made.trainable, *whole])), []
+    return made, [*lines, *(f"{name}.{key} = {value!r}" for key, value in settings.items())]
 
 
 def kernels(network: t5.T5Config) -> dict[str, tuple[int, int]]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 import pathlib
+import re
+from typing import Any
 
 from jaxtyping import Float, Int
 import numpy as np
 
 from moe_peft import errors
 from moe_peft.convert import adapter_trees
+from moe_peft.convert.peft import config as config_lib
+from moe_peft.convert.peft import places
 from moe_peft.routing import task_routers
 from moe_peft.weights import hugging_face, leaves, locations, t5_names
 
@@ -16,7 +20,8 @@ Tensors = dict[str, leaves.Leaves]  # layer of the unscanned network -> suffix -
 
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # as older versions of PEFT wrote them
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # dictionaries that people saved themselves may lack it
+_HEAD = rf"{config_lib.HEAD}(\.modules_to_save(\.[^.]+)?)?\.weight"  # with an adapter's name
 _LOGITS = f"router/{task_routers.LOGITS}"
 SUFFIXES = {
     "LORA": ("lora_A.weight", "lora_B.weight"),
@@ -34,24 +39,48 @@ def file_of(folder: pathlib.Path) -> pathlib.Path:
     raise errors.UserError(f"{folder} has no {TENSORS}.")
 
 
-def open_folder(folder: pathlib.Path, kind: str) -> Tensors:
-    """Returns the tensors of a folder; only headers are read."""
-    path, suffixes, found = file_of(folder), SUFFIXES[kind], {}
+def open_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[Tensors, leaves.Leaves]:
+    """Returns the tensors of a folder, and of whole modules by our paths; only headers are read."""
+    path, suffixes = file_of(folder), SUFFIXES[config["peft_type"]]
+    found, whole, names = {}, {}, set()
     for key, leaf in hugging_face.open_file(path).items():
-        suffix = next((one for one in suffixes if key.endswith(f".{one}")), "")
-        module = key.removeprefix(_PREFIX).removesuffix(f".{suffix}")
-        kernel = t5_names.path_of(f"{module}.weight") or ""
-        if not suffix or not kernel.endswith("/kernel") or "/layers_" not in kernel:
-            raise errors.UserError(
-                f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of a T5."
-            )
-        found.setdefault(kernel.removesuffix("/kernel"), {})[suffix] = leaf
+        own = key.removeprefix(_PREFIX)
+        if config.get("modules_to_save") and re.fullmatch(_HEAD, own):
+            place, suffix = whole, t5_names.path_of(f"{config_lib.HEAD}.weight")
+        else:
+            layer, suffix, name = _place(own, suffixes)
+            if not suffix:
+                raise errors.UserError(
+                    f"{path}: {key} is not {' or '.join(suffixes)} of a linear map in a block of "
+                    f"a T5. Where it was trained, {config_lib.MERGED}."
+                )
+            place, names = found.setdefault(layer, {}), names | {name}
+        if suffix in place or len(names) > 1:
+            several = " and ".join(sorted(map(str, names))) if len(names) > 1 else "two times"
+            raise errors.UserError(f"{path}: {key} is there of several adapters, {several}.")
+        place[suffix] = leaf
     keys = (key_of(layer, s) for layer, own in found.items() for s in suffixes if s not in own)
     for key in keys:  # the first one
         raise errors.UserError(f"{path} has no {key}.")
     if not found:
         raise errors.UserError(f"{path} holds no tensors.")
-    return found
+    if config.get("modules_to_save") and not whole:
+        raise errors.UserError(f"{path} has no {_PREFIX}{config_lib.HEAD}.weight.")
+    return found, whole
+
+
+def _place(key: str, suffixes: Sequence[str]) -> tuple[str, str, str | None]:
+    """Returns a tensor's layer, its suffix, and the adapter's name in a key that has one.
+
+    The suffix is "" if it is none of a linear map in a block.
+    """
+    for suffix in suffixes:
+        head, dot, tail = suffix.partition(".")
+        found = re.fullmatch(rf"(.+)\.{head}(?:\.([^.]+))?{re.escape(dot + tail)}", key)
+        kernel = found and t5_names.path_of(f"{found[1]}.weight") or ""
+        if kernel.endswith("/kernel") and "/layers_" in kernel:
+            return kernel.removesuffix("/kernel"), suffix, found[2]
+    return "", "", None
 
 
 def aligned(tensors: Tensors, expected: Sequence[str]) -> Tensors:
@@ -87,19 +116,30 @@ def to_peft(kind: str, own: Arrays, alpha: float, scales_inputs: bool) -> Arrays
     return dict(zip(SUFFIXES[kind], map(np.ascontiguousarray, parts), strict=True))
 
 
-def from_peft(kind: str, tensors: leaves.Leaves, alpha: float) -> Arrays:
-    """Returns our leaves of one layer, with flat features; the inverse of `to_peft`."""
+def from_peft(
+    config: Mapping[str, Any], layer: str, tensors: leaves.Leaves, rank: int, alpha: float
+) -> Arrays:
+    """Returns our leaves of one layer, with flat features; the inverse of `to_peft`.
+
+    A LoRA of less than `rank` gets zeros, and B takes in what its scale is to alpha / rank. Of a
+    Poly, B takes in 1 / `alpha`.
+    """
+    kind = config["peft_type"]
     parts = [tensors[suffix].read().astype(np.float32) for suffix in SUFFIXES[kind]]
     if kind == "IA3":
         return {"vectors": parts[0]}
     if kind == "LORA":
-        return {"lora_a": parts[0].T, "lora_b": parts[1].T}
+        (own_rank, own_alpha), (a, b) = places.rank_and_alpha(config, module_of(layer)), parts
+        if own_alpha / own_rank != alpha / rank:
+            b = b * np.float32(own_alpha / own_rank / (alpha / rank))
+        more = (0, rank - own_rank), (0, 0)
+        return {"lora_a": np.pad(a, more).T, "lora_b": np.pad(b.T, more)}
     a, b, logits = parts
     return {"lora_a": a, "lora_b": b / np.float32(alpha), _LOGITS: logits}
 
 
 def shapes_of(
-    config: Mapping[str, int], layer: str, kernel: tuple[int, int]
+    config: Mapping[str, Any], layer: str, kernel: tuple[int, int]
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Returns the shapes that each tensor of a layer may have; its kernel is (inputs, outputs)."""
     kind, (inputs, outputs) = config["peft_type"], kernel
@@ -107,11 +147,11 @@ def shapes_of(
         # What wi_1 returns may also be scaled as what wo reads.
         fitting = {"wo": [(1, inputs)], "wi_1": [(outputs, 1), (1, outputs)]}
         return {"ia3_l": tuple(fitting.get(layer.rpartition("/")[2], [(outputs, 1)]))}
-    rank = config["r"]
     if kind == "LORA":
+        rank, _ = places.rank_and_alpha(config, module_of(layer))
         found = (rank, inputs), (outputs, rank)
     else:
-        splits, skills = config["n_splits"], config["n_skills"]
+        splits, skills, rank = config["n_splits"], config["n_skills"], config["r"]
         found = (
             (splits, skills, inputs // splits, rank),
             (splits, skills, rank, outputs // splits),
@@ -121,7 +161,8 @@ def shapes_of(
 
 
 def forward(
-    config: Mapping[str, float],
+    config: Mapping[str, Any],
+    layer: str,
     tensors: leaves.Leaves,
     x: Float[np.ndarray, "b t i"],
     y: Float[np.ndarray, "b t o"],
@@ -136,12 +177,11 @@ def forward(
     parts = [tensors[suffix].read().astype(np.float64) for suffix in SUFFIXES[kind]]
     if kind == "IA3":
         return y * parts[0].reshape(-1)
-    rank = config["r"]
     if kind == "LORA":
-        scale = config["lora_alpha"] / (np.sqrt(rank) if config.get("use_rslora") else rank)
-        return y + scale * (x @ parts[0].T @ parts[1].T)
+        rank, alpha = places.rank_and_alpha(config, module_of(layer))
+        return y + alpha / rank * (x @ parts[0].T @ parts[1].T)
     a, b, logits = parts
-    splits, skills = a.shape[:2]
+    splits, skills, rank = *a.shape[:2], config["r"]
     probs = 1 / (1 + np.exp(-logits[task_ids].reshape(-1, splits, skills)))
     weights = probs / (probs.sum(-1, keepdims=True) + 1e-12)
     a = np.einsum("bps,psjr->bpjr", weights, a).reshape(len(x), -1, rank)
