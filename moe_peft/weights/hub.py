@@ -7,9 +7,12 @@ import re
 from moe_peft import errors
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/MODEL
+TOKENIZER_FILES = (
+    *("spiece.model", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 # Weights in safetensors, and what tells their sizes and their vocabulary; never a pickle.
-_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "spiece.model")
-_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def is_name(path: str) -> bool:

@@ -1,5 +1,6 @@
 """`moe_peft.load` and what its model can do."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -14,6 +15,10 @@ import pytest
 import moe_peft
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import saved_run
+
+# A vocabulary of 1,100 ids; looked up without importing SeqIO.
+SPIECE = pathlib.Path(importlib.util.find_spec("seqio").origin).parent
+SPIECE = SPIECE / "test_data/sentencepiece/sentencepiece.model"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,10 @@ MISTAKES = {
     "missing file": (
         lambda: moe_peft.load("t5", method=moe_peft.methods.ia3()).train("no.jsonl"),
         "no.jsonl is not there",
+    ),
+    "another vocabulary": (
+        lambda: moe_peft.load("t5", vocabulary=str(SPIECE)).generate("a"),
+        "ids up to 1099, the model's vocab_size is 384",
     ),
     "no texts": (lambda: moe_peft.load("t5").generate([]), "at least one text"),
     "a row of three": (
