@@ -1,6 +1,5 @@
 """`moe_peft.load` and what its model can do."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -16,16 +15,15 @@ import moe_peft
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import saved_run
 
-# A vocabulary of 1,100 ids; looked up without importing SeqIO.
-SPIECE = pathlib.Path(importlib.util.find_spec("seqio").origin).parent
-SPIECE = SPIECE / "test_data/sentencepiece/sentencepiece.model"
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     own_data.t5_folder(folder / "t5")
     own_data.write(folder / "train.jsonl", own_data.rows(40))
+    (folder / "longer").mkdir()
+    settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 200}
+    (folder / "longer" / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -135,8 +133,8 @@ MISTAKES = {
         "no.jsonl is not there",
     ),
     "another vocabulary": (
-        lambda: moe_peft.load("t5", vocabulary=str(SPIECE)).generate("a"),
-        "ids up to 1099, the model's vocab_size is 384",
+        lambda: moe_peft.load("t5", vocabulary="longer").generate("a"),
+        "'longer' has token ids up to 458, the model's vocab_size is 384",
     ),
     "no texts": (lambda: moe_peft.load("t5").generate([]), "at least one text"),
     "a row of three": (
