@@ -37,6 +37,7 @@ REQUIREMENTS = [
     "tensorstore>=0.1.70,<0.2",
     "etils[epath]>=1.7,<2",
     "sentencepiece>=0.2,<0.3",
+    "tokenizers>=0.22,<0.24",
 ]
 
 EXTRAS = {

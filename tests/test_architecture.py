@@ -129,7 +129,7 @@ def test_the_tests_above_can_fail(line):
 
 # Of the package and its tasks: 26,500 before own data, the Python API, adapter folders, boards and
 # the reader of pickled weights.
-MOST_LINES = 30_500
+MOST_LINES = 31_800
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_A_FUNCTION = 60
 LONG: dict[str, str] = {}  # a file, or "file: function", and the reason why it is longer

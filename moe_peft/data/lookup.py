@@ -64,11 +64,16 @@ def vocabulary(mixture: Mixture) -> Any:
 
 def check_vocabulary(mixture: Mixture, vocab_size: int) -> None:
     """Refuses a mixture whose ids the model has no embedding for."""
-    needed = vocabulary(mixture).vocab_size
-    if needed > vocab_size:
+    check_ids(vocabulary(mixture), vocab_size, mixture)
+
+
+def check_ids(ids: Any, vocab_size: int, whose: Any) -> None:
+    """Refuses a vocabulary that is longer than the model's embedding; a shorter one is usual."""
+    if ids.vocab_size > vocab_size:
         raise errors.UserError(
-            f"{mixture!r} has token ids up to {needed - 1}, the model's vocab_size is "
-            f"{vocab_size}: the backbone was trained with another vocabulary than the tasks."
+            f"{whose!r} has token ids up to {ids.vocab_size - 1}, the model's vocab_size is "
+            f"{vocab_size}: the backbone was trained with another vocabulary, or tokens were added "
+            "without rows for them."
         )
 
 

@@ -18,34 +18,57 @@ from moe_peft.data import files, row_store, vocabularies
 from moe_peft.data import rows as rows_lib
 
 
-class Configured(seqio.Vocabulary):
+class Wrapped(seqio.Vocabulary):
+    """A vocabulary of `vocabularies` for SeqIO, whose tf.data asks Python for ids and texts."""
+
+    def __init__(self, get: Callable[[], vocabularies.Vocabulary]):
+        self._get = get
+
+    def __eq__(self, other):
+        own, its = self._get(), isinstance(other, Wrapped) and other._get()
+        return own is its or (bool(its) and own.content() == its.content())
+
+    def __hash__(self):
+        return hash(Wrapped)
+
+    extra_ids = property(lambda self: self._get().extra_ids)
+    bos_id = property(lambda self: self._get().bos_id)
+    eos_id = property(lambda self: self._get().eos_id)
+    pad_id = property(lambda self: self._get().pad_id)
+    unk_id = property(lambda self: self._get().unk_id)
+    vocab_size = property(lambda self: self._get().vocab_size)
+    _base_vocab_size = vocab_size  # what lies beyond is unknown, sentinels are not
+
+    _encode = lambda self, text: self._get().encode(text)
+    _decode = lambda self, ids: self._get().decode(ids)
+
+    def _encode_tf(self, text: tf.Tensor) -> tf.Tensor:
+        encode = lambda content: np.array(self._encode(content.decode()), np.int32)
+        ids = tf.numpy_function(encode, [text], tf.int32)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        of_row = lambda row: np.array(self._decode(row.tolist()).encode(), object)
+        text = lambda row: tf.numpy_function(of_row, [row], tf.string)
+        texts = (
+            text(ids)
+            if ids.shape.rank == 1
+            else tf.map_fn(text, ids, fn_output_signature=tf.string)
+        )
+        return tf.ensure_shape(texts, ids.shape[:-1])
+
+
+class Configured(Wrapped):
     """Stands for the vocabulary that gin sets in tasks that are registered before gin is read."""
+
+    def __init__(self):
+        super().__init__(vocabularies.get)
 
     def __eq__(self, other):
         return isinstance(other, Configured)
 
     def __hash__(self):
         return hash(Configured)
-
-    extra_ids = property(lambda self: vocabularies.get().extra_ids)
-    bos_id = property(lambda self: vocabularies.get().bos_id)
-    eos_id = property(lambda self: vocabularies.get().eos_id)
-    unk_id = property(lambda self: vocabularies.get().unk_id)
-    vocab_size = property(lambda self: vocabularies.get().vocab_size)
-    _base_vocab_size = property(lambda self: _of_seqio(vocabularies.get())._base_vocab_size)
-
-    _encode = lambda self, text: vocabularies.get().encode(text)
-    _decode = lambda self, ids: vocabularies.get().decode(ids)
-    _encode_tf = lambda self, text: _of_seqio(vocabularies.get())._encode_tf(text)
-    _decode_tf = lambda self, ids: _of_seqio(vocabularies.get())._decode_tf(ids)
-
-
-@functools.cache
-def _of_seqio(vocabulary: vocabularies.Vocabulary) -> seqio.Vocabulary:
-    """The same vocabulary for tf.data."""
-    if vocabulary.path is None:
-        return seqio.ByteVocabulary(vocabulary.extra_ids)
-    return seqio.SentencePieceVocabulary(str(vocabulary.path), vocabulary.extra_ids)
 
 
 _text = seqio.Feature(Configured(), add_eos=True)
@@ -201,7 +224,8 @@ def add_files(own: files.Files, name: str | None = None) -> str:
     `name` is by default that of the file. Raises ValueError if it is taken.
     """
     name = name or re.sub(r"[^\w.]+", "_", str(own))
-    feature = seqio.Feature(_of_seqio(vocabularies.get(own.vocabulary)), add_eos=True)
+    own_ids = Wrapped(functools.partial(vocabularies.get, own.vocabulary))
+    feature = seqio.Feature(own_ids, add_eos=True)
     features = {"inputs": feature, "targets": feature}
     if own.has_tasks:
         features["task_ids"] = _scalar

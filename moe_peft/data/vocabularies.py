@@ -1,6 +1,7 @@
-"""Vocabularies of texts that a user brings, without TensorFlow: SentencePiece models, and bytes.
+"""Vocabularies of texts, without TensorFlow: SentencePiece models, bytes, and folders' tokenizers.
 
-They give the ids of SeqIO's vocabularies; `registration.Configured` is one of those.
+A file and "bytes" give the ids of SeqIO's vocabularies, a folder those of transformers'. For SeqIO
+they are wrapped in `registration.Wrapped`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from moe_peft import errors
-from moe_peft.data import tokenizers
+from moe_peft.data import tokenizer_files, tokenizers
 from moe_peft.weights import hub
 
 BYTES = "bytes"
@@ -28,7 +29,7 @@ class Bytes:
     def __init__(self, extra_ids: int):
         self.extra_ids = extra_ids
 
-    eos_id, pad_id, unk_id, bos_id, path = _END, 0, _UNKNOWN, None, None
+    eos_id, pad_id, unk_id, bos_id = _END, 0, _UNKNOWN, None
     vocab_size = property(lambda self: _FIRST_BYTE + 256 + self.extra_ids)
 
     def encode(self, text: str) -> list[int]:
@@ -41,8 +42,12 @@ class Bytes:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end mark; what is not a byte, or not UTF-8, is left out."""
-        found = [i - _FIRST_BYTE for i in _until_end(ids, _END)]
+        found = [i - _FIRST_BYTE for i in tokenizers.until_end(ids, _END)]
         return bytes(i for i in found if 0 <= i < 256).decode("utf-8", errors="ignore")
+
+    def content(self) -> bytes:
+        """What the ids depend on."""
+        return BYTES.encode()
 
 
 class SentencePiece:
@@ -52,7 +57,8 @@ class SentencePiece:
         """Reads the model; raises what sentencepiece raises where it is none."""
         self.path, self.extra_ids = path, extra_ids
         model = proto.ModelProto.FromString(path.read_bytes())
-        for number in reversed(range(extra_ids)):
+        has_own = any(tokenizer_files.SENTINEL.fullmatch(each.piece) for each in model.pieces)
+        for number in reversed(range(0 if has_own else extra_ids)):  # mT5's are in the file
             kind = proto.ModelProto.SentencePiece.USER_DEFINED
             model.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=kind)
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -75,15 +81,14 @@ class SentencePiece:
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end mark; ids without a piece are the unknown one."""
         known = [int(i) if i < self.vocab_size else self.unk_id for i in ids]
-        return self._processor.DecodeIds(_until_end(known, self.eos_id))
+        return self._processor.DecodeIds(tokenizers.until_end(known, self.eos_id))
+
+    def content(self) -> bytes:
+        """What the ids depend on."""
+        return self.path.read_bytes()
 
 
-Vocabulary = Bytes | SentencePiece
-
-
-def _until_end(ids: Iterable[int], end: int) -> list[int]:
-    ids = list(ids)
-    return ids[: ids.index(end)] if end in ids else ids
+Vocabulary = Bytes | SentencePiece | tokenizers.Tokenizer | tokenizers.ByT5
 
 
 @gin.configurable(module="vocabularies")
@@ -121,9 +126,7 @@ def _load(name: str) -> Vocabulary:
         return Bytes(extra_ids=13)
     path = _path(name)
     if path.is_dir():
-        if tokenizers.is_bytes(path):
-            return Bytes(extra_ids=125)  # ByT5's 384 ids
-        path = tokenizers.sentencepiece(path)
+        return tokenizers.of_folder(path)
     if not path.is_file():
         raise errors.UserError(
             f"VOCABULARY {name!r} is not a file; expected T5's SentencePiece model, a folder with "
@@ -139,16 +142,9 @@ def _load(name: str) -> Vocabulary:
 
 @functools.cache
 def _digest(name: str) -> str:
-    path = _path(name)
-    if name == BYTES or tokenizers.is_bytes(path):
-        content = BYTES.encode()
-    else:
-        content = (tokenizers.sentencepiece(path) if path.is_dir() else path).read_bytes()
-    return hashlib.sha256(content).hexdigest()[:12]
+    return hashlib.sha256(_load(name).content()).hexdigest()[:12]
 
 
 def fingerprint(name: str | None = None) -> str:
     """Tells vocabularies apart by their content, for caches of token ids; `name` as in `get`."""
-    name = configured() if name is None else name
-    get(name)
-    return _digest(name)
+    return _digest(configured() if name is None else name)

@@ -8,10 +8,13 @@ import re
 from moe_peft import errors
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/MODEL
+TOKENIZER_FILES = (
+    *("spiece.model", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 # Weights in safetensors, and what tells their sizes and their vocabulary;
-_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "spiece.model")
-_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_FILES += ("adapter_config.json",)
+_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
+_FILES += TOKENIZER_FILES
 # weights of torch, read and never run, only where there are none in safetensors.
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 

@@ -29,10 +29,7 @@ from moe_peft.weights import (
 )
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "generation_config.json"),
-)
+COPIED = (*hub.TOKENIZER_FILES, "generation_config.json")
 WEIGHTS = (safetensors_files.SINGLE, safetensors_files.INDEX)  # the first that is there
 WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
@@ -141,7 +138,7 @@ def write(
         described = _settings(config, settings or {}, stored[0] if len(stored) == 1 else "float32")
         (partial / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         if copy_from is not None:
-            for source in (epath.Path(copy_from) / name for name in TOKENIZER_FILES):
+            for source in (epath.Path(copy_from) / name for name in COPIED):
                 if source.exists():
                     (partial / source.name).write_bytes(source.read_bytes())
     return pathlib.Path(folder)

@@ -21,6 +21,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     own_data.t5_folder(folder / "t5")
     own_data.write(folder / "train.jsonl", own_data.rows(40))
+    (folder / "longer").mkdir()
+    settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 200}
+    (folder / "longer" / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -128,6 +131,10 @@ MISTAKES = {
     "missing file": (
         lambda: moe_peft.load("t5", method=moe_peft.methods.ia3()).train("no.jsonl"),
         "no.jsonl is not there",
+    ),
+    "another vocabulary": (
+        lambda: moe_peft.load("t5", vocabulary="longer").generate("a"),
+        "'longer' has token ids up to 458, the model's vocab_size is 384",
     ),
     "no texts": (lambda: moe_peft.load("t5").generate([]), "at least one text"),
     "a row of three": (
