@@ -115,7 +115,7 @@ def _base(spec: str) -> adapters.Base:
     shapes, abstract = t5_sizes.shapes_of(config), jax.ShapeDtypeStruct
     tree = {path: abstract(shape, "float32") for path, shape in shapes.items()}
     spec = _backbone_spec(spec)
-    loaded = backbone.load(spec, patching.trees.unflatten(tree), None)
+    loaded = backbone.load(spec, patching.trees.unflatten(tree), None, network=config)
     return adapters.Base(spec, config, loaded.fingerprint)
 
 
