@@ -37,7 +37,9 @@ class Start:
         self._method = method = start.method
         _check(method, source)
         self._source = start_lib.Source.load(method, source) if source else None
-        loaded = backbone_lib.load(backbone, start.base_shapes(), start.init_base)
+        loaded = backbone_lib.load(
+            backbone, start.base_shapes(), start.init_base, network=start.network()
+        )
         self.fingerprint = loaded.fingerprint
         self.source_step = self._source and self._source.step
         if self._source is not None:

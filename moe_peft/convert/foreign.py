@@ -51,7 +51,7 @@ def base_of(base: str) -> adapters.Base:
     config = dataclasses.replace(formats.open_backbone(path, kind).config, scan_layers=False)
     shapes, abstract = t5_sizes.shapes_of(config), jax.ShapeDtypeStruct
     tree = {path: abstract(shape, "float32") for path, shape in shapes.items()}
-    loaded = backbone.load(spec, patching.trees.unflatten(tree), None)
+    loaded = backbone.load(spec, patching.trees.unflatten(tree), None, network=config)
     return adapters.Base(spec, config, loaded.fingerprint)
 
 

@@ -13,6 +13,7 @@ from moe_peft.weights import (
     checkpoint_file,
     formats,
     hugging_face,
+    identity,
     leaves,
     merging,
     safetensors_files,
@@ -43,7 +44,7 @@ def write(
     elif kind == formats.T5X:
         t5x_files.write(path, model.config, model.leaves, dtype=dtype, layout=t5x_layout)
     else:
-        network = {"class": "Transformer", "config": dataclasses.asdict(model.config)}
+        network = {"class": "Transformer", "config": identity.describe_config(model.config)}
         record = {**(metadata or {}), "model": network}
         safetensors_files.save_tree(model.leaves, path, dtype, record)
 

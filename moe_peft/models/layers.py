@@ -16,11 +16,9 @@ import numpy as np
 Tokens = Int[Array | np.ndarray, "b t"]
 Initializer = Callable[..., Array]
 
-NUM_BUCKETS = 32
-MAX_DISTANCE = 128
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,  # the tanh form, which transformers calls gelu_new
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "linear": lambda x: x,
     "relu": nn.relu,
     "silu": nn.silu,
@@ -151,21 +149,22 @@ class Mlp(nn.Module):
 
 
 def relative_position_buckets(
-    distances: Int[np.ndarray, "n"], bidirectional: bool
+    distances: Int[np.ndarray, "n"], bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "n"]:
     """Returns the bucket of each distance `key position - query position`.
 
     Half of the buckets hold one distance each, the other half grow logarithmically up to
-    `MAX_DISTANCE` and share everything beyond it (T5, section 2.1). A decoder never looks ahead:
+    `max_distance` and share everything beyond it (T5, section 2.1). A decoder never looks ahead:
     there all positive distances share bucket 0.
     """
-    num_buckets = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+    num_buckets = num_buckets // 2 if bidirectional else num_buckets
     offsets = np.where(distances > 0, num_buckets, 0) if bidirectional else 0
     steps = np.abs(distances) if bidirectional else np.maximum(-distances, 0)
     num_exact = num_buckets // 2
     growth = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(num_exact))
     # T5X adds an epsilon to the growth. It moves no distance below three million.
-    fraction = growth / np.log(MAX_DISTANCE / num_exact)
+    # In float32 as transformers: where a bucket begins at a whole distance, rounding decides.
+    fraction = growth / np.float32(np.log(max_distance / num_exact))
     logarithmic = num_exact + (fraction * (num_buckets - num_exact)).astype(np.int32)
     buckets = np.where(steps < num_exact, steps, np.minimum(logarithmic, num_buckets - 1))
     return (buckets + offsets).astype(np.int32)
@@ -175,6 +174,8 @@ class RelativePositionBias(nn.Module):
     """Learned attention bias per head and distance bucket."""
 
     num_heads: int
+    num_buckets: int
+    max_distance: int
     bidirectional: bool
 
     @nn.compact
@@ -183,12 +184,14 @@ class RelativePositionBias(nn.Module):
         rel_embedding = partitioning.param_with_axes(
             "rel_embedding",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (self.num_heads, NUM_BUCKETS),
+            (self.num_heads, self.num_buckets),
             jnp.float32,
             axes=("heads", "relpos_buckets"),
         )
         distances = np.concatenate([np.arange(length), np.arange(-length, 0)])
-        buckets = relative_position_buckets(distances, self.bidirectional)
+        buckets = relative_position_buckets(
+            distances, self.bidirectional, self.num_buckets, self.max_distance
+        )
         return rel_embedding.astype(jnp.float32)[:, buckets]
 
 

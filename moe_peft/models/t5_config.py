@@ -1,4 +1,4 @@
-"""Sizes and options of T5 1.0 and 1.1."""
+"""Sizes and options of T5 1.0, 1.1 and their relatives."""
 
 import dataclasses
 
@@ -9,6 +9,8 @@ from moe_peft.models import layers
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
+# Of a field that old descriptions of runs lack: at its default, new ones leave it out too.
+LATER = {"is_later": True}
 
 
 @gin.register(module="models")
@@ -23,7 +25,7 @@ class T5Config:
     mlp_dim: int  # feed-forward width f
     num_encoder_layers: int  # at least 1
     num_decoder_layers: int  # at least 1
-    # ("relu",) is T5 1.0, ("gelu", "linear") is T5 1.1
+    # ("relu",) is T5 1.0, ("gelu", "linear") is T5 1.1, ("silu", "linear") is UL2
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.1  # in [0, 1); one mask for all tokens of an example
     # reuse the embedding as output layer (T5 1.0), scaled by d ** -0.5
@@ -38,6 +40,13 @@ class T5Config:
     # what the backward pass recomputes: "none"; "minimal" keeps the products with weights; "full"
     # keeps only the inputs of a layer
     remat_policy: str = "none"
+    # what distances between tokens fall into, each with a bias per head; Ankh has 64
+    relpos_buckets: int = dataclasses.field(default=32, metadata=LATER)
+    # from which on distances share a bucket, in tokens
+    relpos_max_distance: int = dataclasses.field(default=128, metadata=LATER)
+    # biases of its own in every layer (UMT5); else a stack shares the first layer's. Scanned layers
+    # hold some each anyway
+    relpos_in_every_layer: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is compiled."""
@@ -53,9 +62,30 @@ class T5Config:
             errors.check_one_of(
                 "T5Config: an entry of mlp_activations", activation, layers.ACTIVATIONS
             )
+        self._check_buckets()
         errors.check_one_of("T5Config.dtype", self.dtype, DTYPES)
         errors.check_one_of("T5Config.remat_policy", self.remat_policy, REMAT_POLICIES)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise errors.UserError(
                 f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1."
             )
+
+    def _check_buckets(self) -> None:
+        """Half of a stack's buckets hold one distance each, in the encoder for either direction."""
+        buckets, distance = self.relpos_buckets, self.relpos_max_distance
+        routing.check_positive("T5Config.relpos_buckets", buckets)
+        routing.check_positive("T5Config.relpos_max_distance", distance)
+        if buckets < 4 or buckets % 2:
+            raise errors.UserError(
+                f"T5Config.relpos_buckets is {buckets}; expected an even number from 4 on."
+            )
+        if distance <= buckets // 2:
+            raise errors.UserError(
+                f"T5Config.relpos_max_distance is {distance}; expected more than half of the "
+                f"{buckets} buckets."
+            )
+
+    @property
+    def shares_relpos(self) -> bool:
+        """Whether the layers of a stack have one table of position biases together."""
+        return not (self.scan_layers or self.relpos_in_every_layer)

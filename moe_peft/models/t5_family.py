@@ -29,12 +29,14 @@ _BLOCKS = {
         _MLP,
     ),
 }
-_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_BIAS = "block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+_RELPOS = "relpos_bias/rel_embedding"
 _HUGGING_FACE = {
     "shared.weight": "token_embedder/embedding",
     "lm_head.weight": "decoder/logits_dense/kernel",
     **{f"{stack}.final_layer_norm.weight": f"{stack}/{stack}_norm/scale" for stack in _BLOCKS},
-    **{f"{stack}.{_BIAS}": f"{stack}/relpos_bias/rel_embedding" for stack in _BLOCKS},
+    **{f"{stack}.{_BIAS.format(0)}": f"{stack}/{_RELPOS}" for stack in _BLOCKS},
+    **{f"{stack}.{_BIAS}": f"{stack}/layers_{{}}/{_RELPOS}" for stack in _BLOCKS},  # of UMT5
     **{
         f"{stack}.block.{{}}.layer.{number}.{theirs}.weight": f"{stack}/layers_{{}}/{ours}"
         for stack, parts in _BLOCKS.items()
@@ -47,14 +49,16 @@ _HUGGING_FACE = {
 def recognise(shapes: family.Shapes) -> t5.T5Config:
     """Returns the config of the T5 that has these leaves, scanned or not.
 
-    The number of heads is the number of rows of the relative position bias. A gated feed-forward
-    block (`wi_0`, `wi_1`) is that of T5 1.1 and has its activation, gelu; a plain one has relu.
+    The number of heads is the number of rows of the relative position bias. Where shapes do not
+    tell, it is what T5 has: a gated feed-forward block (`wi_0`, `wi_1`) has the activation of
+    T5 1.1, gelu, a plain one relu; distances reach to 128; scanned layers began with one bias.
     """
     scanned = any(patching.trees.stack(path) for path in shapes)
     block = "encoder/encoder" if scanned else "encoder/layers_0"
     vocab_size, emb_dim = shapes["token_embedder/embedding"]
-    bias = "encoder/encoder/relpos_bias" if scanned else "encoder/relpos_bias"
-    num_heads = shapes[f"{bias}/rel_embedding"][0]
+    in_layers = scanned or f"{block}/{_RELPOS}" in shapes
+    bias = shapes[f"{block}/{_RELPOS}" if in_layers else f"encoder/{_RELPOS}"]
+    num_heads = bias[0]
     query = shapes[f"{block}/attention/query/kernel"]
     is_gated = f"{block}/mlp/wi_0/kernel" in shapes
     wi = shapes[f"{block}/mlp/wi{'_0' if is_gated else ''}/kernel"]
@@ -77,6 +81,8 @@ def recognise(shapes: family.Shapes) -> t5.T5Config:
         mlp_activations=("gelu", "linear") if is_gated else ("relu",),
         logits_via_embedding="decoder/logits_dense/kernel" not in shapes,
         scan_layers=scanned,
+        relpos_buckets=bias[-1],
+        relpos_in_every_layer=in_layers and not scanned,
     )
 
 
@@ -102,14 +108,23 @@ def operations(config: t5.T5Config, inputs: int, targets: int) -> float:
 
 def describe(config: t5.T5Config) -> str:
     """Returns the sizes for a message."""
+    default = t5.T5Config
+    bias = ""
+    if config.relpos_in_every_layer:
+        bias = ", position biases in every layer"
+    if config.relpos_buckets != default.relpos_buckets:
+        bias += f", {config.relpos_buckets} buckets of distances"
+    if config.relpos_max_distance != default.relpos_max_distance:
+        bias += f", distances to {config.relpos_max_distance}"
     return (
         f"{config.num_encoder_layers} + {config.num_decoder_layers} layers, width "
         f"{config.emb_dim}, {config.num_heads} heads of {config.head_dim}, feed-forward "
         f"{config.mlp_dim} ({', '.join(config.mlp_activations)}), {config.vocab_size} ids, "
-        f"{'tied' if config.logits_via_embedding else 'own'} output layer"
+        f"{'tied' if config.logits_via_embedding else 'own'} output layer{bias}"
     )
 
 
+_RELPOS_SIZES = ("relpos_buckets", "relpos_max_distance", "relpos_in_every_layer")
 _NEEDED = (f.name for f in dataclasses.fields(t5.T5Config) if f.default is dataclasses.MISSING)
 
 FAMILY = family.Family(
@@ -118,7 +133,7 @@ FAMILY = family.Family(
     config=t5.T5Config,
     network=t5.Transformer,
     paths=patching.paths.T5,
-    sizes=(*_NEEDED, "mlp_activations", "logits_via_embedding"),  # the two that shapes tell
+    sizes=(*_NEEDED, "mlp_activations", "logits_via_embedding", *_RELPOS_SIZES),
     recognise=recognise,
     operations=operations,
     describe=describe,

@@ -89,7 +89,13 @@ def _attention_bias(
     config: t5_config.T5Config, length: int, *, bidirectional: bool, decode: bool = False
 ) -> Float[Array, "..."]:
     """Relative position bias of the calling module; while decoding still by distance."""
-    module = layers.RelativePositionBias(config.num_heads, bidirectional, name="relpos_bias")
+    module = layers.RelativePositionBias(
+        config.num_heads,
+        config.relpos_buckets,
+        config.relpos_max_distance,
+        bidirectional,
+        name="relpos_bias",
+    )
     by_distance = module(length)
     return by_distance if decode else layers.expand_distances(by_distance)
 
@@ -155,7 +161,7 @@ class Encoder(_Stack):
         cfg = self.config
         x = self.embed(tokens, deterministic)
         bias = None
-        if not cfg.scan_layers:
+        if cfg.shares_relpos:
             bias = _attention_bias(cfg, tokens.shape[1], bidirectional=True)
         x = _apply_layers(
             self,
@@ -189,7 +195,7 @@ class Decoder(_Stack):
         cfg = self.config
         x = self.embed(tokens, deterministic)
         bias = None
-        if not cfg.scan_layers:
+        if cfg.shares_relpos:
             length = max_decode_length or tokens.shape[1]
             bias = _attention_bias(cfg, length, bidirectional=False, decode=decode)
         x = _apply_layers(

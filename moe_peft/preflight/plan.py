@@ -104,7 +104,8 @@ def plan(settings: Settings) -> Plan:
         from moe_peft.weights import backbone as backbone_lib  # imports what saves checkpoints
 
         own = {path: leaf for path, leaf in params.items() if path not in in_adapters}
-        backbone_lib.check_headers(settings.backbone, patching.trees.unflatten(own))
+        shapes = patching.trees.unflatten(own)
+        backbone_lib.check_headers(settings.backbone, shapes, getattr(model, "config", None))
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
     num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())

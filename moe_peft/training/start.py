@@ -41,6 +41,10 @@ class Start:
         """Returns the abstract params of the model without adapters."""
         return jax.eval_shape(self.init_base, jax.random.key(0))
 
+    def network(self) -> Any:
+        """Returns the config of the network; None: the model does not tell."""
+        return getattr(getattr(self.base_model, "module", None), "config", None)
+
     def shapes(self) -> PyTree:
         """Returns the abstract params of the model with adapters."""
         return self._variables()["params"]
@@ -68,7 +72,9 @@ class Start:
         they are the backbone's (method `full`); `frozen_dtype` is how the others are stored.
         """
         stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
-        loaded = backbone_lib.load(backbone, self.base_shapes(), self.init_base, stored_as)
+        loaded = backbone_lib.load(
+            backbone, self.base_shapes(), self.init_base, stored_as, self.network()
+        )
         base = patching.flatten(loaded.params)
         if source is None:
             adapters = self.fresh_adapters(base)(jax.random.key(seed))

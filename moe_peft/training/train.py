@@ -201,7 +201,7 @@ def fit(
         program = program_lib.Program(begin, optimizer, settings, mesh)
         num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
         run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
-        backbone_lib.check_headers(backbone, begin.base_shapes())
+        backbone_lib.check_headers(backbone, begin.base_shapes(), begin.network())
         introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
         active = _watchers(program, described["data"], folder, mesh, monitors, eval_hook)
         # The weights come last: everything that can be refused without them has been looked at.

@@ -48,6 +48,7 @@ def load(
     abstract_params: PyTree,
     init: Callable[[jax.Array], PyTree],
     stored_as: Callable[[str], str] | None = None,
+    network: family.Config | None = None,
 ) -> Backbone:
     """Returns the backbone that `spec` names, checked against the model.
 
@@ -64,12 +65,13 @@ def load(
       init: rng -> fresh parameters, for random backbones and leaves that `allowed` lets be missing.
       stored_as: path -> "float32" or "bfloat16"; None leaves weights as they are. The fingerprint
         is of the weights before.
+      network: the model's config; None compares what shapes tell.
 
     Raises UserError if the spec cannot be read, or a leaf is missing, unused or of another shape.
     """
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
-        return _streamed(spec, abstract_params, init, stored_as)
+        return _streamed(spec, abstract_params, init, stored_as, network)
     if kind == "embedded":
         params = safetensors_files.read_tree(embedded_path(spec, rest))
     elif kind == "file":
@@ -78,9 +80,10 @@ def load(
         params = _from_run(spec, rest)
     else:
         params = jax.jit(init)(jax.random.key(_seed(spec, rest)))
-    scanned = scan_layout.is_scanned(patching.flatten(abstract_params))
-    if scan_layout.is_scanned(patching.flatten(params)) != scanned:
-        params = leaves.load(scan_layout.convert(leaves.flatten(params), scanned))
+    flat = patching.flatten(abstract_params)
+    layout = scan_layout.is_scanned(flat), scan_layout.has_biases_in_layers(flat)
+    if scan_layout.is_scanned(patching.flatten(params)) != layout[0]:
+        params = leaves.load(scan_layout.convert(leaves.flatten(params), *layout))
     _check_shapes(params, abstract_params, spec)
     fingerprint = digest.of_tree(params)
     if stored_as is not None:
@@ -145,11 +148,11 @@ def allowed(
     return missing, unused
 
 
-def check_headers(spec: str, abstract_params: PyTree) -> None:
+def check_headers(spec: str, abstract_params: PyTree, network: family.Config | None = None) -> None:
     """Raises UserError if a backbone is not there, or its headers do not fit; reads no weights."""
     kind, _, rest = str(spec).partition(":")
     if kind in _CONVERTED:
-        _open(spec, abstract_params).report().check(*allowed())
+        _open(spec, abstract_params, network).report().check(*allowed())
     elif kind == "embedded":
         embedded_path(spec, rest)
     elif kind == "file":
@@ -168,15 +171,23 @@ def _seed(spec: str, text: str) -> int:
     return int(text)
 
 
-def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
+def _open(
+    spec: str, abstract_params: PyTree, network: family.Config | None
+) -> checkpoint_file.CheckpointFile:
     """Opens a checkpoint in the model's layout of layers, if it is of the model's size."""
     kind, _, folder = str(spec).partition(":")
     found = formats.open_backbone(folder, kind)
     shapes = {path: leaf.shape for path, leaf in patching.flatten(abstract_params).items()}
-    model = t5_sizes.recognise(shapes, "The model config")
-    own = found.config
-    if differing := t5_sizes.differences(model, own):
-        sizes = (f"{n} {getattr(own, n)} (model config: {getattr(model, n)})" for n in differing)
+    model = network or t5_sizes.recognise(shapes, "The model config")
+    own, asked = found.config, model
+    if network is None:
+        own = _as_recognised(own, model.scan_layers)
+    elif found.is_recognised:  # The model's config says what shapes leave open.
+        asked = _as_recognised(model, own.scan_layers)
+        config = dataclasses.replace(model, scan_layers=own.scan_layers)
+        found = dataclasses.replace(found, config=config)
+    if differing := t5_sizes.differences(asked, own):
+        sizes = (f"{n} {getattr(own, n)} (model config: {getattr(asked, n)})" for n in differing)
         fitting = t5_sizes.name_of(own)
         raise errors.UserError(
             f"Backbone {spec!r} has another size than the model: {', '.join(sizes)}. "
@@ -185,13 +196,20 @@ def _open(spec: str, abstract_params: PyTree) -> checkpoint_file.CheckpointFile:
     return found.scanned(model.scan_layers)
 
 
+def _as_recognised(config: family.Config, scan_layers: bool) -> family.Config:
+    """What shapes tell of a network."""
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    return t5_sizes.recognise(t5_sizes.shapes_of(config), "The model config")
+
+
 def _streamed(
     spec: str,
     abstract_params: PyTree,
     init: Callable[[jax.Array], PyTree],
     stored_as: Callable[[str], str] | None,
+    network: family.Config | None,
 ) -> Backbone:
-    found = _open(spec, abstract_params)
+    found = _open(spec, abstract_params, network)
     report = found.report()
     report.check(*allowed())
     for line in report.lines()[1:]:

@@ -61,6 +61,8 @@ class CheckpointFile:
     known: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # What else the checkpoint says of itself, such as config.json.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # The config is told from shapes, which leave options open such as the kind of a gate.
+    is_recognised: bool = False
 
     def report(self, dtype: str | None = None) -> Report:
         """Returns what loading as `dtype` does with every leaf; UserError for another shape."""
@@ -84,7 +86,8 @@ class CheckpointFile:
     def scanned(self, scan_layers: bool) -> "CheckpointFile":
         """Returns the checkpoint in that layout of leaves; nothing is read."""
         config = dataclasses.replace(self.config, scan_layers=scan_layers)
-        found = scan_layout.convert(self.leaves, scan_layers)
+        in_layers = config.relpos_in_every_layer
+        found = scan_layout.convert(self.leaves, scan_layers, in_layers)
         return dataclasses.replace(self, config=config, leaves=found)
 
     def read(

@@ -60,8 +60,9 @@ def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_f
         raise errors.UserError(f"{path} is in the format {kind!r}, which holds no whole model.")
     found = safetensors_files.open_file(path)
     description = safetensors_files.read_metadata(path)
-    if description.get("model"):
+    is_told = bool(description.get("model"))
+    if is_told:
         config = records.network(description, str(path)).config
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
-    return checkpoint_file.CheckpointFile(str(path), config, found)
+    return checkpoint_file.CheckpointFile(str(path), config, found, is_recognised=not is_told)

@@ -1,11 +1,12 @@
 """Hugging Face T5 in and out: config.json and weights, one file or several with an index.
 
-T5 1.0 and 1.1, LM-adapted T5, T0, Flan-T5, mT5 and ByT5 share the names and the arithmetic; sizes,
-activation and vocabulary are in config.json. Files of torch.save are read where there are no
-safetensors. Nothing here imports torch or transformers, and no pickle is ever run.
+T5 1.0 and 1.1, LM-adapted T5, T0, Flan-T5, mT5, ByT5, UL2 and Ankh share the names and the
+arithmetic, and UMT5 has position biases in every layer; config.json has sizes and options. Files of
+torch.save are read where there are no safetensors. Nothing here imports torch or transformers, and
+no pickle is ever run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import json
 import os
 import pathlib
@@ -19,10 +20,12 @@ from moe_peft import errors
 from moe_peft.models import t5
 from moe_peft.weights import (
     checkpoint_file,
+    feed_forward,
     hub,
     leaves,
     locations,
     safetensors_files,
+    scan_layout,
     t5_names,
     t5_sizes,
     torch_files,
@@ -35,9 +38,7 @@ WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
 _STRIP = 64  # rows
 
-_MODEL_TYPES = ("t5", "mt5")
-# The two that shapes tell apart; released models have no others.
-_ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
+_MODEL_TYPES = ("t5", "mt5", "umt5")
 # Sizes: what config.json calls them, and what our config does.
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -48,10 +49,12 @@ _SIZES = {
     "num_layers": "num_encoder_layers",
     "num_decoder_layers": "num_decoder_layers",
 }
+_OPTIONS = {
+    "relative_attention_num_buckets": "relpos_buckets",
+    "relative_attention_max_distance": "relpos_max_distance",
+}
 # What our network does not leave open.
 _FIXED = {
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
 _TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
@@ -79,7 +82,8 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
         config = _config(settings, folder / CONFIG)
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
-    return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, settings)
+    told = {"settings": settings, "is_recognised": not settings}
+    return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, **told)
 
 
 def open_tensors(place: epath.Path) -> leaves.Leaves:
@@ -132,10 +136,12 @@ def write(
         for path, leaf in given.scanned(False).leaves.items()
     }
     stored = sorted({leaf.dtype.name for leaf in tensors.values()})
+    old = settings or {}
+    was = old.get("torch_dtype", old.get("dtype", "float32"))  # a folder may store two
+    described = _settings(config, old, was if was in stored else stored[0])
     with locations.created(folder) as partial:
         partial.mkdir()
         safetensors_files.write_folder(partial, tensors, shard_bytes)
-        described = _settings(config, settings or {}, stored[0] if len(stored) == 1 else "float32")
         (partial / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         if copy_from is not None:
             for source in (epath.Path(copy_from) / name for name in COPIED):
@@ -164,6 +170,13 @@ def _renamed(
         elif not is_scaled and head is None:
             tensors[_HEAD] = tensors[_EMBEDDING]
     paths = {key: t5_names.path_of(key) for key in tensors if key not in known}
+    if _has_biases_in_layers(settings, paths.values()):
+        # transformers' names do not say whose the first layer's are, which a T5 shares.
+        first = {
+            f"{stack}/{scan_layout.BIAS}": f"{stack}/layers_0/{scan_layout.BIAS}"
+            for stack in ("encoder", "decoder")
+        }
+        paths = {key: first.get(path, path) for key, path in paths.items()}
     found = {path: _transposed(path, tensors[key]) for key, path in paths.items() if path}
     return found, tuple(key for key, path in paths.items() if not path), known
 
@@ -171,12 +184,21 @@ def _renamed(
 def _is_scaled(settings: Mapping[str, Any]) -> bool:
     """Whether what enters the output layer is scaled by d ** -0.5, as in T5 1.0.
 
-    transformers 4 scales exactly where the layer is tied to the embedding; version 5 ties always
-    and says separately whether it scales. An mT5 never scales.
+    transformers 4 scales exactly where the layer is tied to the embedding, an mT5's where its
+    settings tie it. Version 5 ties always, says separately whether a T5 or UMT5 scales, and takes
+    what version 4 wrote as that did; an mT5 never scales.
     """
+    is_tied = settings.get("tie_word_embeddings", settings["model_type"] != "mt5")
     if settings["model_type"] == "mt5":
-        return False
-    return settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
+        return is_tied and str(settings.get("transformers_version")).startswith("4.")
+    return settings.get("scale_decoder_outputs", is_tied)
+
+
+def _has_biases_in_layers(settings: Mapping[str, Any], paths: Collection[str | None] = ()) -> bool:
+    """Whether the network is a UMT5, by config.json or, where there is none, by names."""
+    if settings:
+        return settings["model_type"] == "umt5"
+    return scan_layout.has_biases_in_layers([path for path in paths if path])
 
 
 def _equal(one: leaves.Leaf, other: leaves.Leaf) -> bool:
@@ -214,9 +236,6 @@ def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
 
 
 def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
-    is_mt5 = settings["model_type"] == "mt5"
-    projection = settings.get("feed_forward_proj", "gated-gelu" if is_mt5 else "relu")
-    errors.check_one_of(f"{path}: feed_forward_proj", projection, _ACTIVATIONS)
     given = dict(settings)
     if given.get("num_decoder_layers") is None:  # as many as the encoder has
         given["num_decoder_layers"] = given.get("num_layers")
@@ -225,30 +244,34 @@ def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
         raise errors.UserError(f"{path} has no {missing[0]!r}.")
     return t5.T5Config(
         **{ours: given[theirs] for theirs, ours in _SIZES.items()},
-        mlp_activations=_ACTIVATIONS[projection],
+        **{ours: given[theirs] for theirs, ours in _OPTIONS.items() if theirs in given},
+        mlp_activations=feed_forward.activations(settings, path),
         logits_via_embedding=_is_scaled(settings),
+        relpos_in_every_layer=_has_biases_in_layers(settings),
     )
 
 
 def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Returns config.json of a network; what is not a size is kept from an old one."""
-    projections = {activations: name for name, activations in _ACTIVATIONS.items()}
-    if config.mlp_activations not in projections:
-        block = f"feed-forward block of {config.mlp_activations}"
-        raise errors.UserError(f"transformers' T5 has no {block}.")
-    is_tied = config.logits_via_embedding
-    kind = "t5" if is_tied else old.get("model_type", "t5")  # an mT5 does not scale
+    is_tied, kind = config.logits_via_embedding, old.get("model_type", "t5")
+    if config.relpos_in_every_layer:
+        kind = "umt5"
+    elif is_tied or kind == "umt5":
+        kind = "t5"  # an mT5 does not scale
+    classes = [f"{kind.upper()}ForConditionalGeneration"]
+    if kind == old.get("model_type"):
+        classes = old.get("architectures", classes)
     scaled = {"scale_decoder_outputs": is_tied} if "scale_decoder_outputs" in old else {}
     return {
-        "architectures": ["T5ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "dropout_rate": config.dropout_rate,
         **_TOKENS,
         **_FIXED,
         **old,
+        "architectures": classes,
         "model_type": kind,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        "feed_forward_proj": projections[config.mlp_activations],
+        **{theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONS).items()},
+        **feed_forward.said(config.mlp_activations, old),
         # transformers 5 says so where it scales, and stores the layer where it is the embedding's.
         "tie_word_embeddings": is_tied,
         **scaled,

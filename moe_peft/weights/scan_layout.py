@@ -1,6 +1,7 @@
 """The two layouts of a network's leaves, and the way from one to the other, leaf by leaf.
 
-Unscanned: `encoder/layers_3/attention/query/kernel` [d, h * k], one position bias per stack.
+Unscanned: `encoder/layers_3/attention/query/kernel` [d, h * k], one position bias per stack or, in
+UMT5, one per layer.
 Scanned: `encoder/encoder/attention/query/kernel` [d, layers, h, k], a bias in every layer.
 """
 
@@ -14,7 +15,7 @@ from moe_peft.patching import trees
 from moe_peft.weights import leaves
 
 _LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.*)")
-_BIAS = "relpos_bias/rel_embedding"
+BIAS = "relpos_bias/rel_embedding"
 
 
 def is_scanned(paths: Mapping[str, object]) -> bool:
@@ -22,8 +23,20 @@ def is_scanned(paths: Mapping[str, object]) -> bool:
     return any(trees.stack(path) for path in paths)
 
 
-def convert(found: Mapping[str, leaves.Leaf], scanned: bool) -> leaves.Leaves:
+def has_biases_in_layers(paths: Mapping[str, object]) -> bool:
+    """Whether the leaves are those of an unscanned network with position biases in every layer."""
+    return any(path.endswith(f"/{BIAS}") and _LAYER.fullmatch(path) for path in paths)
+
+
+def convert(
+    found: Mapping[str, leaves.Leaf], scanned: bool, biases_in_layers: bool = False
+) -> leaves.Leaves:
     """Returns the leaves in the layout asked for; nothing is read.
+
+    Args:
+      found: leaves by path, in either layout.
+      scanned: the layout asked for.
+      biases_in_layers: an unscanned network has position biases in every layer, not one per stack.
 
     Raises:
       UserError: a scanned network has learned other position biases in other layers, which an
@@ -31,7 +44,7 @@ def convert(found: Mapping[str, leaves.Leaf], scanned: bool) -> leaves.Leaves:
     """
     if is_scanned(found) == scanned:
         return dict(found)
-    return _scanned(found) if scanned else _unscanned(found)
+    return _scanned(found) if scanned else _unscanned(found, biases_in_layers)
 
 
 def _scanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
@@ -41,7 +54,7 @@ def _scanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
         if layer:
             stack, index, rest = layer.groups()
             stacks.setdefault(f"{stack}/{stack}/{rest}", {})[int(index)] = leaf
-        elif not path.endswith(_BIAS):
+        elif not path.endswith(BIAS):
             result[path] = leaf
     heads = {stack: _bias(found, stack).shape[0] for stack in ("encoder", "decoder")}
     for path, layers in stacks.items():
@@ -49,17 +62,20 @@ def _scanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
         split = [_split_heads(path, layers[i], heads[stack]) for i in sorted(layers)]
         result[path] = _stacked(split)
     for stack in heads:
+        if f"{stack}/{BIAS}" not in found:  # it came with the layers
+            continue
         num_layers = 1 + max(int(m[2]) for m in map(_LAYER.fullmatch, found) if m and m[1] == stack)
-        result[f"{stack}/{stack}/{_BIAS}"] = _stacked([_bias(found, stack)] * num_layers)
+        result[f"{stack}/{stack}/{BIAS}"] = _stacked([_bias(found, stack)] * num_layers)
     return result
 
 
 def _bias(found: Mapping[str, leaves.Leaf], stack: str) -> leaves.Leaf:
     """Its first axis also says how many heads the stack has."""
-    path = f"{stack}/{_BIAS}"
-    if path not in found:
+    path = f"{stack}/{BIAS}"
+    bias = found.get(path, found.get(f"{stack}/layers_0/{BIAS}"))
+    if bias is None:
         raise errors.UserError(f"Layers cannot be stacked: there is no {path}.")
-    return found[path]
+    return bias
 
 
 def unscanned_paths(path: str, shape: Sequence[int]) -> list[str]:
@@ -71,15 +87,15 @@ def unscanned_paths(path: str, shape: Sequence[int]) -> list[str]:
     return [f"{coder}/layers_{index}/{rest}" for index in range(shape[trees.LAYER_AXIS])]
 
 
-def _unscanned(found: Mapping[str, leaves.Leaf]) -> leaves.Leaves:
+def _unscanned(found: Mapping[str, leaves.Leaf], biases_in_layers: bool) -> leaves.Leaves:
     result, stacks = {}, _LastRead()
     for path, leaf in found.items():
         if trees.stack(path) is None:
             result[path] = leaf
             continue
         shape = _without_layers(leaf.shape)
-        if path.endswith(f"/{_BIAS}"):
-            one = f"{path.split('/')[0]}/{_BIAS}"
+        if path.endswith(f"/{BIAS}") and not biases_in_layers:
+            one = f"{path.split('/')[0]}/{BIAS}"
             result[one] = leaves.mapped(leaf, shape, lambda x, leaf=leaf: _the_same(x, leaf))
             continue
         shape = _merged_shape(path, shape)
@@ -149,6 +165,7 @@ def _the_same(biases: np.ndarray, leaf: leaves.Leaf) -> np.ndarray:
     if not np.array_equal(biases, np.broadcast_to(first[:, None], biases.shape)):
         raise errors.UserError(
             f"{leaf.source} differs from layer to layer: an unscanned network has one position "
-            "bias per stack. Use it with T5Config.scan_layers = True."
+            "bias per stack. Use it with T5Config.scan_layers = True, or with "
+            "T5Config.relpos_in_every_layer = True."
         )
     return first

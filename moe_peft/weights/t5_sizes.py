@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -58,6 +59,9 @@ def differences(ours: family.Config, theirs: family.Config) -> list[str]:
 def _sizes(name: str) -> dict[str, Mapping[str, Any]]:
     """Returns the sizes in the files of gin/models/ that are of a family."""
     own, found = family.FAMILIES[name], {}
+    fields = {field.name: field.default for field in dataclasses.fields(own.config)}
+    defaults = {size: fields[size] for size in own.sizes}
+    needed = {size for size, default in defaults.items() if default is dataclasses.MISSING}
     prefix = f"{own.config.__name__}."
     for path in packaged.files("models"):
         values = {
@@ -65,6 +69,7 @@ def _sizes(name: str) -> dict[str, Mapping[str, Any]]:
             for name, value in packaged.bindings(path).items()
             if name.startswith(prefix)
         }
-        if set(own.sizes) <= values.keys():
-            found[path.stem] = {field: ast.literal_eval(values[field]) for field in own.sizes}
+        if needed <= values.keys():
+            given = {size: ast.literal_eval(values[size]) for size in own.sizes if size in values}
+            found[path.stem] = {**defaults, **given}
     return found

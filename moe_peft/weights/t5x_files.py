@@ -54,7 +54,7 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     folder, tensors = _open(path)
     shapes = {name: leaf.shape for name, leaf in tensors.items()}
     config = t5_sizes.recognise(shapes, str(folder))
-    return checkpoint_file.CheckpointFile(str(path), config, tensors)
+    return checkpoint_file.CheckpointFile(str(path), config, tensors, is_recognised=True)
 
 
 def dtypes(path: epath.PathLike) -> dict[str, np.dtype]:
@@ -94,7 +94,8 @@ def write(
 ) -> pathlib.Path:
     """Writes `folder/checkpoint_STEP`, which T5X restores, and returns its path.
 
-    Raises UserError if it exists or cannot be written, or if a leaf does not fit the config.
+    Raises UserError if it exists or cannot be written, if a leaf does not fit the config, or if
+    T5X's networks have no such option.
 
     Args:
       folder: of the run; the checkpoint must not exist in it.
@@ -105,6 +106,7 @@ def write(
       layout: "legacy" or "orbax".
     """
     errors.check_one_of("The layout of a T5X checkpoint", layout, LAYOUTS)
+    _check_options(config)
     given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
     given.report().check()
     found = {path: leaves.cast_when_read(leaf, dtype) for path, leaf in given.leaves.items()}
@@ -114,6 +116,21 @@ def write(
         write_state = _write_legacy if layout == "legacy" else _write_orbax
         write_state(partial, found, step)
     return target
+
+
+def _check_options(config: t5.T5Config) -> None:
+    """Raises UserError for what neither `examples/t5` nor `examples/scalable_t5` can be told."""
+    for name in ("relpos_buckets", "relpos_max_distance"):
+        own, theirs = getattr(config, name), getattr(t5.T5Config, name)
+        if own != theirs:
+            raise errors.UserError(f"{name} is {own}; T5X's networks always have {theirs}.")
+    if "gelu_exact" in config.mlp_activations:
+        raise errors.UserError("T5X's networks have the tanh form of gelu, not gelu_exact.")
+    if config.relpos_in_every_layer and not config.scan_layers:
+        raise errors.UserError(
+            "T5X's unscanned network has one position bias per stack, this model one in every "
+            "layer; its scanned network has them too. Set scan_layers (--scan_layers)."
+        )
 
 
 def _checkpoint(path: epath.Path) -> epath.Path:

@@ -8,36 +8,41 @@ import pytest
 from moe_peft.models import attention, layers
 
 
-def bucket_by_definition(distance, bidirectional):
+def bucket_by_definition(distance, bidirectional, num_buckets, max_distance):
     """The bucket of one distance, with exact arithmetic instead of float32 logarithms."""
-    num_buckets, offset = 32, 0
+    offset = 0
     if bidirectional:
-        num_buckets = 16
-        offset = 16 if distance > 0 else 0
+        num_buckets //= 2
+        offset = num_buckets if distance > 0 else 0
         steps = abs(distance)
     else:
         steps = max(-distance, 0)
     num_exact = num_buckets // 2
     if steps < num_exact:
         return offset + steps
-    # Logarithmic bucket i begins at num_exact * (128 / num_exact) ** (i / num_exact), so steps are
-    # in bucket i when (steps / num_exact) ** num_exact >= (128 / num_exact) ** i, in integers:
+    # Logarithmic bucket i begins at num_exact * (max_distance / num_exact) ** (i / num_exact), so
+    # steps are in it when (steps / num_exact) ** num_exact >= (max_distance / num_exact) ** i, in
+    # integers:
     bucket = 0
     while bucket + 1 < num_exact and (
-        steps**num_exact * num_exact ** (bucket + 1) >= 128 ** (bucket + 1) * num_exact**num_exact
+        steps**num_exact * num_exact ** (bucket + 1)
+        >= max_distance ** (bucket + 1) * num_exact**num_exact
     ):
         bucket += 1
     return offset + num_exact + bucket
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_buckets(bidirectional):
-    distances = np.arange(-1500, 1500)
-    buckets = layers.relative_position_buckets(distances, bidirectional)
-    expected = [bucket_by_definition(int(d), bidirectional) for d in distances]
+# T5's, Ankh's, and some where buckets begin at whole distances: 80 in the decoder of (128, 100).
+@pytest.mark.parametrize("sizes", [(32, 128), (64, 128), (64, 256), (128, 100), (8, 20)])
+def test_buckets(bidirectional, sizes):
+    distances = np.arange(-600, 600)
+    buckets = layers.relative_position_buckets(distances, bidirectional, *sizes)
+    expected = [bucket_by_definition(int(d), bidirectional, *sizes) for d in distances]
     np.testing.assert_array_equal(buckets, expected)
-    # A decoder's future shares bucket 0; distance 0 to the right of nothing leaves 16 unused.
-    assert len(set(buckets.tolist())) == (31 if bidirectional else 32)
+    # A decoder's future shares bucket 0; distance 0 to the right of nothing leaves one unused.
+    if sizes[1] == 128:
+        assert len(set(buckets.tolist())) == sizes[0] - bidirectional
 
 
 def test_expanded_distances_are_a_lookup():

@@ -198,6 +198,20 @@ def test_the_same_tree_eagerly_and_under_remat(name):
         )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_relatives_of_t5_are_adapted_alike(name):
+    """Another gate, more buckets and biases in layers change no adapter, and stay frozen."""
+    options = {"mlp_activations": ("silu", "linear"), "relpos_buckets": 64}
+    model = network(relpos_in_every_layer=True, **options)
+    method, *_, plain = adapted(name, "unscanned")
+    variables = abstract(method.patch(model), routing=CONTEXT)
+    frozen, trainable = map(shapes_of, method.split(variables["params"]))
+    assert trainable == shapes_of(plain)
+    biases = {path: shape for path, shape in frozen.items() if "relpos_bias" in path}
+    paths = [f"{stack}/layers_0/relpos_bias/rel_embedding" for stack in ("encoder", "decoder")]
+    assert biases == dict.fromkeys(paths, (3, 64))
+
+
 # Of "mov" the routers and losses are those of "molora", and both layouts are tested above.
 @pytest.mark.parametrize("name", [pytest.param("mov", marks=pytest.mark.slow), "molora"])
 def test_scanned_equals_unscanned(name):

@@ -13,6 +13,7 @@ from moe_peft.adapters import IA3
 from moe_peft.cli import main
 from moe_peft.models import t5
 from moe_peft.preflight import plan
+from moe_peft.training import start
 from moe_peft.weights import hugging_face
 from moe_peft.weights import t5_sizes as sizes
 
@@ -92,6 +93,33 @@ def test_scanned_and_unscanned_count_the_same():
     )
     assert unscanned.adapters == scanned.adapters
     assert any("layers" in leaf.axes for leaf in scanned.leaves)
+
+
+def test_relatives_of_t5_are_counted(tmp_path):
+    """A bias of 2 heads and 64 buckets in each of 4 layers, instead of 32 in each of 2 stacks."""
+    relative = tiny(relpos_in_every_layer=True, relpos_buckets=64)
+    found, plain = (plan.plan(model=model, method=methods.mov()) for model in (relative, tiny()))
+    assert found.base - plain.base == 4 * 2 * 64 - 2 * 2 * 32
+    assert found.adapters == plain.adapters == found.trainable
+    flat = {p: np.zeros(s, np.float32) for p, s in sizes.shapes_of(relative.config).items()}
+    folder = hugging_face.write(tmp_path / "umt5", relative.config, flat)
+    again = plan.plan(model=relative, method=methods.mov(), backbone=f"hf:{folder}")
+    assert again.base == sum(values.size for values in flat.values())
+    with pytest.raises(errors.UserError, match="relpos_in_every_layer True .model config: False"):
+        plan.plan(model=tiny(relpos_buckets=64), method=methods.mov(), backbone=f"hf:{folder}")
+
+
+def test_a_backbone_with_another_gate_is_refused(tmp_path):
+    """Shapes are the same; config.json and the model's config are not."""
+    gelu, silu = tiny(), tiny(mlp_activations=("silu", "linear"))
+    flat = {p: np.zeros(s, np.float32) for p, s in sizes.shapes_of(gelu.config).items()}
+    spec = f"hf:{hugging_face.write(tmp_path / 'm', gelu.config, flat)}"
+    with pytest.raises(errors.UserError, match=r"mlp_activations \('gelu', 'linear'\)"):
+        plan.plan(model=silu, method=methods.mov(), backbone=spec)
+    lengths = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    begin = start.Start.of_network(silu, methods.mov(), dict.fromkeys(lengths, (1, 2)))
+    with pytest.raises(errors.UserError, match=r"mlp_activations \('gelu', 'linear'\)"):
+        begin.trees(spec, 0, "float32")
 
 
 def test_ungated_feed_forward_is_adapted_too():

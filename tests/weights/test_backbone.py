@@ -237,6 +237,38 @@ def test_another_size_is_told_before_anything_is_read(spec, change, words, check
         check(spec, shapes, *arguments)
 
 
+SILU = dataclasses.replace(CONFIG, mlp_activations=("silu", "linear"), relpos_max_distance=64)
+
+
+def test_what_shapes_do_not_tell_is_compared_where_files_tell_it(tmp_path):
+    hugging_face.write(tmp_path / "m", SILU, _flat())
+    spec = f"hf:{tmp_path / 'm'}"
+    backbone.check_headers(spec, _shapes(CONFIG), SILU)
+    differing = r"mlp_activations \('silu', 'linear'\) .*relpos_max_distance 64 \(model config: 128"
+    with pytest.raises(errors.UserError, match=differing):
+        backbone.check_headers(spec, _shapes(CONFIG), CONFIG)
+    (tmp_path / "m" / "config.json").unlink()
+    backbone.check_headers(spec, _shapes(CONFIG), SILU)
+    assert backbone.load(spec, _shapes(CONFIG), None, network=SILU).fingerprint
+
+
+def test_biases_in_every_layer_come_in_the_layout_of_the_model(tmp_path):
+    """Also from where shapes alone tell the network: scanned, all look alike."""
+    umt5 = dataclasses.replace(CONFIG, relpos_in_every_layer=True)
+    scanned = dataclasses.replace(umt5, scan_layers=True)
+    stacked = patching.trees.unflatten(_flat(scanned))
+    t5x_files.write(tmp_path / "t5x", scanned, stacked)
+    safetensors_files.save_tree(stacked, tmp_path / "b.safetensors")
+    for spec in (f"t5x:{tmp_path / 't5x'}", f"file:{tmp_path / 'b.safetensors'}"):
+        biases = _flat(scanned)["encoder/encoder/relpos_bias/rel_embedding"]
+        loaded = backbone.load(spec, _shapes(umt5), None, network=umt5)
+        for number in range(2):
+            bias = loaded.params["encoder"][f"layers_{number}"]["relpos_bias"]["rel_embedding"]
+            np.testing.assert_array_equal(bias, biases[:, number])
+        with pytest.raises(errors.UserError, match="relpos_in_every_layer = True"):
+            backbone.load(spec, _shapes(CONFIG), None, network=CONFIG)
+
+
 def test_a_size_with_a_name_says_which_file_fits(tmp_path):
     config = t5_sizes.config_named("tiny")
     hugging_face.write(tmp_path / "m", config, _flat(config))

@@ -13,7 +13,14 @@ import safetensors.numpy
 
 from moe_peft import errors, patching
 from moe_peft.partitioning import mesh as mesh_lib
-from moe_peft.weights import formats, hugging_face, leaves, t5_names, t5_sizes
+from moe_peft.weights import (
+    checkpoint_file,
+    formats,
+    hugging_face,
+    leaves,
+    t5_names,
+    t5_sizes,
+)
 
 
 def assert_same(flat, params):
@@ -155,6 +162,8 @@ def test_a_bias_that_no_t5_uses_is_left_out(folder, cfg, flat):
         {"tie_word_embeddings": True, "scale_decoder_outputs": False},
         {"tie_word_embeddings": False},
         {"tie_word_embeddings": True, "model_type": "mt5"},
+        {"tie_word_embeddings": True, "model_type": "mt5", "transformers_version": "5.0.0"},
+        {"tie_word_embeddings": False, "model_type": "mt5", "transformers_version": "4.57.1"},
     ],
 )
 def test_a_tied_layer_that_is_not_scaled_becomes_one_of_its_own(folder, edit, settings):
@@ -176,6 +185,87 @@ def test_a_tied_layer_is_left_out_where_it_is_a_copy(folder, cfg, flat):
     )
     with pytest.raises(errors.UserError, match="no place for.*lm_head.weight"):
         hugging_face.read(folder)
+
+
+@pytest.mark.parametrize("cfg", ["1.0"], indirect=True)
+def test_version_4_scales_an_mt5_that_is_tied(folder, edit, cfg, tmp_path):
+    edit(model_type="mt5", transformers_version="4.57.1")
+    opened = hugging_face.open_folder(folder)
+    assert opened.config == cfg
+    again = hugging_face.write(tmp_path / "b", cfg, opened.leaves, settings=opened.settings)
+    # No mT5 of version 5 scales.
+    settings = json.loads((again / "config.json").read_text())
+    assert settings["model_type"] == "t5"
+    assert settings["architectures"] == ["T5ForConditionalGeneration"]
+
+
+UMT5 = {"relpos_in_every_layer": True}
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_biases_in_every_layer(cfg, flat, depth, tmp_path):
+    cfg = dataclasses.replace(cfg, num_decoder_layers=depth, num_encoder_layers=1, **UMT5)
+    params = flat(cfg)
+    folder = hugging_face.write(tmp_path / "a", cfg, params)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["model_type"] == "umt5"
+    assert settings["architectures"] == ["UMT5ForConditionalGeneration"]
+    config, read = hugging_face.read(folder)
+    assert config == cfg
+    assert_same(params, read)
+    assert "decoder/layers_0/relpos_bias/rel_embedding" in params
+    again = hugging_face.write(tmp_path / "b", *hugging_face.read(folder, scan_layers=True))
+    assert_same(params, hugging_face.read(again)[1])
+    (folder / "config.json").unlink()
+    if depth > 1:  # Else names do not tell, nor does it matter.
+        assert hugging_face.read(folder)[0] == cfg
+    else:
+        assert not hugging_face.read(folder)[0].relpos_in_every_layer
+
+
+def test_a_folder_of_another_kind_lends_its_settings_and_no_more(cfg, flat, tmp_path):
+    """A T5 trained on with the settings of a UMT5, and the other way round."""
+    for own, old in (({}, "umt5"), (UMT5, "t5")):
+        settings = {"model_type": old, "architectures": ["Other"], "tokenizer_class": "Kept"}
+        config = dataclasses.replace(cfg, **own)
+        folder = hugging_face.write(tmp_path / old, config, flat(config), settings=settings)
+        written = json.loads((folder / "config.json").read_text())
+        assert written["model_type"] != old
+        assert written["architectures"] != ["Other"]
+        assert written["tokenizer_class"] == "Kept"
+        assert hugging_face.read(folder)[0] == config
+
+
+@pytest.mark.parametrize("said", ["float16", "float32"])
+def test_float16_is_read_and_kept(cfg, flat, said, tmp_path):
+    params = flat(cfg, np.float16)
+    # transformers keeps a product of the feed-forward block in float32.
+    params |= {path: leaf.astype(np.float32) for path, leaf in params.items() if "/wo/" in path}
+    settings = {"model_type": "t5", "torch_dtype": said}
+    folder = hugging_face.write(tmp_path / "a", cfg, params, settings=settings)
+    assert_same(params, hugging_face.read(folder)[1])
+    opened = hugging_face.open_folder(folder)
+    again = hugging_face.write(tmp_path / "b", cfg, opened.leaves, settings=opened.settings)
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    assert json.loads((again / "config.json").read_text())["torch_dtype"] == said
+    read = hugging_face.read(folder, "float32")[1]
+    assert_same({path: leaf.astype(np.float32) for path, leaf in params.items()}, read)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_depths_from_1_to_48(scan_layers, cfg):
+    options = {"num_encoder_layers": 48, "num_decoder_layers": 1, "head_dim": 5}
+    cfg = dataclasses.replace(cfg, **options, scan_layers=scan_layers, **UMT5)
+    zeros = {path: np.zeros(s, np.float32) for path, s in t5_sizes.shapes_of(cfg).items()}
+    given = checkpoint_file.CheckpointFile("here", cfg, leaves.flatten(zeros))
+    unscanned = given.scanned(False)
+    assert unscanned.config.num_encoder_layers == 48
+    assert unscanned.report().missing == unscanned.report().unused == ()
+    assert "encoder/layers_47/relpos_bias/rel_embedding" in unscanned.leaves
+    names = {t5_names.name_of(path) for path in unscanned.leaves}
+    assert len(names) == len(unscanned.leaves)
+    assert "encoder.block.47.layer.0.SelfAttention.relative_attention_bias.weight" in names
 
 
 def test_what_is_not_a_size_is_kept(cfg, flat, folder, edit, tmp_path):
@@ -210,11 +300,15 @@ def test_without_config_the_sizes_are_told_from_shapes(cfg, folder):
             "config.json: model_type is 'llama', which has no encoder and decoder; expected t5",
         ),
         ({"model_type": "bart", "is_encoder_decoder": True}, "model_type is 'bart'; expected t5"),
-        ({"relative_attention_num_buckets": 16}, "relative_attention_num_buckets is 16.* has 32"),
         (
-            {"feed_forward_proj": "gated-silu"},
-            "feed_forward_proj is 'gated-silu'; expected one of relu",
+            {"relative_attention_num_buckets": 16},
+            r"relpos_bias.*the shape \(3, 32\).*says \(3, 16\)",
         ),
+        (
+            {"feed_forward_proj": "gated-mish"},
+            "feed_forward_proj is 'gated-mish'; expected one of relu",
+        ),
+        ({"model_type": "umt5"}, "lacks .* leaves.*layers_1/relpos_bias"),
         ({"d_kv": 5}, r"model.safetensors: .*attention.*the shape \(12, 12\).*says \(12, 15\)"),
         ({"num_layers": 1}, "has no place|has .* leaves that"),
         ({"num_layers": 3}, "lacks .* leaves, the first ones: encoder/layers_2/"),

@@ -11,7 +11,14 @@ import pytest
 import tensorstore as ts
 
 from moe_peft import errors, patching
-from moe_peft.weights import formats, hugging_face, leaves, t5x_files, zarr_files
+from moe_peft.weights import (
+    checkpoint_file,
+    formats,
+    hugging_face,
+    leaves,
+    t5x_files,
+    zarr_files,
+)
 
 LAYOUTS = ("legacy", "orbax")
 QUICK = ts.Context({"file_io_sync": False})
@@ -108,6 +115,34 @@ def test_biases_that_differ_between_layers_stay_scanned(cfg, flat, folder):
     t5x_files.read(folder, scan_layers=True)
     with pytest.raises(errors.UserError, match="rel_embedding differs from layer to layer"):
         t5x_files.read(folder)
+
+
+def test_biases_in_every_layer_are_those_of_scanned_layers(cfg, flat, tmp_path):
+    umt5 = dataclasses.replace(cfg, relpos_in_every_layer=True)
+    params = flat(umt5)
+    given = checkpoint_file.CheckpointFile("here", umt5, leaves.flatten(params)).scanned(True)
+    path = t5x_files.write(tmp_path / "run", given.config, given.leaves)
+    # T5X has no config in its checkpoints; the model's says that the unscanned has them too.
+    opened = t5x_files.open_folder(path)
+    assert opened.is_recognised
+    told = dataclasses.replace(opened, config=given.config)
+    assert_same(params, told.read()[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"relpos_buckets": 64}, "relpos_buckets is 64; T5X's networks always have 32"),
+        ({"relpos_max_distance": 64}, "relpos_max_distance is 64; T5X's .* always have 128"),
+        ({"mlp_activations": ("gelu_exact", "linear")}, "the tanh form of gelu, not gelu_exact"),
+        ({"relpos_in_every_layer": True}, "one position bias per stack.*Set scan_layers"),
+    ],
+)
+def test_what_t5x_cannot_be_told(cfg, flat, tmp_path, options, words):
+    config = dataclasses.replace(cfg, **options)
+    with pytest.raises(errors.UserError, match=words):
+        t5x_files.write(tmp_path / "run", config, flat(config))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
