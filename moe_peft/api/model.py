@@ -15,7 +15,7 @@ from moe_peft.api import rows as rows_lib
 from moe_peft.config import gin_files
 from moe_peft.convert import adapter_folder, adapter_trees
 from moe_peft.data import files as files_lib
-from moe_peft.data import vocabularies
+from moe_peft.data import lookup, vocabularies
 from moe_peft.evaluation import aggregation, infer, inference
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.models import decoding as decoding_lib
@@ -274,6 +274,7 @@ class Model:
 
     def _answer(self, asked, max_tokens, decoding, batch_size, seed) -> list[Any]:
         vocabulary = vocabularies.get(self.vocabulary)
+        lookup.check_special_ids(vocabulary, self._start.model.ids, self.vocabulary)
         longest = 1 + max(len(vocabulary.encode(question.inputs)) for question in asked)
         lengths = self._lengths(longest, max_tokens)
         key = (batch_size, *lengths.values())

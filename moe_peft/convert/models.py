@@ -13,6 +13,7 @@ from moe_peft.weights import (
     checkpoint_file,
     formats,
     hugging_face,
+    identity,
     leaves,
     merging,
     safetensors_files,
@@ -43,8 +44,10 @@ def write(
     elif kind == formats.T5X:
         t5x_files.write(path, model.config, model.leaves, dtype=dtype, layout=t5x_layout)
     else:
-        network = {"class": "Transformer", "config": dataclasses.asdict(model.config)}
-        record = {**(metadata or {}), "model": network}
+        network = {"class": "Transformer", "config": identity.describe_config(model.config)}
+        # For the way back, which then says what the source did.
+        told = {"hugging_face": dict(like.settings)} if like and like.settings else {}
+        record = {**(metadata or {}), "model": network, **told}
         safetensors_files.save_tree(model.leaves, path, dtype, record)
 
 

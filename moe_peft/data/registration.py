@@ -14,6 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from moe_peft import errors
 from moe_peft.data import files, row_store, vocabularies
 from moe_peft.data import rows as rows_lib
 
@@ -31,6 +32,8 @@ class Configured(seqio.Vocabulary):
     bos_id = property(lambda self: vocabularies.get().bos_id)
     eos_id = property(lambda self: vocabularies.get().eos_id)
     unk_id = property(lambda self: vocabularies.get().unk_id)
+    pad_id = property(lambda self: vocabularies.get().pad_id)
+    spells_all = property(lambda self: vocabularies.get().spells_all)
     vocab_size = property(lambda self: vocabularies.get().vocab_size)
     _base_vocab_size = property(lambda self: _of_seqio(vocabularies.get())._base_vocab_size)
 
@@ -43,6 +46,11 @@ class Configured(seqio.Vocabulary):
 @functools.cache
 def _of_seqio(vocabulary: vocabularies.Vocabulary) -> seqio.Vocabulary:
     """The same vocabulary for tf.data."""
+    if vocabulary.pad_id > 0:
+        raise errors.UserError(
+            f"SeqIO and T5X pad with the id 0, and this vocabulary with {vocabulary.pad_id}. Train "
+            "on files of rows in the built-in trainer instead (--data, or Model.train)."
+        )
     if vocabulary.path is None:
         return seqio.ByteVocabulary(vocabulary.extra_ids)
     return seqio.SentencePieceVocabulary(str(vocabulary.path), vocabulary.extra_ids)

@@ -6,7 +6,7 @@ Regularization"; https://github.com/google/sentencepiece, sentencepiece_model.pr
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
@@ -27,12 +27,25 @@ _OF_SPACES = ("Strip", "Replace")
 _SPLITS = ("WhitespaceSplit", "Metaspace")
 
 
+def settings(folder: epath.PathLike) -> Mapping[str, Any]:
+    """What the folder's tokenizer_config.json says; nothing where there is none."""
+    path = epath.Path(folder) / SETTINGS
+    return safetensors_files.read_json(path) if path.exists() else {}
+
+
 def is_bytes(folder: epath.PathLike) -> bool:
     """Whether the folder's model reads bytes, as ByT5 does."""
-    settings = epath.Path(folder) / SETTINGS
-    if not settings.exists():
-        return False
-    return str(safetensors_files.read_json(settings).get("tokenizer_class")).startswith("ByT5")
+    return str(settings(folder).get("tokenizer_class")).startswith("ByT5")
+
+
+def id_named(told: Mapping[str, Any], name: str, id_of: Callable[[str], int | None]) -> int | None:
+    """The id of the token that `settings` call "pad_token" or so; None where they name none."""
+    text = lambda token: token.get("content") if isinstance(token, Mapping) else token
+    if (token := text(told.get(name))) is None:
+        return None
+    added = told.get("added_tokens_decoder") or {}
+    numbers = [int(number) for number, each in added.items() if text(each) == token]
+    return numbers[0] if numbers else id_of(token)
 
 
 def sentencepiece(folder: epath.PathLike) -> pathlib.Path:
@@ -68,8 +81,8 @@ def sentencepiece(folder: epath.PathLike) -> pathlib.Path:
 def from_json(path: epath.PathLike) -> bytes:
     """Returns a SentencePiece model that gives the ids of a `tokenizer.json`, without sentinels."""
     path = epath.Path(path)
-    settings = safetensors_files.read_json(path)
-    model = settings.get("model") or {}
+    read = safetensors_files.read_json(path)
+    model = read.get("model") or {}
     if model.get("type") != "Unigram":
         raise _unlike(path, "model.type", model.get("type"), "Unigram, as T5's is")
     if model.get("byte_fallback"):
@@ -79,11 +92,11 @@ def from_json(path: epath.PathLike) -> bytes:
         raise _unlike(path, "model.vocab", "sentinels between words", "sentinels at the end")
     made = proto.ModelProto()
     charsmap = b""  # the table of characters that are read as others
-    for part in _parts(settings, "normalizer", ("Precompiled", *_OF_SPACES), "Precompiled", path):
+    for part in _parts(read, "normalizer", ("Precompiled", *_OF_SPACES), "Precompiled", path):
         if part["type"] == "Precompiled":
             charsmap = base64.b64decode(part["precompiled_charsmap"])
     made.normalizer_spec.precompiled_charsmap = charsmap
-    _parts(settings, "pre_tokenizer", _SPLITS, " and ".join(_SPLITS), path)
+    _parts(read, "pre_tokenizer", _SPLITS, " and ".join(_SPLITS), path)
     for index, (piece, score) in enumerate(pieces):
         added = made.pieces.add(piece=piece, score=score)
         if index == model["unk_id"]:
@@ -94,15 +107,16 @@ def from_json(path: epath.PathLike) -> bytes:
     spec = made.trainer_spec
     spec.model_type = proto.TrainerSpec.UNIGRAM
     spec.vocab_size, spec.unk_id = len(pieces), model["unk_id"]
-    spec.pad_id, spec.eos_id, spec.bos_id = ids["<pad>"], ids["</s>"], ids.get("<s>", -1)
+    of = lambda piece: ids.get(piece, -1)
+    spec.pad_id, spec.eos_id, spec.bos_id = of("<pad>"), of("</s>"), of("<s>")
     return made.SerializeToString()
 
 
 def _parts(
-    settings: Mapping[str, Any], name: str, known: Sequence[str], expected: str, path: epath.Path
+    read: Mapping[str, Any], name: str, known: Sequence[str], expected: str, path: epath.Path
 ) -> Sequence[Mapping[str, Any]]:
     """The parts of a normaliser or splitter; a UserError for one that is not of a known type."""
-    node, several = settings.get(name) or {"type": "Sequence"}, name.replace("_", "") + "s"
+    node, several = read.get(name) or {"type": "Sequence"}, name.replace("_", "") + "s"
     found = node.get(several, ()) if node["type"] == "Sequence" else (node,)
     for part in found:
         if part["type"] not in known:

@@ -3,10 +3,12 @@
 They give the ids of SeqIO's vocabularies; `registration.Configured` is one of those.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import hashlib
 import pathlib
+import types
+from typing import Any
 
 import gin
 from google.protobuf import message
@@ -20,6 +22,7 @@ from moe_peft.weights import hub
 BYTES = "bytes"
 _END, _UNKNOWN = 1, 2
 _FIRST_BYTE = 3  # after padding, end and unknown
+_SENTINELS = 100  # where nobody says how many
 
 
 class Bytes:
@@ -29,6 +32,7 @@ class Bytes:
         self.extra_ids = extra_ids
 
     eos_id, pad_id, unk_id, bos_id, path = _END, 0, _UNKNOWN, None, None
+    spells_all = True  # no text has the unknown id
     vocab_size = property(lambda self: _FIRST_BYTE + 256 + self.extra_ids)
 
     def encode(self, text: str) -> list[int]:
@@ -48,8 +52,16 @@ class Bytes:
 class SentencePiece:
     """A SentencePiece model with T5's sentinels, the last of them first, behind its pieces."""
 
-    def __init__(self, path: pathlib.Path, extra_ids: int):
-        """Reads the model; raises what sentencepiece raises where it is none."""
+    def __init__(
+        self,
+        path: pathlib.Path,
+        extra_ids: int,
+        told: Mapping[str, Any] = types.MappingProxyType({}),
+    ):
+        """Reads the model; raises what sentencepiece raises where it is none.
+
+        `told` are `tokenizers.settings`, whose padding and end go before the model's own.
+        """
         self.path, self.extra_ids = path, extra_ids
         model = proto.ModelProto.FromString(path.read_bytes())
         for number in reversed(range(extra_ids)):
@@ -57,9 +69,16 @@ class SentencePiece:
             model.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=kind)
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model.SerializeToString())
+        self.spells_all = model.trainer_spec.byte_fallback
+        own = {"pad_token": self._processor.pad_id(), "eos_token": self._processor.eos_id()}
+        named = {name: tokenizers.id_named(told, name, self._id_of) for name in own}
+        # -1: there is none.
+        self.pad_id, self.eos_id = (own[n] if i is None else i for n, i in named.items())
 
-    pad_id = 0
-    eos_id = property(lambda self: self._processor.eos_id())
+    def _id_of(self, piece: str) -> int | None:
+        found = self._processor.PieceToId(piece)
+        return found if self._processor.IdToPiece(found) == piece else None
+
     unk_id = property(lambda self: self._processor.unk_id())
     bos_id = property(lambda self: self._processor.bos_id())
     vocab_size = property(lambda self: self._processor.GetPieceSize())
@@ -120,9 +139,11 @@ def _load(name: str) -> Vocabulary:
     if name == BYTES:
         return Bytes(extra_ids=13)
     path = _path(name)
+    told: Mapping[str, Any] = {}
     if path.is_dir():
         if tokenizers.is_bytes(path):
             return Bytes(extra_ids=125)  # ByT5's 384 ids
+        told = tokenizers.settings(path)
         path = tokenizers.sentencepiece(path)
     if not path.is_file():
         raise errors.UserError(
@@ -130,7 +151,7 @@ def _load(name: str) -> Vocabulary:
             f"a tokenizer, or {BYTES!r}."
         )
     try:
-        vocabulary = SentencePiece(path, extra_ids=100)
+        vocabulary = SentencePiece(path, told.get("extra_ids", _SENTINELS), told)
         vocabulary.encode("a")
     except (message.Error, RuntimeError, OSError) as problem:
         raise errors.UserError(f"VOCABULARY {name!r} is not a SentencePiece model.") from problem
@@ -144,6 +165,8 @@ def _digest(name: str) -> str:
         content = BYTES.encode()
     else:
         content = (tokenizers.sentencepiece(path) if path.is_dir() else path).read_bytes()
+        if (extra_ids := get(name).extra_ids) != _SENTINELS:
+            content += f" {extra_ids}".encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -6,6 +6,7 @@ safetensors. Nothing here imports torch or transformers, and no pickle is ever r
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,9 +17,10 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.models import t5
+from moe_peft.models import special_ids, t5
 from moe_peft.weights import (
     checkpoint_file,
+    hf_kinds,
     hub,
     leaves,
     locations,
@@ -28,10 +30,10 @@ from moe_peft.weights import (
     torch_files,
 )
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
     *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "generation_config.json"),
+    *("added_tokens.json", GENERATION),
 )
 WEIGHTS = (safetensors_files.SINGLE, safetensors_files.INDEX)  # the first that is there
 WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -57,7 +59,6 @@ _FIXED = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
-_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _NEVER_USED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -77,12 +78,19 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     if (folder / CONFIG).exists():
         settings = safetensors_files.read_json(folder / CONFIG)
         _check_settings(settings, folder / CONFIG)
+        ids = hf_kinds.ids_of(settings, _generation(folder), folder / CONFIG)
     found, unused, known = _renamed(open_tensors(place), settings)
     if settings:
         config = _config(settings, folder / CONFIG)
+        config = dataclasses.replace(config, **{f"{n}_id": i for n, i in vars(ids).items()})
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
     return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, settings)
+
+
+def _generation(folder: epath.Path) -> Mapping[str, Any]:
+    path = folder / GENERATION
+    return safetensors_files.read_json(path) if path.exists() else {}
 
 
 def open_tensors(place: epath.Path) -> leaves.Leaves:
@@ -134,11 +142,15 @@ def write(
         t5_names.name_of(path): leaves.cast_when_read(_transposed(path, leaf), dtype)
         for path, leaf in given.scanned(False).leaves.items()
     }
-    stored = sorted({leaf.dtype.name for leaf in tensors.values()})
+    stored, old = sorted({leaf.dtype.name for leaf in tensors.values()}), settings or {}
+    is_copy = _ties_without_scale(old) and _HEAD in tensors
+    is_copy = is_copy and _equal(tensors[_HEAD], tensors[_EMBEDDING])
+    if is_copy:  # as the source had it
+        del tensors[_HEAD]
     with locations.created(folder) as partial:
         partial.mkdir()
         safetensors_files.write_folder(partial, tensors, shard_bytes)
-        described = _settings(config, settings or {}, stored[0] if len(stored) == 1 else "float32")
+        described = _settings(config, old, stored[0] if len(stored) == 1 else "float32", is_copy)
         (partial / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         if copy_from is not None:
             for source in (epath.Path(copy_from) / name for name in TOKENIZER_FILES):
@@ -182,6 +194,10 @@ def _is_scaled(settings: Mapping[str, Any]) -> bool:
     return settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
 
 
+def _ties_without_scale(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("tie_word_embeddings")) and not _is_scaled(settings)
+
+
 def _equal(one: leaves.Leaf, other: leaves.Leaf) -> bool:
     # Bytes, not numbers: NaN is equal to itself here.
     as_bytes = lambda leaf: leaf.read().reshape(-1).view(np.uint8)
@@ -204,13 +220,7 @@ def _turned(matrix: np.ndarray) -> np.ndarray:
 
 
 def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
-    kind = settings.get("model_type")
-    if kind not in _MODEL_TYPES:
-        what = "" if settings.get("is_encoder_decoder") else ", which has no encoder and decoder"
-        raise errors.UserError(
-            f"{path}: model_type is {kind!r}{what}; expected {' or '.join(_MODEL_TYPES)} "
-            "(T5, LM-adapted T5, T0, Flan-T5, ByT5, mT5)."
-        )
+    hf_kinds.check(settings, path, _MODEL_TYPES)
     for key, value in _FIXED.items():
         if (given := settings.get(key, value)) != value:
             raise errors.UserError(f"{path}: {key} is {given!r}; this network has {value!r}.")
@@ -229,12 +239,22 @@ def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
     return t5.T5Config(
         **{ours: given[theirs] for theirs, ours in _SIZES.items()},
         mlp_activations=_ACTIVATIONS[projection],
+        dropout_rate=given.get("dropout_rate", 0.1),
         logits_via_embedding=_is_scaled(settings),
     )
 
 
-def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Returns config.json of a network; what is not a size is kept from an old one."""
+def _settings(
+    config: t5.T5Config, old: Mapping[str, Any], dtype: str, is_copy: bool
+) -> dict[str, Any]:
+    """Returns config.json of a network; what is not a size is kept from an old one.
+
+    `is_copy`: the output layer is the embedding, and not scaled.
+    """
+    dtype = {"torch_dtype" if "torch_dtype" in old else "dtype": dtype}
+    if old and _says(config, old) and is_copy == _ties_without_scale(old):
+        told = old.get("torch_dtype", old.get("dtype")) or "float32"
+        return {**old, **({} if told in dtype.values() else dtype)}
     projections = {activations: name for name, activations in _ACTIVATIONS.items()}
     if config.mlp_activations not in projections:
         block = f"feed-forward block of {config.mlp_activations}"
@@ -246,14 +266,21 @@ def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[s
         "architectures": ["T5ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "dropout_rate": config.dropout_rate,
-        **_TOKENS,
         **_FIXED,
         **old,
+        **{theirs: getattr(config, f"{ours}_id") for ours, theirs in hf_kinds.IDS.items()},
         "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "feed_forward_proj": projections[config.mlp_activations],
         # transformers 5 says so where it scales, and stores the layer where it is the embedding's.
-        "tie_word_embeddings": is_tied,
+        "tie_word_embeddings": is_tied or is_copy,
         **scaled,
-        "torch_dtype" if "torch_dtype" in old else "dtype": dtype,
+        **dtype,
     }
+
+
+def _says(config: t5.T5Config, settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of that network."""
+    ids = hf_kinds.ids_of(settings, {}, CONFIG)
+    differing = t5_sizes.differences(config, _config(settings, CONFIG))
+    return not differing and ids == special_ids.of_config(config)

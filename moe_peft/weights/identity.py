@@ -22,8 +22,18 @@ _MUST_AGREE = {
 def describe_model(model: Any) -> dict[str, Any]:
     """Returns the kind and the settings of a network."""
     config = getattr(model, "config", None)
-    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else repr(model)
+    settings = describe_config(config) if dataclasses.is_dataclass(config) else repr(model)
     return {"class": type(model).__name__, "config": settings}
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """Returns the fields of a network's config; later ones at their defaults are left out.
+
+    So what described a network before there were such fields is still its description.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("is_later")}
+    found = dataclasses.asdict(config).items()
+    return {k: value for k, value in found if k not in later or value != later[k]}
 
 
 def as_json(value: Any) -> Any:

@@ -166,7 +166,7 @@ def _describe(
     description = {
         "method": method.describe(),
         "gin": gin_lines,
-        "model": {"class": "Transformer", "config": dataclasses.asdict(base.config)},
+        "model": {"class": "Transformer", "config": identity.describe_config(base.config)},
         "backbone": {"fingerprint": base.fingerprint, "frozen_dtype": "float32"},
         "backbone_spec": base.spec,
     }
