@@ -73,20 +73,22 @@ def test_the_order_of_ids_changes_nothing(place, pack):
 
 def test_a_run_with_madlads_ids_keeps_them(place, capsys):
     line = "train --method ia3 --backbone hf:madlad --data train.jsonl --steps 2 --batch_size 4"
-    assert main.main([*line.split(), "--out", "run"]) == 0
-    assert "T5Config.pad_id = 1\n" in (place / "run/config.gin").read_text()
-    config = saved_run.description_of("run")["model"]["config"]
+    assert main.main([*line.split(), "--out", "trained"]) == 0
+    assert "T5Config.pad_id = 1\n" in (place / "trained/config.gin").read_text()
+    config = saved_run.description_of("trained")["model"]["config"]
     assert (config["pad_id"], config["eos_id"]) == (1, 2)
     assert "start_id" not in config  # as of every T5
-    assert main.main([*line.replace("steps 2", "steps 3").split(), "--out", "run"]) == 0  # goes on
+    assert (
+        main.main([*line.replace("steps 2", "steps 3").split(), "--out", "trained"]) == 0
+    )  # goes on
     with open("asked.txt", "w") as file:
         file.write("so % so 3\n")
-    assert main.main(["infer", "run", "--inputs", "asked.txt", "--outputs", "said.jsonl"]) == 0
-    assert main.main(["eval", "run", "--data", "train.jsonl"]) == 0
+    assert main.main(["infer", "trained", "--inputs", "asked.txt", "--outputs", "said.jsonl"]) == 0
+    assert main.main(["eval", "trained", "--data", "train.jsonl"]) == 0
     answer = json.loads((place / "said.jsonl").read_text())["prediction"]
-    assert moe_peft.load("run").generate("so % so 3") == answer
+    assert moe_peft.load("trained").generate("so % so 3", max_tokens=8) == answer
     capsys.readouterr()
-    merged = "convert --from run --merge --to hf:merged --overwrite"
+    merged = "convert --from trained --merge --to hf:merged --overwrite"
     assert main.main(merged.split()) == 0
     for name in ("config.json", "tokenizer_config.json", "spiece.model"):
         assert (place / "merged" / name).read_bytes() == (place / "madlad" / name).read_bytes()

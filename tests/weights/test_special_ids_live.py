@@ -41,7 +41,7 @@ def theirs(request, tmp_path):
     model = transformers.T5ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.15 * torch.randn_like(parameter))
     folder = tmp_path / "theirs"
     model.save_pretrained(folder)
     (folder / "spiece.model").write_bytes(letters_t5.tokenizer(ids))
