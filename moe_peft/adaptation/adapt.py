@@ -21,7 +21,7 @@ from moe_peft.config import settings as settings_lib
 from moe_peft.evaluation import bootstrap as bootstrap_lib
 from moe_peft.evaluation import inference, metrics, questions
 from moe_peft.models import decoding as decoding_lib
-from moe_peft.models import encoder_decoder, few_shot
+from moe_peft.models import encoder_decoder, few_shot, special_ids
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files, run_folder
 from moe_peft.runtime import progress as progress_lib
@@ -125,7 +125,8 @@ def adapt(settings: Settings) -> dict[str, Any]:
     from moe_peft.data import identity as identity_of_rows  # Imports TensorFlow.
     from moe_peft.data import lookup
 
-    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
+    ids = special_ids.of(settings.model)
+    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size, ids)
     tasks = lookup.tasks_of(settings.mixture)
     pattern = questions.compile_group(settings.task_group)
     report_under = {task.name: questions.group_of(task.name, pattern) for task in tasks}
@@ -178,8 +179,8 @@ def _read_data(settings: Settings, names: Sequence[str]) -> list[data_lib.JobDat
     few_shot_loss, lengths = settings.few_shot_loss, settings.feature_lengths
     train_on_choices = few_shot_loss is not None and few_shot_loss.needs_choices
     with_choices = train_on_choices or settings.rank_choices
-    splits = (settings.train_split, settings.validation_split)
-    of_name = lambda n: fewshot.Task(n, lengths, settings.test_split, with_choices, *splits)
+    more = (settings.train_split, settings.validation_split, special_ids.of(settings.model))
+    of_name = lambda n: fewshot.Task(n, lengths, settings.test_split, with_choices, *more)
     tasks = {name: of_name(name) for name in names}
     sizes = fewshot.Sizes(settings.shots, settings.validation_shots, settings.wordings)
     choices = (train_on_choices, settings.rank_choices)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_peft.data import fewshot
 from moe_peft.evaluation import inference
-from moe_peft.models import few_shot, scoring
+from moe_peft.models import batches, few_shot, scoring
 
 Batch = dict[str, np.ndarray]
 WEIGHTS = "decoder_loss_weights"
@@ -101,7 +101,7 @@ def _shape(
     parts: Sequence[fewshot.Encoded], limits: Mapping[str, int], with_choices: bool
 ) -> Shape:
     longest = lambda name: max(
-        int(np.max(np.sum(part.features[name] > 0, axis=1), initial=1))
+        int(np.max(np.sum(part.features[name] != part.ids.pad, axis=1), initial=1))
         for part in parts
         if len(part)
     )
@@ -126,26 +126,23 @@ def arrays(encoded: fewshot.Encoded, rows: Sequence[int] | slice, shape: Shape) 
     chosen = [features[fewshot.CHOICES][place] for place in places]
     return {
         **batch,
-        **scoring.pack_choices(chosen, shape.targets),
+        **scoring.pack_choices(chosen, shape.targets, encoded.ids),
         few_shot.GOLD: features[few_shot.GOLD][rows],
     }
 
 
 def tables(data: Sequence[JobData], num_rows: int) -> Batch:
-    """Shots of every run, [R, num_rows + 1, ...]; rows after a run's last one are zeros."""
+    """Shots of every run, [R, num_rows + 1, ...]; rows after a run's last one are padding."""
     found = []
     for one in data:
         batch = arrays(one.shots, slice(None), one.shape)
-        found.append({name: _fill(rows, num_rows + 1) for name, rows in batch.items()})
+        found.append(batches.filled_up(batch, num_rows + 1, one.shots.ids.pad))
     return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
 
 
 def chunks(parts: Sequence[fewshot.Encoded], shape: Shape, size: int) -> Iterator[Batch]:
     """All examples of every run, `size` rows of each at a time, [R, size, ...]."""
     for start in range(0, max(map(len, parts)), size):
-        found = [arrays(part, slice(start, start + size), shape) for part in parts]
-        yield {name: np.stack([_fill(batch[name], size) for batch in found]) for name in found[0]}
-
-
-def _fill(rows: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+        some = slice(start, start + size)
+        found = [batches.filled_up(arrays(p, some, shape), size, p.ids.pad) for p in parts]
+        yield {name: np.stack([batch[name] for batch in found]) for name in found[0]}

@@ -37,6 +37,7 @@ class Start:
         self._method = method = start.method
         _check(method, source)
         self._source = start_lib.Source.load(method, source) if source else None
+        start.check_special_ids(backbone)
         loaded = backbone_lib.load(
             backbone, start.base_shapes(), start.init_base, network=start.network()
         )

@@ -39,7 +39,7 @@ def score_rows(
     def by_exact_match(frozen, trainable, batch):
         targets = batch["decoder_target_tokens"]
         logits = model.logits(patching.merge(frozen, trainable), batch)
-        is_real = targets > 0
+        is_real = targets != model.ids.pad
         is_right = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~is_real, axis=-1)
         log_probs = jnp.where(is_real, losses.token_log_probs(logits, targets)[0], 0.0)
         num_tokens = jnp.sum(is_real, axis=-1)
@@ -154,7 +154,7 @@ def _answer_scorer(how, network, frozen, members, folder, mesh) -> Scorer:
     def decode_answers(trainable, part, seed):
         params = patching.merge(frozen, jax.device_put(trainable, mesh_lib.replicated(mesh)))
         inputs = part.features["encoder_input_tokens"]
-        questions = [inference.Question(row[row > 0]) for row in inputs]
+        questions = [inference.Question(row[row != network.ids.pad]) for row in inputs]
         answers = answerer.generate(params, questions, how.decoding, progress.Progress(), seed)
         return [how.vocabulary.decode(ids.tolist()) for ids in answers]
 

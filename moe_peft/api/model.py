@@ -275,6 +275,7 @@ class Model:
     def _answer(self, asked, max_tokens, decoding, batch_size, seed) -> list[Any]:
         vocabulary = vocabularies.get(self.vocabulary)
         lookup.check_ids(vocabulary, self.network.config.vocab_size, self.vocabulary)
+        lookup.check_special_ids(vocabulary, self._start.model.ids, self.vocabulary)
         longest = 1 + max(len(vocabulary.encode(question.inputs)) for question in asked)
         lengths = self._lengths(longest, max_tokens)
         key = (batch_size, *lengths.values())

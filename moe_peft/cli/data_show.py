@@ -109,7 +109,8 @@ def _shown(task: seqio.Task, source: rows.Rows, row: int, lengths: tuple[int, in
     found = evaluation_data.example(task, source, row)
     vocabulary = task.output_features["targets"].vocabulary
     whole = [len(getattr(source, name)[row]) + 1 for name in encoding.FEATURES]
-    batch = encoding.encode([(source, row)], tuple(map(min, zip(lengths, whole))))
+    ids = lookup.ids_of_vocabulary(vocabulary)
+    batch = encoding.encode([(source, row)], tuple(map(min, zip(lengths, whole))), ids=ids)
     if "template_ids" in batch:
         batch = task_ids.per_template(batch)
     scalar = lambda name: int(batch[name][0]) if name in batch else None
@@ -118,12 +119,14 @@ def _shown(task: seqio.Task, source: rows.Rows, row: int, lengths: tuple[int, in
         for name, length in zip(("encoder_input_tokens", "decoder_target_tokens"), whole)
     ]
     choice = lambda text: (text, len(vocabulary.encode(text)) + 1, text == found.targets)
-    ids, choices = map(scalar, ("task_ids", "template_ids")), map(choice, found.answer_choices)
-    return Shown(task.name, row, len(source), *ids, *sides, tuple(choices), found.references)
+    own, choices = map(scalar, ("task_ids", "template_ids")), map(choice, found.answer_choices)
+    return Shown(task.name, row, len(source), *own, *sides, tuple(choices), found.references)
 
 
 def _tokens(vocabulary: seqio.Vocabulary, ids: list[int], whole: int) -> Tokens:
-    return Tokens(vocabulary.decode([i for i in ids if i > 1]), ids, len(ids), whole)
+    known = lookup.ids_of_vocabulary(vocabulary)
+    shown = [i for i in ids if i not in (known.pad, known.eos)]
+    return Tokens(vocabulary.decode(shown), ids, len(ids), whole)
 
 
 def _packed(settings: Settings) -> Packed:

@@ -89,6 +89,8 @@ def _model(config: bindings_lib.Config) -> list[str]:
         value = getattr(found.config, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
             lines.append(f"{sizes}.{field.name} = {value!r}")
+            if field.name == "dropout_rate":  # The macro is what a user sets.
+                lines[-1:] = [f"DROPOUT_RATE = {value!r}", f"{sizes}.dropout_rate = %DROPOUT_RATE"]
     return lines
 
 

@@ -153,7 +153,7 @@ def _convert_model(model, source: targets.Place, to: str, options: Options) -> t
     other = {formats.HUGGING_FACE: formats.T5X, formats.T5X: formats.HUGGING_FACE}
     place = _target_of_model(to, other.get(source.kind), f"{source} is", options)
     print(f"{source}: {t5_sizes.describe(model.config)}")
-    like = model if source.kind == formats.HUGGING_FACE else None
+    like = model if model.settings else None
     return _write_model(model, place, options, like)
 
 

@@ -45,7 +45,9 @@ def write(
         t5x_files.write(path, model.config, model.leaves, dtype=dtype, layout=t5x_layout)
     else:
         network = {"class": "Transformer", "config": identity.describe_config(model.config)}
-        record = {**(metadata or {}), "model": network}
+        # For the way back, which then says what the source did.
+        told = {"hugging_face": dict(like.settings)} if like and like.settings else {}
+        record = {**(metadata or {}), "model": network, **told}
         safetensors_files.save_tree(model.leaves, path, dtype, record)
 
 

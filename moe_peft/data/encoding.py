@@ -6,14 +6,15 @@ import logging
 import numpy as np
 
 from moe_peft.data import packing, rows
+from moe_peft.models import special_ids
 
 Batch = dict[str, np.ndarray]
 FEATURES = ("inputs", "targets")
 
 
-def with_end(sequence: np.ndarray, limit: int) -> np.ndarray:
-    """The ids with the end mark 1, cut to the limit as SeqIO cuts: the mark survives."""
-    return np.append(sequence[: limit - 1], 1)
+def with_end(sequence: np.ndarray, limit: int, eos_id: int) -> np.ndarray:
+    """The ids with the end mark, cut to the limit as SeqIO cuts: the mark survives."""
+    return np.append(sequence[: limit - 1], eos_id)
 
 
 def warn_if_cut(name: str, source: rows.Rows, lengths: tuple[int, int]) -> None:
@@ -33,19 +34,22 @@ def encode(
     lengths: tuple[int, int],
     places: Sequence[int] | None = None,
     num_rows: int | None = None,
+    ids: special_ids.SpecialIds = special_ids.T5,
 ) -> Batch:
     """T5X's encoder-decoder features of some examples, given as (rows, index).
 
     `lengths` are tokens of a row, (inputs, targets). With `places`, the packed row of each example
     among `num_rows`, features have segment ids and positions, otherwise what scalars there are.
+    `ids` are the network's.
     """
     is_packed = places is not None
     places = places if is_packed else range(len(examples))
     encoder, decoder = (
         packing.fill_rows(
-            [with_end(getattr(source, name)[index], limit) for source, index in examples],
+            [with_end(getattr(source, name)[index], limit, ids.eos) for source, index in examples],
             places,
             (num_rows if is_packed else len(examples), limit),
+            ids.pad,
         )
         for name, limit in zip(FEATURES, lengths)
     )
@@ -54,8 +58,8 @@ def encode(
     batch = {
         "encoder_input_tokens": encoder["tokens"],
         "decoder_target_tokens": decoder["tokens"],
-        "decoder_input_tokens": packing.shift_right(decoder["tokens"], segments),
-        "decoder_loss_weights": (decoder["tokens"] > 0).astype(np.int32),
+        "decoder_input_tokens": packing.shift_right(decoder["tokens"], segments, ids),
+        "decoder_loss_weights": (decoder["segment_ids"] > 0).astype(np.int32),
     }
     if is_packed:
         for side, features in (("encoder", encoder), ("decoder", decoder)):

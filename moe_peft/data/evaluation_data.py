@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_peft import errors
 from moe_peft.data import encoding, lookup, rows, sentences, task_ids
+from moe_peft.models import batches as batches_lib
+from moe_peft.models import special_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Example:
 class EvalBatch:
     """Model features and the examples they come from."""
 
-    features: encoding.Batch  # arrays of `batch_size` rows; those after the last example are 0
+    # Arrays of `batch_size` rows; those after the last example are padding.
+    features: encoding.Batch
     examples: list[Example]  # one per real row
 
 
@@ -42,6 +45,7 @@ def eval_examples(
     batch_size: int = 64,
     max_examples_per_task: int | None = None,
     sentence_encoder: sentences.Encoder | None = None,
+    ids: special_ids.SpecialIds | None = None,
 ) -> Iterator[EvalBatch]:
     """Every example of a split once, task after task.
 
@@ -53,20 +57,22 @@ def eval_examples(
       max_examples_per_task: only the first of each task; None for all. CLDR tasks hold an item's
         four wordings together, so a multiple of four keeps templates balanced.
       sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
+      ids: of the network; None: as the vocabulary tells.
     """
     lengths = lookup.check_lengths(feature_lengths)
     errors.check_at_least("batch_size", batch_size, 1)
     tasks = lookup.tasks_with(mixture_or_task, split)
-    batches = _batches(tasks, lengths, split, batch_size, max_examples_per_task)
+    ids = lookup.special_ids_of(mixture_or_task) if ids is None else ids
+    batches = _batches(tasks, lengths, split, batch_size, max_examples_per_task, ids)
     sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches
-    ids = lookup.vocabulary(mixture_or_task)
-    embedded = lambda features: sentences.add_embeddings(features, ids, sentence_encoder)
+    vocabulary = lookup.vocabulary(mixture_or_task)
+    embedded = lambda features: sentences.add_embeddings(features, vocabulary, sentence_encoder)
     return (EvalBatch(embedded(batch.features), batch.examples) for batch in batches)
 
 
-def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
+def _batches(tasks, lengths, split, batch_size, limit, ids) -> Iterator[EvalBatch]:
     pairs = (
         (task, source, index)
         for task in tasks
@@ -74,12 +80,9 @@ def _batches(tasks, lengths, split, batch_size, limit) -> Iterator[EvalBatch]:
         for index in range(len(source) if limit is None else min(limit, len(source)))
     )
     while chosen := list(itertools.islice(pairs, batch_size)):
-        found = encoding.encode([(source, index) for _, source, index in chosen], lengths)
-        missing = batch_size - len(chosen)
-        features = {
-            name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
-            for name, value in found.items()
-        }
+        pairs_of = [(source, index) for _, source, index in chosen]
+        found = encoding.encode(pairs_of, lengths, ids=ids)
+        features = batches_lib.filled_up(found, batch_size, ids.pad)
         if "template_ids" in features:
             features = task_ids.per_template(features)
         yield EvalBatch(features, [example(*place) for place in chosen])
@@ -124,7 +127,8 @@ def task_rows(
         for name in ("task_ids", "template_ids")
         if name in found[0]
     }
-    without_end = lambda ids: ids[:-1] if ids[-1:] == [1] else ids
+    end = lookup.special_ids_of(task).eos
+    without_end = lambda ids: ids[:-1] if ids[-1:] == [end] else ids
     ragged = {
         name: rows.Ragged.from_sequences([without_end(row[name]) for row in found])
         for name in encoding.FEATURES

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_peft import errors
 from moe_peft.data import encoding, evaluation_data, lookup, rows
-from moe_peft.models import few_shot
+from moe_peft.models import few_shot, special_ids
 
 CHOICES = "choices"  # token ids of every choice, ragged; `scoring.pack_choices` makes arrays
 _DROPPED = ("template_ids", "decoder_loss_weights", "task_ids")
@@ -129,6 +129,7 @@ class Encoded:
     features: Mapping[str, np.ndarray]  # of `encoding.encode`, or choices and which one is right
     is_cut: Bool[np.ndarray, " e"]  # whether a target did not fit
     examples: Sequence[evaluation_data.Example]  # what each row is
+    ids: special_ids.SpecialIds = special_ids.T5  # of the network
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -148,6 +149,7 @@ class Task:
     with_choices: bool  # encode answer choices where examples have some
     train_split: str = "train"  # where shots come from
     validation_split: str | None = None  # all of it; None: from what shots leave of `train_split`
+    ids: special_ids.SpecialIds = special_ids.T5  # of the network
 
     def __post_init__(self):
         self._lengths = lookup.check_lengths(self.feature_lengths)
@@ -183,19 +185,20 @@ class Task:
     def encode(self, source: rows.Rows, chosen: Sequence[int]) -> Encoded:
         """Some rows, in that order; a UserError where a right answer is not one of the choices."""
         examples = [evaluation_data.example(self._task, source, int(index)) for index in chosen]
-        features = encoding.encode([(source, int(index)) for index in chosen], self._lengths)
+        pairs = [(source, int(index)) for index in chosen]
+        features = encoding.encode(pairs, self._lengths, ids=self.ids)
         features = {k: v for k, v in features.items() if k not in _DROPPED}
         is_cut = np.array([len(source.targets[int(i)]) >= self._lengths[1] for i in chosen], bool)
         if self.with_choices and any(example.answer_choices for example in examples):
             texts = [example.answer_choices or (example.targets,) for example in examples]
             features[CHOICES] = [self._tokens(choices) for choices in texts]
             features[few_shot.GOLD] = np.array([_gold(example) for example in examples], np.int32)
-        return Encoded(features, is_cut, examples)
+        return Encoded(features, is_cut, examples, self.ids)
 
     def _choice_tokens(self, texts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
         encode = self._task.output_features["targets"].vocabulary.encode
-        limit = self._lengths[1]
-        return tuple(encoding.with_end(np.array(encode(text), np.int32), limit) for text in texts)
+        how = (self._lengths[1], self.ids.eos)
+        return tuple(encoding.with_end(np.array(encode(text), np.int32), *how) for text in texts)
 
 
 def _gold(example: evaluation_data.Example) -> int:

@@ -52,7 +52,8 @@ def describe(
         batches = pipeline.train_batches(*arguments, split=split)
     else:
         make = pipeline.packed if pack else pipeline.padded
-        batches = map(task_ids.per_template, make(stream, batch_size, lengths, 0))
+        ids = lookup.special_ids_of(mixture_or_task)
+        batches = map(task_ids.per_template, make(stream, batch_size, lengths, 0, ids=ids))
     seen = {} if stream is None else _count(stream)
     seen["first_batches"] = _digest(itertools.islice(batches, NUM_BATCHES))
     return {"gin": settings_of(lookup.tasks_with(mixture_or_task, split)), "seen": seen}

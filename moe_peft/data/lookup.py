@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_peft import errors
 from moe_peft.data import file_tasks, files, rows
+from moe_peft.models import special_ids
 
 FEATURES = ("inputs", "targets")
 
@@ -62,9 +63,50 @@ def vocabulary(mixture: Mixture) -> Any:
     return found
 
 
-def check_vocabulary(mixture: Mixture, vocab_size: int) -> None:
-    """Refuses a mixture whose ids the model has no embedding for."""
-    check_ids(vocabulary(mixture), vocab_size, mixture)
+def special_ids_of(mixture: Mixture | Task) -> special_ids.SpecialIds:
+    """Those that the vocabulary tells; decoders start with padding, and what it leaves out is T5's.
+
+    Only a network tells what its decoder starts with.
+    """
+    return ids_of_vocabulary(vocabulary(mixture))
+
+
+def ids_of_vocabulary(found: Any) -> special_ids.SpecialIds:
+    """See `special_ids_of`."""
+    pad = _told(found, "pad_id", special_ids.T5.pad)
+    return special_ids.SpecialIds(pad, _told(found, "eos_id", special_ids.T5.eos), pad)
+
+
+def check_special_ids(found: Any, ids: special_ids.SpecialIds, where: Any) -> None:
+    """Raises UserError if a vocabulary, which is that of `where`, tells other ids than `ids`."""
+    theirs = ids_of_vocabulary(found)
+    told = {"padding": (_told(found, "pad_id", ids.pad), ids.pad), "the end": (theirs.eos, ids.eos)}
+    for what, (theirs, ours) in told.items():
+        if theirs != ours:
+            raise errors.UserError(
+                f"The vocabulary of {where!r} has the id {theirs} for {what}, and the model "
+                f"{ours} ({ids}): they are of different models. Take the tokenizer of the model's "
+                "own folder, or set T5Config.pad_id, eos_id and start_id as the model was trained."
+            )
+    if getattr(found, "unk_id", None) == ids.pad and not getattr(found, "spells_all", False):
+        raise errors.UserError(
+            f"The vocabulary of {where!r} has the id {ids.pad} for what it cannot spell, and the "
+            "model for padding: unknown pieces would not be seen. Is this the model's tokenizer?"
+        )
+
+
+def _told(found: Any, name: str, default: int) -> int:
+    value = getattr(found, name, None)
+    return default if value is None or value < 0 else value  # SentencePiece's -1: there is none.
+
+
+def check_vocabulary(
+    mixture: Mixture, vocab_size: int, ids: special_ids.SpecialIds = special_ids.T5
+) -> None:
+    """Refuses a mixture whose ids the model has no embedding for, or whose special ids differ."""
+    found = vocabulary(mixture)
+    check_special_ids(found, ids, mixture)
+    check_ids(found, vocab_size, mixture)
 
 
 def check_ids(ids: Any, vocab_size: int, whose: Any) -> None:

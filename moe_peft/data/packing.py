@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Int
 import numpy as np
 
+from moe_peft.models import special_ids
+
 
 class Packer:
     """Fills a batch of rows, first fit, in the order examples come.
@@ -34,10 +36,10 @@ class Packer:
 
 
 def fill_rows(
-    sequences: Sequence[np.ndarray], rows: Sequence[int], shape: tuple[int, int]
+    sequences: Sequence[np.ndarray], rows: Sequence[int], shape: tuple[int, int], pad_id: int = 0
 ) -> dict[str, Int[np.ndarray, "b t"]]:
     """Tokens, segment ids (from 1; 0 is padding) and positions (restarting) of packed rows."""
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, segments, positions = (np.full(shape, fill, np.int32) for fill in (pad_id, 0, 0))
     used, counts = np.zeros((2, shape[0]), int)
     for sequence, row in zip(sequences, rows):
         start, end = used[row], used[row] + len(sequence)
@@ -50,9 +52,15 @@ def fill_rows(
 
 
 def shift_right(
-    tokens: Int[np.ndarray, "b t"], segment_ids: Int[np.ndarray, "b t"]
+    tokens: Int[np.ndarray, "b t"],
+    segment_ids: Int[np.ndarray, "b t"],
+    ids: special_ids.SpecialIds = special_ids.T5,
 ) -> Int[np.ndarray, "b t"]:
-    """Decoder inputs: each segment starts with 0 and continues with its own tokens."""
-    shifted = np.zeros_like(tokens)
-    shifted[:, 1:] = tokens[:, :-1] * (segment_ids[:, 1:] == segment_ids[:, :-1])
+    """Decoder inputs: each segment has the start id and its own tokens but the last; then padding.
+
+    Segment 0 is padding.
+    """
+    shifted = np.where(segment_ids > 0, ids.start, ids.pad).astype(tokens.dtype)
+    goes_on = segment_ids[:, 1:] == segment_ids[:, :-1]
+    shifted[:, 1:] = np.where(goes_on, tokens[:, :-1], shifted[:, 1:])
     return shifted

@@ -21,6 +21,7 @@ from moe_peft.data import (
 from moe_peft.data.encoding import Batch
 from moe_peft.data.evaluation_data import EvalBatch, Example, eval_examples
 from moe_peft.data.lookup import check_vocabulary, get, tasks_of, vocabulary
+from moe_peft.models import special_ids
 
 __all__ = ["Batch", "EvalBatch", "Example", "check_vocabulary", "eval_examples", "get"]
 __all__ += ["rates", "stream_of", "tasks_of", "train_batches", "vocabulary"]
@@ -37,6 +38,7 @@ def train_batches(
     shard_count: int = 1,
     split: str = "train",
     sentence_encoder: sentences.Encoder | None = None,
+    ids: special_ids.SpecialIds | None = None,
 ) -> Iterator[Batch]:
     """Endless batches; the same arguments give the same batches on every machine.
 
@@ -52,7 +54,9 @@ def train_batches(
       shard_count: number of hosts.
       split: of the tasks.
       sentence_encoder: adds `sentence_embeddings`; by default `sentences.configured`.
+      ids: of the network; None: as the vocabulary tells.
     """
+    ids = lookup.special_ids_of(mixture_or_task) if ids is None else ids
     lengths = lookup.check_lengths(feature_lengths)
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
         raise errors.UserError(
@@ -67,16 +71,17 @@ def train_batches(
         for task, source in zip(lookup.tasks_with(mixture_or_task, split), stream.sources):
             encoding.warn_if_cut(task.name, source, lengths)
         make = packed if pack else padded
-        batches = make(stream, batch_size, lengths, start_batch, own)
+        batches = make(stream, batch_size, lengths, start_batch, own, ids)
     else:
+        _check_streamed(mixture_or_task, ids)
         whole = _streamed(mixture_or_task, batch_size, lengths, seed, pack, start_batch, split)
         batches = ({name: value[own] for name, value in batch.items()} for batch in whole)
     batches = map(task_ids.per_template, batches)
     sentence_encoder = sentence_encoder or sentences.configured()
     if sentence_encoder is None:
         return batches
-    ids = vocabulary(mixture_or_task)
-    return (sentences.add_embeddings(batch, ids, sentence_encoder) for batch in batches)
+    words = vocabulary(mixture_or_task)
+    return (sentences.add_embeddings(batch, words, sentence_encoder) for batch in batches)
 
 
 def stream_of(mixture_or_task: lookup.Mixture, split: str, seed: int) -> mixing.Stream | None:
@@ -102,6 +107,7 @@ def padded(
     lengths: tuple[int, int],
     start_batch: int,
     own: slice = slice(None),
+    ids: special_ids.SpecialIds = special_ids.T5,
 ) -> Iterator[Batch]:
     """Batches of one example a row of `lengths` (inputs, targets) tokens, from `start_batch` on.
 
@@ -111,7 +117,8 @@ def padded(
     while True:
         # All places are drawn, so that every host counts the same examples.
         chosen = list(itertools.islice(places, batch_size))[own]
-        yield encoding.encode([(stream.sources[task], index) for task, index in chosen], lengths)
+        examples = [(stream.sources[task], index) for task, index in chosen]
+        yield encoding.encode(examples, lengths, ids=ids)
 
 
 def packed(
@@ -120,6 +127,7 @@ def packed(
     lengths: tuple[int, int],
     start_batch: int,
     own: slice = slice(None),
+    ids: special_ids.SpecialIds = special_ids.T5,
 ) -> Iterator[Batch]:
     """Batches of rows filled with several examples, otherwise as `padded`."""
     packer = packing.Packer(batch_size, lengths)
@@ -140,7 +148,15 @@ def packed(
             kept = [(place, row) for place, row in zip(chosen, assigned) if row in wanted]
             examples = [(stream.sources[task], index) for (task, index), _ in kept]
             in_part = [row - wanted.start for _, row in kept]
-            yield encoding.encode(examples, lengths, in_part, len(wanted))
+            yield encoding.encode(examples, lengths, in_part, len(wanted), ids)
+
+
+def _check_streamed(name: lookup.Mixture, ids: special_ids.SpecialIds) -> None:
+    if (ids.pad, ids.start) != (0, 0):
+        raise errors.UserError(
+            f"{name!r} is read by SeqIO, which pads and starts with the id 0; the model has {ids}. "
+            "Train on files of rows instead (--data)."
+        )
 
 
 def _streamed(name, batch_size, lengths, seed, pack, start_batch, split) -> Iterator[Batch]:

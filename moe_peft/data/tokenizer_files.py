@@ -5,6 +5,7 @@ there is none, the same is made of `spiece.model`, or of `vocab.json` and `merge
 """
 
 from collections.abc import Callable, Iterable, Mapping
+import json
 import re
 from typing import Any
 
@@ -128,6 +129,12 @@ def fast(folder: Folder) -> Any:
         tokens = {token["content"]: token for token in extra} | tokens
     made.add_tokens([tokenizers.AddedToken(**token) for token in tokens.values()])
     return made
+
+
+def spells_all(made: Any) -> bool:
+    """Whether no text has the unknown id: the tokenizer falls back on bytes."""
+    told = json.loads(made.to_str())
+    return bool(told["model"].get("byte_fallback")) or "ByteLevel" in str(told["pre_tokenizer"])
 
 
 def _of_json(path: epath.Path) -> Any:

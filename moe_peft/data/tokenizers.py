@@ -34,6 +34,7 @@ class Tokenizer:
         ids = fast.get_vocab()
         self.vocab_size = max(ids.values()) + 1
         self.extra_ids = _num_sentinels(ids)
+        self.spells_all = tokenizer_files.spells_all(fast)
         # Batches end rows themselves; what comes before a text, such as RoBERTa's <s>, stays.
         self._num_ends = int(fast.encode("").ids[-1:] == [self.eos_id])
 
@@ -59,6 +60,7 @@ class ByT5:
     """UTF-8 bytes after padding, end and unknown; sentinels and added tokens follow."""
 
     pad_id, eos_id, unk_id, bos_id = 0, 1, 2, None
+    spells_all = True
 
     def __init__(self, folder: epath.PathLike):
         """Reads how the folder's tokens are called, if it says so."""

@@ -1,7 +1,7 @@
 """Vocabularies of texts, without TensorFlow: SentencePiece models, bytes, and folders' tokenizers.
 
 A file and "bytes" give the ids of SeqIO's vocabularies, a folder those of transformers'. For SeqIO
-they are wrapped in `registration.Wrapped`.
+they are wrapped in `seqio_vocabularies.Wrapped`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,6 +30,7 @@ class Bytes:
         self.extra_ids = extra_ids
 
     eos_id, pad_id, unk_id, bos_id = _END, 0, _UNKNOWN, None
+    spells_all = True  # no text has the unknown id
     vocab_size = property(lambda self: _FIRST_BYTE + 256 + self.extra_ids)
 
     def encode(self, text: str) -> list[int]:
@@ -63,8 +64,9 @@ class SentencePiece:
             model.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=kind)
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model.SerializeToString())
+        self.spells_all = model.trainer_spec.byte_fallback
 
-    pad_id = 0
+    pad_id = property(lambda self: self._processor.pad_id())  # -1: there is none
     eos_id = property(lambda self: self._processor.eos_id())
     unk_id = property(lambda self: self._processor.unk_id())
     bos_id = property(lambda self: self._processor.bos_id())

@@ -10,6 +10,7 @@ from moe_peft.config import settings as settings_lib
 from moe_peft.data import lookup
 from moe_peft.evaluation import aggregation, answer_cache, questions, table
 from moe_peft.evaluation import evaluator as evaluator_lib
+from moe_peft.models import special_ids
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import digest, json_files
 from moe_peft.runtime import progress as progress_lib
@@ -48,7 +49,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     folders = {mixture: root / str(mixture) for mixture in evaluator.mixtures}
     for mixture, folder in folders.items():  # Mistakes show before anything is loaded.
         json_files.check_writable(folder)
-        lookup.check_vocabulary(mixture, settings.model.config.vocab_size)
+        ids = special_ids.of(settings.model)
+        lookup.check_vocabulary(mixture, settings.model.config.vocab_size, ids)
         evaluator.questions_of(mixture)
     restored = restore.model(settings, evaluator.batch_shapes(), mesh, settings.start_from)
     # Answers are kept for these very parameters, whatever their folder is called.

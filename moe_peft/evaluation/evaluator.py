@@ -134,6 +134,7 @@ class Evaluator:
         """
         asked, progress = self.questions_of(mixture), progress or progress_lib.Progress()
         _check_task_ids(asked, model.method, mixture)
+        lookup.check_special_ids(asked.vocabulary, model.ids, mixture)
         places = range(len(asked.rows)) if places is None else places
         answers = self._answering_model(model, params).answer(
             params,

@@ -13,6 +13,7 @@ from moe_peft.config import settings as settings_lib
 from moe_peft.data import encoding, files, lookup, plain_files, sentences, task_ids
 from moe_peft.evaluation import inference
 from moe_peft.models import decoding as decoding_lib
+from moe_peft.models import special_ids
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import json_files
 from moe_peft.runtime import progress as progress_lib
@@ -50,7 +51,8 @@ def infer(settings: Settings) -> list[_Row]:
     Raises UserError: a file, a line of it, the run or a setting is wrong.
     """
     limits = dict(zip(lookup.FEATURES, lookup.check_lengths(settings.feature_lengths)))
-    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size)
+    ids = special_ids.of(settings.model)
+    lookup.check_vocabulary(settings.mixture, settings.model.config.vocab_size, ids)
     json_files.check_writable(pathlib.Path(settings.outputs).parent)
     asked, rows = read(pathlib.Path(settings.inputs), settings.mixture)
     vocabulary = lookup.vocabulary(settings.mixture)
@@ -117,7 +119,8 @@ def questions_of(
             "tokens, end mark included, and were cut.",
             file=sys.stderr,
         )
-    inputs = [encoding.with_end(ids, limits["inputs"]) for ids in encoded]
+    end = lookup.ids_of_vocabulary(vocabulary).eos
+    inputs = [encoding.with_end(ids, limits["inputs"], end) for ids in encoded]
     sentence_encoder, features = sentences.configured(), [{} for _ in asked]
     if sentence_encoder is not None:
         # Of what the model reads: a question that is cut has the embedding of its beginning.
@@ -132,7 +135,7 @@ def questions_of(
                 )
             own["task_ids"] = np.int32(question.task)
             task_ids.check_ids(own["task_ids"][None], method.num_tasks, f"question {number}")
-    choice = lambda text: encoding.with_end(encode(text), limits["targets"])
+    choice = lambda text: encoding.with_end(encode(text), limits["targets"], end)
     return [
         inference.Question(ids, choices=tuple(map(choice, question.choices)), features=own)
         for ids, question, own in zip(inputs, asked, features, strict=True)

@@ -13,8 +13,8 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
+from moe_peft.models import batches, encoder_decoder, scoring
 from moe_peft.models import decoding as decoding_lib
-from moe_peft.models import encoder_decoder, scoring
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import progress as progress_lib
@@ -102,7 +102,7 @@ class AnsweringModel:
             )
         self._batch_size, self._lengths = batch_size, dict(feature_lengths)
         self._sharding = mesh_lib.batch_sharding(mesh)
-        self._programs = programs(model, mesh)
+        self._programs, self._ids = programs(model, mesh), model.ids
 
     def answer(
         self,
@@ -140,7 +140,7 @@ class AnsweringModel:
         def decoder(members: Sequence[Question]) -> Batch:
             targets = [question.targets for question in members]
             return {
-                "decoder_input_tokens": self._pad([[0, *ids[:-1]] for ids in targets], length),
+                "decoder_input_tokens": self._pad([self._shifted(ids) for ids in targets], length),
                 "decoder_target_tokens": self._pad(targets, length),
             }
 
@@ -166,7 +166,7 @@ class AnsweringModel:
             return self._programs.predict(params, batch, strategy, rng)
 
         answers = self._ask_batches(questions, lambda members: {}, ask_batch, progress)
-        return [_until_end(ids, strategy.eos_id) for ids in answers]
+        return [_until_end(ids, strategy.end_of(self._ids)) for ids in answers]
 
     def score_choices(
         self,
@@ -183,7 +183,8 @@ class AnsweringModel:
             choices = [question.choices for question in members]
             needed = max(sum(map(len, texts)) for texts in choices)
             # Powers of two, so that few lengths are compiled.
-            return self._fill_up(scoring.pack_choices(choices, 1 << (needed - 1).bit_length()))
+            length = 1 << (needed - 1).bit_length()
+            return self._fill_up(scoring.pack_choices(choices, length, self._ids))
 
         ask_batch = lambda batch, number: self._programs.rank_choices(
             params, batch, most, is_length_normalized
@@ -235,17 +236,19 @@ class AnsweringModel:
             batch[name] = np.stack([question.features[name] for question in members])
         return self._fill_up(batch)
 
+    def _shifted(self, ids: np.ndarray) -> list[int]:
+        return [self._ids.start, *ids[:-1]]
+
     def _pad(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-        """[batch_size, length], zeros where there is nothing."""
-        padded = np.zeros((self._batch_size, length), np.int32)
+        """[batch_size, length], padding where there is nothing."""
+        padded = np.full((self._batch_size, length), self._ids.pad, np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         return padded
 
     def _fill_up(self, batch: Batch) -> Batch:
         """Adds empty rows up to the batch size."""
-        fill = lambda rows: [(0, self._batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-        return {name: np.pad(rows, fill(rows)) for name, rows in batch.items()}
+        return batches.filled_up(batch, self._batch_size, self._ids.pad)
 
 
 def batch_shapes(

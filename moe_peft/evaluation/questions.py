@@ -90,17 +90,19 @@ def read(
     own_metrics = {task: own.metric for task, own in reporting.items()}
     asked = MixtureQuestions([], [], [], vocabulary, own_metrics)
     encode = lambda text: np.array(vocabulary.encode(text), np.int32)
+    ids = lookup.special_ids_of(mixture)
+    choice_ids = lambda text: encoding.with_end(encode(text), limit, ids.eos)
     batches = evaluation_data.eval_examples(
-        mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task
+        mixture, feature_lengths, split, max_examples_per_task=max_examples_per_task, ids=ids
     )
     for batch in batches:
         for i, example in enumerate(batch.examples):
             features = {name: value[i] for name, value in batch.features.items()}
             choices = example.answer_choices if with_choices else ()
             question = inference.Question(
-                inputs=_unpad(features["encoder_input_tokens"]),
-                targets=_unpad(features["decoder_target_tokens"]),
-                choices=tuple(encoding.with_end(encode(choice), limit) for choice in choices),
+                inputs=_unpad(features["encoder_input_tokens"], ids.pad),
+                targets=_unpad(features["decoder_target_tokens"], ids.pad),
+                choices=tuple(map(choice_ids, choices)),
                 features={k: v for k, v in features.items() if k in _ROUTING_FEATURES},
             )
             is_full = len(question.targets) == limit
@@ -152,5 +154,5 @@ def _row(example: Any, index: int, group: str, choices: list[str]) -> Row:
     return {**row, "choices": choices}
 
 
-def _unpad(ids: np.ndarray) -> np.ndarray:
-    return ids[: np.max(np.flatnonzero(ids), initial=-1) + 1]
+def _unpad(ids: np.ndarray, pad_id: int) -> np.ndarray:
+    return ids[: np.max(np.flatnonzero(ids != pad_id), initial=-1) + 1]

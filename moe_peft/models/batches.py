@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+import numpy as np
 
 from moe_peft import errors, methods, routing
 from moe_peft.models import losses
 
-_REQUIRED = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
 _PACKING = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
 FLOAT_FEATURES = ("decoder_loss_weights", "sentence_embeddings")
 
@@ -25,12 +26,25 @@ def ones(batch_shapes: Mapping[str, Any]) -> losses.Batch:
     }
 
 
-def context(batch: losses.Batch, method: methods.Method | None) -> routing.RoutingContext:
+def filled_up(batch: Mapping[str, np.ndarray], num_rows: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The batch with rows of padding, tokens `pad_id` and all else 0, up to `num_rows`."""
+
+    def fill(name: str, rows: np.ndarray) -> np.ndarray:
+        missing = [(0, num_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        return np.pad(rows, missing, constant_values=pad_id if name in TOKENS else 0)
+
+    return {name: fill(name, rows) for name, rows in batch.items()}
+
+
+def context(
+    batch: losses.Batch, method: methods.Method | None, pad_id: int = 0
+) -> routing.RoutingContext:
     """What adapters may know of a batch.
 
     Args:
       batch: encoder_input_tokens, and what else there is of targets, task ids and embeddings.
       method: of the adapters.
+      pad_id: padding.
 
     Raises:
       UserError: the method combines modules for each example's task, and rows hold several.
@@ -44,8 +58,8 @@ def context(batch: losses.Batch, method: methods.Method | None) -> routing.Routi
     return routing.RoutingContext(
         task_ids=batch.get("task_ids"),
         sentence_embeddings=batch.get("sentence_embeddings"),
-        encoder_mask=jnp.greater(batch["encoder_input_tokens"], 0),
-        decoder_mask=None if targets is None else jnp.greater(targets, 0),
+        encoder_mask=jnp.not_equal(batch["encoder_input_tokens"], pad_id),
+        decoder_mask=None if targets is None else jnp.not_equal(targets, pad_id),
     )
 
 
@@ -64,10 +78,10 @@ def repeat_rows(tree: PyTree, times: int, axis: int = 0) -> PyTree:
 
 def features(batch: losses.Batch) -> tuple[list[losses.AnyArray], dict[str, losses.AnyArray]]:
     """(the three token arrays in calling order, packing features by keyword)."""
-    missing = [name for name in _REQUIRED if name not in batch]
+    missing = [name for name in TOKENS if name not in batch]
     if missing:
         raise errors.UserError(
             f"The batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch)) or 'nothing'}."
         )
     packing = {name: batch[name] for name in _PACKING if name in batch}
-    return [batch[name] for name in _REQUIRED], packing
+    return [batch[name] for name in TOKENS], packing

@@ -2,7 +2,7 @@
 
 The function is `tokens_to_logits(ids, cache) -> (logits, cache)`: the last ids [n, 1] of n
 sequences and the decoding cache (any pytree) give the logits [n, vocabulary] of the next ids and
-the extended cache. Decoding starts from id 0, T5's start token, and stops when all have `eos_id`.
+the extended cache. Decoding starts from the network's start id, and stops when all have its end.
 """
 
 import abc
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe_peft import errors
+from moe_peft.models import sampling, special_ids
 
-START_ID = 0
+_T5 = special_ids.T5
 LENGTH_PENALTIES = ("t5x", "transformers")
 _WHOLE = "a whole number of at least 1"
 
-Logits = Float[Array, "n v"]
+Logits = sampling.Logits
 TokensToLogits = Callable[[Int[Array, "n 1"], Any], tuple[Logits, Any]]
 
 
@@ -33,7 +34,7 @@ class Strategy(abc.ABC):
     Attributes:
       max_decode_length: tokens of an answer at most, the end mark included. None leaves it to the
         caller of `predict`, who must set it: evaluation takes the length of targets.
-      eos_id: the end mark.
+      eos_id: the end mark; 1, T5's own, stands for that of the network.
       is_random: whether it needs an rng.
       rows_per_example: rows that the decoder sees for each example.
     """
@@ -57,8 +58,9 @@ class Strategy(abc.ABC):
         batch_size: int,
         cache_batch_axis: int = 0,
         rng: Array | None = None,
+        ids: special_ids.SpecialIds = _T5,
     ) -> Int[Array, "b t"]:
-        """Returns the answers' ids [b, max_decode_length], 0 after the end mark.
+        """Returns the answers' ids [b, max_decode_length], padding after the end mark.
 
         Args:
           tokens_to_logits: sees batch_size * rows_per_example rows.
@@ -67,7 +69,12 @@ class Strategy(abc.ABC):
           cache_batch_axis: axis of the rows in cache leaves: 0, or 1 when layers are scanned.
             Leaves without that axis (positions) belong to all rows.
           rng: key, if `is_random`.
+          ids: of the network.
         """
+
+    def end_of(self, ids: special_ids.SpecialIds) -> int:
+        """The end mark of answers of a network with these ids."""
+        return ids.eos if self.eos_id == _T5.eos else self.eos_id
 
 
 class _State(NamedTuple):
@@ -84,27 +91,29 @@ class _State(NamedTuple):
 class Greedy(Strategy):
     """The most probable token every time."""
 
-    def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
+    def __call__(
+        self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None, ids=_T5
+    ):
         """See `Strategy`. The key is split once per token."""
-        length = self.max_decode_length
+        length, end = self.max_decode_length, self.end_of(ids)
 
         def step(state: _State) -> _State:
             logits, cache = tokens_to_logits(state.last, state.cache)
             key, rng = (None, None) if state.rng is None else jax.random.split(state.rng)
-            ids = jnp.where(state.is_done, 0, self._chosen(logits, key).astype(jnp.int32))
+            new = jnp.where(state.is_done, ids.pad, self._chosen(logits, key).astype(jnp.int32))
             return _State(
                 index=state.index + 1,
-                tokens=jax.lax.dynamic_update_slice(state.tokens, ids[:, None], (0, state.index)),
-                last=ids[:, None],
-                is_done=state.is_done | (ids == self.eos_id),
+                tokens=jax.lax.dynamic_update_slice(state.tokens, new[:, None], (0, state.index)),
+                last=new[:, None],
+                is_done=state.is_done | (new == end),
                 cache=cache,
                 rng=rng,
             )
 
         start = _State(
             index=jnp.zeros((), jnp.int32),
-            tokens=jnp.zeros((batch_size, length), jnp.int32),
-            last=jnp.full((batch_size, 1), START_ID, jnp.int32),
+            tokens=jnp.full((batch_size, length), ids.pad, jnp.int32),
+            last=jnp.full((batch_size, 1), ids.start, jnp.int32),
             is_done=jnp.zeros((batch_size,), bool),
             cache=cache,
             rng=rng if self.is_random else None,
@@ -136,24 +145,8 @@ class Sample(Greedy):
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
 
     def _chosen(self, logits, key):
-        logits = restrict(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        logits = sampling.restrict(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
         return jax.random.categorical(key, logits)
-
-
-def restrict(logits: Logits, *, top_k: int | None = None, top_p: float = 1.0) -> Logits:
-    """Sets logits outside the k best, then outside the mass p, to -inf; equals of the last stay."""
-    logits = logits.astype(jnp.float32)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth_best = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth_best, -jnp.inf, logits)
-    if top_p < 1:
-        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        probs = jax.nn.softmax(descending, axis=-1)
-        mass_before = jnp.cumsum(probs, axis=-1) - probs
-        # The best id has no mass before it, so at least one stays.
-        last_kept = jnp.min(jnp.where(mass_before < top_p, descending, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
-    return logits
 
 
 class _BeamState(NamedTuple):
@@ -191,23 +184,30 @@ class BeamSearch(Strategy):
 
     rows_per_example = property(lambda self: self.num_beams)
 
-    def __call__(self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None):
+    def __call__(
+        self, tokens_to_logits, cache, *, batch_size, cache_batch_axis=0, rng=None, ids=_T5
+    ):
         """See `Strategy`."""
-        return self.search(tokens_to_logits, cache, batch_size, cache_batch_axis)[0][:, 0]
+        return self.search(tokens_to_logits, cache, batch_size, cache_batch_axis, ids)[0][:, 0]
 
     def search(
-        self, tokens_to_logits: TokensToLogits, cache: PyTree, batch_size: int, axis: int = 0
+        self,
+        tokens_to_logits: TokensToLogits,
+        cache: PyTree,
+        batch_size: int,
+        axis: int = 0,
+        ids: special_ids.SpecialIds = _T5,
     ) -> tuple[Int[Array, "b k t"], Float[Array, "b k"]]:
         """Returns the best finished sequences and their scores, best first.
 
-        Where a row has fewer than `num_beams` finished sequences, the rest are zeros with score
+        Where a row has fewer than `num_beams` finished sequences, the rest are padding with score
         -inf; where it has none, its live beams are returned, scored at full length. The beams of an
         example are rows next to each other, see `batches.repeat_rows`; `axis` is that of the rows
         in cache leaves.
         """
         beams, length = self.num_beams, self.max_decode_length
         _check_rows(cache, batch_size * beams, axis)
-        no_tokens = jnp.zeros((batch_size, beams, length), jnp.int32)
+        no_tokens = jnp.full((batch_size, beams, length), ids.pad, jnp.int32)
         # One live beam at first: equal beams would only find the same continuations.
         first_beam = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
         start = _BeamState(
@@ -216,10 +216,10 @@ class BeamSearch(Strategy):
             live_log_probs=jnp.tile(first_beam[None], (batch_size, 1)),
             finished_tokens=no_tokens,
             finished_scores=jnp.full((batch_size, beams), -jnp.inf),
-            last=jnp.full((batch_size * beams, 1), START_ID, jnp.int32),
+            last=jnp.full((batch_size * beams, 1), ids.start, jnp.int32),
             cache=cache,
         )
-        step = functools.partial(self._step, tokens_to_logits, axis)
+        step = functools.partial(self._step, tokens_to_logits, axis, self.end_of(ids))
         end = jax.lax.while_loop(self._goes_on, step, start)
         any_finished, live = end.finished_scores[:, :1] > -jnp.inf, end.live_log_probs
         tokens = jnp.where(any_finished[:, :, None], end.finished_tokens, end.live_tokens)
@@ -238,7 +238,7 @@ class BeamSearch(Strategy):
         can_improve = attainable > state.finished_scores[:, -1]
         return (state.index < self.max_decode_length) & jnp.any(can_improve)
 
-    def _step(self, tokens_to_logits, axis, state: _BeamState) -> _BeamState:
+    def _step(self, tokens_to_logits, axis, end: int, state: _BeamState) -> _BeamState:
         logits, cache = tokens_to_logits(state.last, state.cache)
         batch_size, num_beams = state.live_log_probs.shape
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -252,13 +252,13 @@ class BeamSearch(Strategy):
         tokens = jnp.take_along_axis(state.live_tokens, parents[:, :, None], axis=1)
         tokens = jax.lax.dynamic_update_slice(tokens, ids[:, :, None], (0, 0, state.index))
 
-        live = jnp.where(ids == self.eos_id, -jnp.inf, candidate_log_probs)
+        live = jnp.where(ids == end, -jnp.inf, candidate_log_probs)
         live_log_probs, kept = jax.lax.top_k(live, num_beams)
         rows = jnp.take_along_axis(parents, kept, axis=1)
         rows = (rows + num_beams * jnp.arange(batch_size)[:, None]).reshape(-1)
 
         scores = candidate_log_probs / self._penalty(state.index + 1)
-        are_finished = ids == self.eos_id
+        are_finished = ids == end
         if self.length_penalty == "transformers":
             is_full = state.index + 1 == self.max_decode_length
             are_finished = (are_finished | is_full) & (jnp.arange(2 * num_beams) < num_beams)[None]

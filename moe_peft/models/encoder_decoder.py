@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe_peft import errors, patching, routing
 from moe_peft import methods as methods_lib
-from moe_peft.models import batches, decoding, losses, scoring
+from moe_peft.models import batches, decoding, losses, scoring, special_ids
 
 Batch = losses.Batch
 LossConfig = losses.LossConfig
@@ -39,6 +39,11 @@ class EncoderDecoder:
     loss_config: LossConfig = LossConfig()  # how token losses become the objective
     # gives router losses their weights; without it they do not count
     method: methods_lib.Method | None = None
+
+    @property
+    def ids(self) -> special_ids.SpecialIds:
+        """The network's ids of padding, end and start."""
+        return special_ids.of(self.module)
 
     def init_variables(self, rng: Array, batch_shapes: Mapping[str, Any]) -> PyTree:
         """Fresh {"params", "params_axes"}; under `jax.eval_shape` nothing is computed.
@@ -88,6 +93,7 @@ class EncoderDecoder:
         """
         logits, router_losses = self._forward(params, batch, dropout_rng)
         of_logits = of_logits or losses.loss_sums
+        batch = {**batch, "decoder_loss_weights": self._weights(batch)}
         loss_sum, normalizer, sums = of_logits(self.loss_config, logits, batch)
         for name, weight in self._router_weights().items():
             if name in router_losses:
@@ -103,7 +109,7 @@ class EncoderDecoder:
 
     def score(self, params: PyTree, batch: Batch) -> Float[Array, "b"]:
         """Log-likelihood of each row's target: sum of log p(token) times its loss weight."""
-        return jnp.sum(self._target_log_probs(params, batch) * losses.token_weights(batch), axis=-1)
+        return jnp.sum(self._target_log_probs(params, batch) * self._weights(batch), axis=-1)
 
     def exact_match(self, params: PyTree, batch: Batch) -> Bool[Array, "b"]:
         """Whether greedy decoding would give each row's target, without decoding.
@@ -112,7 +118,7 @@ class EncoderDecoder:
         token both see the same prefix. The target must hold its end mark.
         """
         is_right = jnp.argmax(self.logits(params, batch), axis=-1) == batch["decoder_target_tokens"]
-        return jnp.all(is_right | (losses.token_weights(batch) == 0), axis=-1)
+        return jnp.all(is_right | (self._weights(batch) == 0), axis=-1)
 
     def score_choices(self, params: PyTree, batch: Batch, num_choices: int) -> scoring.ChoiceScores:
         """Log-likelihoods of all answer choices of each example, its input encoded once.
@@ -131,7 +137,7 @@ class EncoderDecoder:
             )
         log_probs = self._target_log_probs(params, batch)
         segment_ids = batch["decoder_segment_ids"]
-        is_real = jnp.asarray(batch["decoder_target_tokens"] > 0, jnp.float32)
+        is_real = jnp.asarray(segment_ids > 0, jnp.float32)
         return scoring.ChoiceScores(
             log_likelihood=scoring.sum_by_choice(log_probs, segment_ids, num_choices),
             num_tokens=scoring.sum_by_choice(is_real, segment_ids, num_choices),
@@ -140,7 +146,7 @@ class EncoderDecoder:
     def predict(
         self, params: PyTree, batch: Batch, strategy: decoding.Strategy, rng: Array | None = None
     ) -> Int[Array, "b t"]:
-        """Answers: ids [b, max_decode_length] with the end mark, 0 after it.
+        """Answers: ids [b, max_decode_length] with the end mark, padding after it.
 
         The encoder and the decoder's keys and values of its output are computed once.
 
@@ -188,9 +194,8 @@ class EncoderDecoder:
             logits, new = step(ids, ["cache"], cache=cache)
             return logits[:, 0], new["cache"]
 
-        return strategy(
-            tokens_to_logits, cache, batch_size=inputs.shape[0], cache_batch_axis=axis, rng=rng
-        )
+        how = {"cache_batch_axis": axis, "rng": rng, "ids": self.ids}
+        return strategy(tokens_to_logits, cache, batch_size=inputs.shape[0], **how)
 
     def _decode(self, variables, encoded, seen, length, ids, mutable, **caches):
         """Calls the decoder with a cache; `seen` is what a batch has while decoding."""
@@ -211,6 +216,9 @@ class EncoderDecoder:
     def _target_log_probs(self, params: PyTree, batch: Batch) -> Float[Array, "b t"]:
         logits = self.logits(params, batch)
         return losses.token_log_probs(logits, batch["decoder_target_tokens"])[0]
+
+    def _weights(self, batch: Batch) -> Float[Array, "b t"]:
+        return losses.token_weights(batch, self.ids.pad)
 
     def _router_weights(self) -> dict[str, float]:
         return {} if self.method is None else self.method.router_loss_weights()
@@ -242,4 +250,4 @@ class EncoderDecoder:
         """The keyword argument that tells a patched module what its routers may look at."""
         if not isinstance(self.module, patching.Patched):
             return {}
-        return {"routing": batches.context(batch, self.method)}
+        return {"routing": batches.context(batch, self.method, self.ids.pad)}

@@ -110,7 +110,7 @@ def loss_sums(
         loss_sum, normalizer, sums = losses.loss_sums(config, logits, batch)
         return loss.language_modelling * loss_sum, normalizer, sums
     targets, segments = batch["decoder_target_tokens"], batch["decoder_segment_ids"]
-    is_real = targets > 0
+    is_real = segments > 0  # Padding is in no choice.
     is_gold = is_real & (segments == batch[GOLD][:, None] + 1)
     weighed = {**batch, "decoder_loss_weights": is_gold.astype(jnp.float32)}
     loss_sum, normalizer, sums = losses.loss_sums(config, logits, weighed)

@@ -80,11 +80,11 @@ def segment_totals(values: Num[AnyArray, "b t"], batch: Batch) -> Num[Array, "b 
     return jnp.sum(jnp.where(same, values[:, None, :], 0), axis=-1)
 
 
-def token_weights(batch: Batch) -> Float[Array, "b t"]:
-    """decoder_loss_weights, or 1 at every real target token where the batch has none."""
+def token_weights(batch: Batch, pad_id: int = 0) -> Float[Array, "b t"]:
+    """decoder_loss_weights, or 1 at every target token but padding where the batch has none."""
     weights = batch.get("decoder_loss_weights")
     if weights is None:
-        weights = batch["decoder_target_tokens"] > 0
+        weights = batch["decoder_target_tokens"] != pad_id
     return jnp.asarray(weights, jnp.float32)
 
 

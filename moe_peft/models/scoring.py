@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.models import losses
+from moe_peft.models import losses, special_ids
 
 
 @flax.struct.dataclass
@@ -39,13 +39,16 @@ class ChoiceScores:
 
 
 def pack_choices(
-    choices: Sequence[Sequence[Sequence[int | np.integer] | np.ndarray]], length: int | None = None
+    choices: Sequence[Sequence[Sequence[int | np.integer] | np.ndarray]],
+    length: int | None = None,
+    ids: special_ids.SpecialIds = special_ids.T5,
 ) -> dict[str, np.ndarray]:
     """Decoder features of a batch of examples, the choices of one packed into one row.
 
     Args:
       choices: token ids of choice c of example b at [b][c], ragged in every direction.
       length: of the rows; by default as long as the longest needs.
+      ids: of the network.
 
     Returns:
       decoder_input_tokens, decoder_target_tokens and decoder_segment_ids, int32 [b, length]; the
@@ -53,8 +56,9 @@ def pack_choices(
     """
     lengths = [sum(map(len, example)) for example in choices]
     length = length or max(lengths, default=1)
-    names = ("decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids")
-    rows = {name: np.zeros((len(choices), length), np.int32) for name in names}
+    fill = {"decoder_input_tokens": ids.pad, "decoder_target_tokens": ids.pad}
+    fill["decoder_segment_ids"] = 0
+    rows = {n: np.full((len(choices), length), value, np.int32) for n, value in fill.items()}
     for i, example in enumerate(choices):
         if lengths[i] > length:
             raise errors.UserError(
@@ -66,7 +70,7 @@ def pack_choices(
             if not len(tokens):
                 raise errors.UserError(f"Choice {number} of example {i} has no tokens.")
             stop = start + len(tokens)
-            rows["decoder_input_tokens"][i, start + 1 : stop] = tokens[:-1]
+            rows["decoder_input_tokens"][i, start:stop] = [ids.start, *tokens[:-1]]
             rows["decoder_target_tokens"][i, start:stop] = tokens
             rows["decoder_segment_ids"][i, start:stop] = number + 1
             start = stop

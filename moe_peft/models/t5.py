@@ -61,8 +61,8 @@ class Transformer(nn.Module):
         """Returns float32 logits of the next target token at every position.
 
         Args:
-            encoder_input_tokens: ids, 0 is padding.
-            decoder_input_tokens: targets shifted right, starting with 0.
+            encoder_input_tokens: ids, `config.pad_id` is padding.
+            decoder_input_tokens: targets shifted right, starting with `config.start_id`.
             decoder_target_tokens: tell which decoder positions are padding.
             encoder_segment_ids: which example of a packed row a token belongs to, 0 for padding.
             decoder_segment_ids: the same. Without `encoder_segment_ids` all segments of a row
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = True,
     ) -> Float[Array, "b s d"]:
         """Returns the encoded text; see `__call__`."""
-        mask = _key_mask(encoder_input_tokens)
+        mask = self._key_mask(encoder_input_tokens)
         if encoder_segment_ids is not None:
             mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
         return self.encoder(encoder_input_tokens, mask, not enable_dropout)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
             ValueError: packed rows while decoding.
         """
         del decoder_positions
-        cross_mask = _key_mask(encoder_input_tokens)
+        cross_mask = self._key_mask(encoder_input_tokens)
         if decode:
             if encoder_segment_ids is not None or decoder_segment_ids is not None:
                 raise ValueError(
@@ -132,7 +132,8 @@ class Transformer(nn.Module):
                 )
             mask = None
         else:
-            mask = _key_mask(decoder_target_tokens) & _causal_mask(decoder_target_tokens.shape[1])
+            mask = self._key_mask(decoder_target_tokens)
+            mask = mask & _causal_mask(decoder_target_tokens.shape[1])
             if decoder_segment_ids is not None:
                 mask = mask & _same_segment(decoder_segment_ids, decoder_segment_ids)
             if encoder_segment_ids is not None:
@@ -151,9 +152,8 @@ class Transformer(nn.Module):
             max_decode_length,
         )
 
-
-def _key_mask(tokens: Ids) -> Bool[Array, "b 1 1 t"]:
-    return jnp.asarray(tokens > 0)[:, None, None, :]
+    def _key_mask(self, tokens: Ids) -> Bool[Array, "b 1 1 t"]:
+        return jnp.asarray(tokens != self.config.pad_id)[:, None, None, :]
 
 
 def _causal_mask(length: int) -> Bool[Array, "1 1 t t"]:

@@ -18,7 +18,7 @@ LATER = {"is_later": True}
 class T5Config:
     """Sizes and options of a T5."""
 
-    vocab_size: int  # rows of the embedding, id 0 is padding
+    vocab_size: int  # rows of the embedding
     emb_dim: int  # model width d
     num_heads: int  # attention heads; heads * head_dim need not be emb_dim
     head_dim: int  # width of one head
@@ -47,6 +47,10 @@ class T5Config:
     # biases of its own in every layer (UMT5); else a stack shares the first layer's. Scanned layers
     # hold some each anyway
     relpos_in_every_layer: bool = dataclasses.field(default=False, metadata=LATER)
+    # what is padding, ends a text and starts the decoder; see `special_ids`
+    pad_id: int = dataclasses.field(default=0, metadata=LATER)
+    eos_id: int = dataclasses.field(default=1, metadata=LATER)
+    start_id: int = dataclasses.field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is compiled."""
@@ -65,6 +69,12 @@ class T5Config:
         self._check_buckets()
         errors.check_one_of("T5Config.dtype", self.dtype, DTYPES)
         errors.check_one_of("T5Config.remat_policy", self.remat_policy, REMAT_POLICIES)
+        for name in ("pad_id", "eos_id", "start_id"):
+            errors.check_between(f"T5Config.{name}", getattr(self, name), 0, self.vocab_size - 1)
+        if self.pad_id == self.eos_id:
+            raise errors.UserError(
+                f"T5Config.pad_id and eos_id are both {self.pad_id}; texts would end in padding."
+            )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise errors.UserError(
                 f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1."

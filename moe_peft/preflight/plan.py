@@ -17,7 +17,7 @@ import rich.console
 
 from moe_peft import methods, patching
 from moe_peft.config import settings as settings_lib
-from moe_peft.models import encoder_decoder
+from moe_peft.models import encoder_decoder, special_ids
 from moe_peft.patching import rules as rules_lib
 from moe_peft.runtime import tables
 
@@ -106,6 +106,7 @@ def plan(settings: Settings) -> Plan:
         own = {path: leaf for path, leaf in params.items() if path not in in_adapters}
         shapes = patching.trees.unflatten(own)
         backbone_lib.check_headers(settings.backbone, shapes, getattr(model, "config", None))
+        backbone_lib.check_special_ids(settings.backbone, special_ids.of(model))
     frozen, trainable = map(patching.flatten, method.split(variables["params"]))
     num_frozen, num_trainable = (sum(map(sizes.get, paths)) for paths in (frozen, trainable))
     num_base = sum(sizes.values()) - sum(in_adapters.values())

@@ -15,7 +15,7 @@ from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 
 from moe_peft import errors, methods, patching, routing
-from moe_peft.models import batches
+from moe_peft.models import batches, special_ids
 from moe_peft.t5x import features, saving, trainable
 from moe_peft.weights import identity
 
@@ -42,8 +42,9 @@ def model(
       groups: multipliers of the learning rate by group, see `trainable.only`.
 
     Raises:
-      UserError: the file is of another method.
+      UserError: the file is of another method, or the model pads or starts with other ids than T5X.
     """
+    _check_ids(model)
     kind = type(f"Adapted{type(model).__name__}", (Adapted, type(model)), {})
     found = kind.__new__(kind)
     found.__dict__.update(model.__dict__)
@@ -53,6 +54,17 @@ def model(
     found.optimizer_def = trainable.only(model.optimizer_def, method, groups)
     found.FEATURE_CONVERTER_CLS = features.converter(model, method)
     return found
+
+
+def _check_ids(model: t5x_models.EncoderDecoderModel) -> None:
+    ids = special_ids.of(model.module)
+    pads = [getattr(model, f"{side}_vocabulary", None) for side in ("input", "output")]
+    pads = [getattr(vocabulary, "pad_id", 0) for vocabulary in pads]
+    if (ids.pad, ids.start) != (0, 0) or any(isinstance(pad, int) and pad > 0 for pad in pads):
+        raise errors.UserError(
+            f"T5X pads with the id 0 and starts decoders with it. This model has {ids}, its "
+            f"vocabularies pad with {pads}. Train it with the built-in trainer instead."
+        )
 
 
 def _read(path: str, method: methods.Method) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from moe_peft import errors, methods, patching
 from moe_peft.methods import transfer
-from moe_peft.models import encoder_decoder
+from moe_peft.models import encoder_decoder, special_ids
 from moe_peft.partitioning import layout as layout_lib
 from moe_peft.runtime import digest, run_once
 from moe_peft.training import optimizers
@@ -63,6 +63,16 @@ class Start:
         """Returns the names of the axes of every parameter; none of a model that does not tell."""
         return layout_lib.logical_axes(self._variables())
 
+    def check_backbone(self, backbone: str) -> None:
+        """Raises UserError if a backbone is not there or does not fit; reads no weights."""
+        backbone_lib.check_headers(backbone, self.base_shapes(), self.network())
+        self.check_special_ids(backbone)
+
+    def check_special_ids(self, backbone: str) -> None:
+        """Raises UserError if a backbone's files tell other special ids than the model's."""
+        network = getattr(self.base_model, "module", None)
+        backbone_lib.check_special_ids(backbone, special_ids.of(network))
+
     def trees(
         self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
     ) -> "Trees":
@@ -72,6 +82,7 @@ class Start:
         they are the backbone's (method `full`); `frozen_dtype` is how the others are stored.
         """
         stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
+        self.check_special_ids(backbone)
         loaded = backbone_lib.load(
             backbone, self.base_shapes(), self.init_base, stored_as, self.network()
         )

@@ -18,7 +18,7 @@ from moe_peft import errors, methods, patching
 from moe_peft.config import settings as settings_lib
 from moe_peft.data import identity as data_identity
 from moe_peft.data import lookup, pipeline, task_ids
-from moe_peft.models import encoder_decoder
+from moe_peft.models import encoder_decoder, special_ids
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.runtime import prefetch, processes, run_folder, signals
 from moe_peft.training import checkpoints, loop, optimizers, rate_search, summary
@@ -26,7 +26,6 @@ from moe_peft.training import program as program_lib
 from moe_peft.training import start as start_lib
 from moe_peft.training import step as step_lib
 from moe_peft.training.monitors import base as monitors_lib
-from moe_peft.weights import backbone as backbone_lib
 from moe_peft.weights import identity, saved_run
 
 _KNOWN_BEFORE_WEIGHTS = ("method", "model", "data", "rows")
@@ -72,7 +71,7 @@ def train(settings: Settings) -> loop.Result:
     model, method = settings.model, settings.method
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is not None:
-        pipeline.check_vocabulary(settings.mixture, vocab_size)
+        pipeline.check_vocabulary(settings.mixture, vocab_size, special_ids.of(model))
     loss = settings.loss or encoder_decoder.LossConfig()
     network = encoder_decoder.EncoderDecoder(method.patch(model), loss, method)
     base = encoder_decoder.EncoderDecoder(model, loss)
@@ -109,7 +108,8 @@ def _open_batches(settings: Settings, mesh: jax.sharding.Mesh, start_batch: int)
     """Returns this process's rows of all batches from `start_batch` on."""
     lengths = dict(settings.feature_lengths)
     what = (settings.mixture, settings.batch_size, lengths, settings.seed, settings.pack)
-    batches = pipeline.train_batches(*what, start_batch, *mesh_lib.host_shard(mesh))
+    ids = special_ids.of(settings.model)
+    batches = pipeline.train_batches(*what, start_batch, *mesh_lib.host_shard(mesh), ids=ids)
     return task_ids.checked_batches(batches, settings.method, settings.mixture)
 
 
@@ -201,7 +201,7 @@ def fit(
         program = program_lib.Program(begin, optimizer, settings, mesh)
         num_new = settings.num_new_checkpoints(len(saved_run.steps(folder)))
         run_folder.check_space(folder, step_lib.num_bytes(program.state), num_new)
-        backbone_lib.check_headers(backbone, begin.base_shapes(), begin.network())
+        begin.check_backbone(backbone)
         introduce(*map(patching.trees.num_parameters, (program.trainable, begin.base_shapes())))
         active = _watchers(program, described["data"], folder, mesh, monitors, eval_hook)
         # The weights come last: everything that can be refused without them has been looked at.

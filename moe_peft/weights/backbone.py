@@ -1,12 +1,13 @@
 """Backbones: where a model's own weights come from, and what identifies them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib.resources
 import os
 import pathlib
 import re
 import sys
+import types
 
 from flax import linen as nn
 import gin
@@ -15,13 +16,14 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.models import family
+from moe_peft.models import family, special_ids
 from moe_peft.runtime import digest
 from moe_peft.weights import (
     checkpoint_file,
     formats,
     hub,
     leaves,
+    locations,
     safetensors_files,
     saved_run,
     scan_layout,
@@ -161,6 +163,32 @@ def check_headers(spec: str, abstract_params: PyTree, network: family.Config | N
         _run_of(spec, rest)
     else:
         _seed(spec, rest)
+
+
+def check_special_ids(spec: str, ids: special_ids.SpecialIds) -> None:
+    """Raises UserError if a backbone's files, as far as they tell, have other special ids."""
+    own = _special_ids(spec)
+    if own not in (None, ids):
+        setting = ", ".join(f"T5Config.{name}_id={value}" for name, value in vars(own).items())
+        raise errors.UserError(
+            f"Backbone {spec!r} has the ids {own}; the model config says {ids}. Set {setting}."
+        )
+
+
+def _special_ids(spec: str) -> special_ids.SpecialIds | None:
+    kind, _, place = str(spec).partition(":")
+    if kind == formats.HUGGING_FACE:
+        found = formats.open_backbone(place, kind)
+        return special_ids.of_config(found.config) if found.settings else None
+    if kind == "file":
+        told = safetensors_files.read_metadata(locations.existing(place))
+    elif kind == "run":
+        told = saved_run.description_of(_run_of(spec, place)[0])
+    else:
+        return None
+    config = (told.get("model") or {}).get("config")
+    is_told = isinstance(config, Mapping)  # of another network it may be a text
+    return special_ids.of_config(types.SimpleNamespace(**config)) if is_told else None
 
 
 def _seed(spec: str, text: str) -> int:

@@ -65,4 +65,6 @@ def open_backbone(path: epath.PathLike, kind: str | None = None) -> checkpoint_f
         config = records.network(description, str(path)).config
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
-    return checkpoint_file.CheckpointFile(str(path), config, found, is_recognised=not is_told)
+    settings = description.get("hugging_face", {})
+    told = {"settings": settings, "is_recognised": not is_told}
+    return checkpoint_file.CheckpointFile(str(path), config, found, **told)

@@ -14,7 +14,7 @@ TOKENIZER_FILES = (
 )
 # Weights in safetensors, and what tells their sizes and their vocabulary;
 _FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
-_FILES += TOKENIZER_FILES
+_FILES += ("generation_config.json", *TOKENIZER_FILES)
 # weights of torch, read and never run, only where there are none in safetensors.
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 

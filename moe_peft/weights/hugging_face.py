@@ -7,6 +7,7 @@ no pickle is ever run.
 """
 
 from collections.abc import Collection, Mapping
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,10 +18,11 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors
-from moe_peft.models import t5
+from moe_peft.models import special_ids, t5
 from moe_peft.weights import (
     checkpoint_file,
     feed_forward,
+    hf_kinds,
     hub,
     leaves,
     locations,
@@ -31,8 +33,8 @@ from moe_peft.weights import (
     torch_files,
 )
 
-CONFIG = "config.json"
-COPIED = (*hub.TOKENIZER_FILES, "generation_config.json")
+CONFIG, GENERATION = "config.json", "generation_config.json"
+COPIED = (*hub.TOKENIZER_FILES, GENERATION)
 WEIGHTS = (safetensors_files.SINGLE, safetensors_files.INDEX)  # the first that is there
 WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
@@ -57,7 +59,6 @@ _OPTIONS = {
 _FIXED = {
     "layer_norm_epsilon": 1e-6,
 }
-_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _NEVER_USED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -77,13 +78,20 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     if (folder / CONFIG).exists():
         settings = safetensors_files.read_json(folder / CONFIG)
         _check_settings(settings, folder / CONFIG)
+        ids = hf_kinds.ids_of(settings, _generation(folder), folder / CONFIG)
     found, unused, known = _renamed(open_tensors(place), settings)
     if settings:
         config = _config(settings, folder / CONFIG)
+        config = dataclasses.replace(config, **{f"{n}_id": i for n, i in vars(ids).items()})
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
     told = {"settings": settings, "is_recognised": not settings}
     return checkpoint_file.CheckpointFile(str(path), config, found, unused, known, **told)
+
+
+def _generation(folder: epath.Path) -> Mapping[str, Any]:
+    path = folder / GENERATION
+    return safetensors_files.read_json(path) if path.exists() else {}
 
 
 def open_tensors(place: epath.Path) -> leaves.Leaves:
@@ -135,10 +143,13 @@ def write(
         t5_names.name_of(path): leaves.cast_when_read(_transposed(path, leaf), dtype)
         for path, leaf in given.scanned(False).leaves.items()
     }
-    stored = sorted({leaf.dtype.name for leaf in tensors.values()})
-    old = settings or {}
+    stored, old = sorted({leaf.dtype.name for leaf in tensors.values()}), settings or {}
     was = old.get("torch_dtype", old.get("dtype", "float32"))  # a folder may store two
-    described = _settings(config, old, was if was in stored else stored[0])
+    is_copy = hf_kinds.ties_without_scale(old) and _HEAD in tensors
+    is_copy = is_copy and _equal(tensors[_HEAD], tensors[_EMBEDDING])
+    if is_copy:  # as the source had it
+        del tensors[_HEAD]
+    described = _settings(config, old, was if was in stored else stored[0], is_copy)
     with locations.created(folder) as partial:
         partial.mkdir()
         safetensors_files.write_folder(partial, tensors, shard_bytes)
@@ -164,7 +175,7 @@ def _renamed(
         known[_NEVER_USED] = "no T5 uses it"
     if _EMBEDDING in tensors and settings:
         # Our network scales exactly where it has no output layer of its own.
-        is_scaled, head = _is_scaled(settings), tensors.get(_HEAD)
+        is_scaled, head = hf_kinds.is_scaled(settings), tensors.get(_HEAD)
         if is_scaled and head is not None and _equal(head, tensors[_EMBEDDING]):
             known[_HEAD] = f"the same as {_EMBEDDING}"
         elif not is_scaled and head is None:
@@ -179,19 +190,6 @@ def _renamed(
         paths = {key: first.get(path, path) for key, path in paths.items()}
     found = {path: _transposed(path, tensors[key]) for key, path in paths.items() if path}
     return found, tuple(key for key, path in paths.items() if not path), known
-
-
-def _is_scaled(settings: Mapping[str, Any]) -> bool:
-    """Whether what enters the output layer is scaled by d ** -0.5, as in T5 1.0.
-
-    transformers 4 scales exactly where the layer is tied to the embedding, an mT5's where its
-    settings tie it. Version 5 ties always, says separately whether a T5 or UMT5 scales, and takes
-    what version 4 wrote as that did; an mT5 never scales.
-    """
-    is_tied = settings.get("tie_word_embeddings", settings["model_type"] != "mt5")
-    if settings["model_type"] == "mt5":
-        return is_tied and str(settings.get("transformers_version")).startswith("4.")
-    return settings.get("scale_decoder_outputs", is_tied)
 
 
 def _has_biases_in_layers(settings: Mapping[str, Any], paths: Collection[str | None] = ()) -> bool:
@@ -223,13 +221,7 @@ def _turned(matrix: np.ndarray) -> np.ndarray:
 
 
 def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
-    kind = settings.get("model_type")
-    if kind not in _MODEL_TYPES:
-        what = "" if settings.get("is_encoder_decoder") else ", which has no encoder and decoder"
-        raise errors.UserError(
-            f"{path}: model_type is {kind!r}{what}; expected {' or '.join(_MODEL_TYPES)} "
-            "(T5, LM-adapted T5, T0, Flan-T5, ByT5, mT5)."
-        )
+    hf_kinds.check(settings, path, _MODEL_TYPES)
     for key, value in _FIXED.items():
         if (given := settings.get(key, value)) != value:
             raise errors.UserError(f"{path}: {key} is {given!r}; this network has {value!r}.")
@@ -246,13 +238,23 @@ def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
         **{ours: given[theirs] for theirs, ours in _SIZES.items()},
         **{ours: given[theirs] for theirs, ours in _OPTIONS.items() if theirs in given},
         mlp_activations=feed_forward.activations(settings, path),
-        logits_via_embedding=_is_scaled(settings),
+        dropout_rate=given.get("dropout_rate", 0.1),
+        logits_via_embedding=hf_kinds.is_scaled(settings),
         relpos_in_every_layer=_has_biases_in_layers(settings),
     )
 
 
-def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Returns config.json of a network; what is not a size is kept from an old one."""
+def _settings(
+    config: t5.T5Config, old: Mapping[str, Any], dtype: str, is_copy: bool
+) -> dict[str, Any]:
+    """Returns config.json of a network; what is not a size is kept from an old one.
+
+    `is_copy`: the output layer is the embedding, and not scaled.
+    """
+    dtype = {"torch_dtype" if "torch_dtype" in old else "dtype": dtype}
+    if old and _says(config, old) and is_copy == hf_kinds.ties_without_scale(old):
+        told = old.get("torch_dtype", old.get("dtype")) or "float32"
+        return {**old, **({} if told in dtype.values() else dtype)}
     is_tied, kind = config.logits_via_embedding, old.get("model_type", "t5")
     if config.relpos_in_every_layer:
         kind = "umt5"
@@ -265,15 +267,24 @@ def _settings(config: t5.T5Config, old: Mapping[str, Any], dtype: str) -> dict[s
     return {
         "is_encoder_decoder": True,
         "dropout_rate": config.dropout_rate,
-        **_TOKENS,
         **_FIXED,
         **old,
         "architectures": classes,
+        **{theirs: getattr(config, f"{ours}_id") for ours, theirs in hf_kinds.IDS.items()},
         "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in (_SIZES | _OPTIONS).items()},
         **feed_forward.said(config.mlp_activations, old),
         # transformers 5 says so where it scales, and stores the layer where it is the embedding's.
-        "tie_word_embeddings": is_tied,
+        "tie_word_embeddings": is_tied or is_copy,
         **scaled,
-        "torch_dtype" if "torch_dtype" in old else "dtype": dtype,
+        **dtype,
     }
+
+
+def _says(config: t5.T5Config, settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of that network; one that leaves out a size is not."""
+    if not settings.keys() >= _SIZES.keys() - {"num_decoder_layers"}:
+        return False
+    ids = hf_kinds.ids_of(settings, {}, CONFIG)
+    differing = t5_sizes.differences(config, _config(settings, CONFIG))
+    return not differing and ids == special_ids.of_config(config)

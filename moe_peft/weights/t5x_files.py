@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from moe_peft import errors, patching
-from moe_peft.models import t5
+from moe_peft.models import special_ids, t5
 from moe_peft.weights import (
     checkpoint_file,
     leaves,
@@ -109,6 +109,11 @@ def write(
     _check_options(config)
     given = checkpoint_file.CheckpointFile(str(folder), config, leaves.flatten(params))
     given.report().check()
+    if (ids := special_ids.of_config(config)) != special_ids.T5:
+        raise errors.UserError(
+            f"T5X's format does not hold special ids, and T5X takes {special_ids.T5}; this model "
+            f"has {ids}. Write it as hf:FOLDER or FILE.safetensors."
+        )
     found = {path: leaves.cast_when_read(leaf, dtype) for path, leaf in given.leaves.items()}
     target = pathlib.Path(folder).expanduser() / f"{_PREFIX}{step}"
     with locations.created(target) as partial:

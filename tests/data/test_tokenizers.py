@@ -218,11 +218,11 @@ def test_where_a_folder_differs_from_its_model_read_by_seqio(kind, made):
 def test_seqio_gets_the_same_ids(made):
     import tensorflow as tf
 
-    from moe_peft.data import registration
+    from moe_peft.data import seqio_vocabularies
 
     folder = made("json_unigram")
     ours = vocabularies.get(str(folder))
-    wrapped = registration.Wrapped(lambda: ours)
+    wrapped = seqio_vocabularies.Wrapped(lambda: ours)
     ids = {"vocab_size", "extra_ids", "eos_id", "pad_id", "unk_id", "bos_id"}
     assert {name: getattr(wrapped, name) for name in ids} == {n: getattr(ours, n) for n in ids}
     some = [text for text in LINES[:300] if "\x00" not in text]
@@ -234,5 +234,9 @@ def test_seqio_gets_the_same_ids(made):
     assert texts == [ours.decode(row) for row in found] == [wrapped.decode(row) for row in found]
     assert wrapped.decode_tf(rows[0]).numpy().decode() == texts[0]
     again, other = tokenizers.of_folder(folder), vocabularies.get("bytes")
-    assert wrapped == registration.Wrapped(lambda: again)
-    assert wrapped not in (registration.Wrapped(lambda: other), registration.Configured(), None)
+    assert wrapped == seqio_vocabularies.Wrapped(lambda: again)
+    assert wrapped not in (
+        seqio_vocabularies.Wrapped(lambda: other),
+        seqio_vocabularies.Configured(),
+        None,
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft.models import batches, decoding
+from moe_peft.models import batches, decoding, sampling
 
 EOS = 1
 VOCAB = 3
@@ -205,7 +205,7 @@ def test_samples_follow_the_model_and_the_key():
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_ids_that_reach_the_mass(top_p):
     logits = jax.random.normal(jax.random.key(0), (20, 50)) * 3
-    kept = np.asarray(decoding.restrict(logits, top_p=top_p) > -jnp.inf)
+    kept = np.asarray(sampling.restrict(logits, top_p=top_p) > -jnp.inf)
     probs = np.asarray(jax.nn.softmax(logits))
     mass = (probs * kept).sum(axis=1)
     least = np.where(kept, probs, 1).min(axis=1)
@@ -216,7 +216,7 @@ def test_top_p_keeps_the_fewest_ids_that_reach_the_mass(top_p):
 
 def test_top_k_keeps_k_and_comes_before_top_p():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
-    kept = lambda **options: (decoding.restrict(logits, **options) > -jnp.inf)[0].tolist()
+    kept = lambda **options: (sampling.restrict(logits, **options) > -jnp.inf)[0].tolist()
     assert kept() == [True] * 4
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_k=9) == [True] * 4

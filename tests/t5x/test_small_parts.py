@@ -1,5 +1,7 @@
 """Rules of axes, features, what is restored and what is saved."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -138,3 +140,10 @@ def test_adapters_go_to_the_built_in_trainer_and_back(guest, t5x, network, tmp_p
         t5x.adapted.model(guest.base_model(network), method, adapters=str(tmp_path / "none"))
     with pytest.raises(errors.UserError, match="another method"):
         t5x.adapted.model(guest.base_model(network), methods.mov(), adapters=str(again))
+
+
+def test_other_padding_than_t5xs_is_refused(guest, t5x):
+    model = guest.base_model("t5")
+    model.module = types.SimpleNamespace(config=types.SimpleNamespace(pad_id=1, start_id=0))
+    with pytest.raises(errors.UserError, match="T5X pads with the id 0 .* has padding 1, end 1"):
+        t5x.adapted.model(model, methods.lora())

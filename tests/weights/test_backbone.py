@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 
 import gin
@@ -7,16 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_peft import errors, patching
-from moe_peft.models import t5
+from moe_peft import errors, methods, patching
+from moe_peft.models import special_ids, t5
 from moe_peft.runtime import digest
-from moe_peft.weights import backbone, hugging_face, leaves, safetensors_files, t5_sizes, t5x_files
+from moe_peft.training import start
+from moe_peft.weights import (
+    backbone,
+    hugging_face,
+    identity,
+    leaves,
+    records,
+    safetensors_files,
+    t5_sizes,
+    t5x_files,
+)
 
 PARAMS = {
     "encoder": {"layers_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}},
     "token_embedder": {"embedding": np.ones((4, 2), np.float32)},
 }
 SHAPES = jax.eval_shape(lambda: PARAMS)
+TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+BATCH_SHAPES = dict.fromkeys(TOKENS, (1, 2))
 
 
 def _init(rng):
@@ -313,3 +326,51 @@ def test_deep_networks_are_scanned_on_accelerators(monkeypatch, device, is_scann
     monkeypatch.setattr(backbone, "_MANY_LAYERS", 1)
     monkeypatch.setattr(jax, "default_backend", lambda: device)
     assert backbone.network("embedded:cldr_tiny").config.scan_layers == is_scanned
+
+
+def test_a_description_says_other_ids_only():
+    sizes = {"vocab_size": 8, "emb_dim": 4, "num_heads": 1, "head_dim": 4, "mlp_dim": 4}
+    sizes |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    described = identity.describe_model(t5.Transformer(t5.T5Config(**sizes)))
+    # What version 0.1 wrote with every checkpoint, in its order.
+    options = {
+        "mlp_activations": ("gelu", "linear"),
+        "dropout_rate": 0.1,
+        "logits_via_embedding": False,
+        "float32_attention_logits": False,
+        "dtype": "float32",
+        "scan_layers": False,
+        "remat_policy": "none",
+    }
+    expected = {"class": "Transformer", "config": {**sizes, **options}}
+    assert json.dumps(described) == json.dumps(expected)
+    other = t5.Transformer(t5.T5Config(**sizes, pad_id=1, eos_id=2))
+    described = identity.as_json(identity.describe_model(other))
+    assert described["config"] == identity.as_json(expected)["config"] | {"pad_id": 1, "eos_id": 2}
+    assert records.network({"model": described}, "here") == other
+
+
+@pytest.mark.parametrize("kind", ["hf", "file"])
+def test_a_backbone_with_other_ids_than_the_model_is_refused(tmp_path, cfg_1_1, flat, kind):
+    config, ids = dataclasses.replace(cfg_1_1, pad_id=1, eos_id=2), special_ids.SpecialIds(1, 2, 0)
+    if kind == "hf":
+        place = hugging_face.write(tmp_path / "t5", config, flat(config))
+    else:
+        described = {"model": identity.describe_model(t5.Transformer(config))}
+        tree = patching.trees.unflatten(flat(config))
+        place = safetensors_files.save_tree(tree, tmp_path / "a.safetensors", None, described)
+    backbone.check_special_ids(f"{kind}:{place}", ids)
+    assert special_ids.of(backbone.network(f"{kind}:{place}")) == ids
+    begin = start.Start.of_network(t5.Transformer(cfg_1_1), methods.frozen(), BATCH_SHAPES)
+    for call in (begin.check_backbone, lambda spec: begin.trees(spec, 0, "float32")):
+        with pytest.raises(errors.UserError, match="has the ids padding 1, end 2, start 0; the mo"):
+            call(f"{kind}:{place}")
+
+
+def test_files_that_tell_no_ids_fit_every_model(tmp_path, cfg_1_1, flat):
+    folder = hugging_face.write(tmp_path / "t5", cfg_1_1, flat(cfg_1_1))
+    (folder / "config.json").unlink()
+    t5x_files.write(tmp_path / "t5x", cfg_1_1, flat(cfg_1_1))
+    path = safetensors_files.save_tree(flat(cfg_1_1), tmp_path / "a.safetensors")
+    for spec in (f"hf:{folder}", f"t5x:{tmp_path / 't5x'}", f"file:{path}", "random:0"):
+        backbone.check_special_ids(spec, special_ids.SpecialIds(1, 2, 0))

@@ -12,6 +12,8 @@ import pytest
 import safetensors.numpy
 
 from moe_peft import errors, patching
+from moe_peft.convert import models
+from moe_peft.models import special_ids
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import (
     checkpoint_file,
@@ -20,6 +22,7 @@ from moe_peft.weights import (
     leaves,
     t5_names,
     t5_sizes,
+    t5x_files,
 )
 
 
@@ -193,10 +196,8 @@ def test_version_4_scales_an_mt5_that_is_tied(folder, edit, cfg, tmp_path):
     opened = hugging_face.open_folder(folder)
     assert opened.config == cfg
     again = hugging_face.write(tmp_path / "b", cfg, opened.leaves, settings=opened.settings)
-    # No mT5 of version 5 scales.
-    settings = json.loads((again / "config.json").read_text())
-    assert settings["model_type"] == "t5"
-    assert settings["architectures"] == ["T5ForConditionalGeneration"]
+    config = "config.json"  # which says the version that scales
+    assert json.loads((again / config).read_text()) == json.loads((folder / config).read_text())
 
 
 UMT5 = {"relpos_in_every_layer": True}
@@ -292,6 +293,96 @@ def test_without_config_the_sizes_are_told_from_shapes(cfg, folder):
     assert hugging_face.read(folder)[0] == cfg
 
 
+def test_what_is_said_comes_back_bit_by_bit(folder, edit, tmp_path):
+    """As a released folder has it: with other ids and dropout, and without what goes unsaid."""
+    path = folder / "config.json"
+    edit(pad_token_id=3, eos_token_id=2, dropout_rate=0.0, n_positions=512)
+    settings = json.loads(path.read_text())
+    del settings["layer_norm_epsilon"], settings["dtype"]
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    opened = hugging_face.open_folder(folder)
+    assert special_ids.of_config(opened.config) == special_ids.SpecialIds(3, 2, 0)
+    assert opened.config.dropout_rate == 0.0
+    again = hugging_face.write(
+        tmp_path / "again", opened.config, opened.leaves, settings=opened.settings
+    )
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    # By way of our own file, which has the settings too.
+    models.write("ours", tmp_path / "a.safetensors", opened, None, None, opened, "legacy")
+    ours = formats.open_backbone(tmp_path / "a.safetensors", "ours")
+    assert (ours.config, ours.settings) == (opened.config, opened.settings)
+    models.write("hf", tmp_path / "back", ours, None, None, ours, "legacy")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(errors.UserError, match="T5X's format does not hold .* has padding 3"):
+        t5x_files.write(tmp_path / "t5x", opened.config, opened.leaves)
+    # Without settings what the config tells is written; other ids are not kept.
+    for number, old in enumerate((None, {**settings, "pad_token_id": 7})):
+        where = tmp_path / f"without_{number}"
+        hugging_face.write(where, opened.config, opened.leaves, settings=old)
+        assert hugging_face.open_folder(where).config == opened.config
+
+
+@pytest.mark.parametrize("cfg", ["1.1"], indirect=True)
+def test_a_tied_layer_that_is_not_scaled_comes_back_tied(folder, edit, tmp_path):
+    """As transformers 5 saves T5 1.1."""
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    edit(tie_word_embeddings=True, scale_decoder_outputs=False)
+    opened = hugging_face.open_folder(folder)
+    how = {"settings": opened.settings}
+    again = hugging_face.write(tmp_path / "again", opened.config, opened.leaves, **how)
+    assert json.loads((again / "config.json").read_text()) == opened.settings
+    stored, restored = (
+        safetensors.numpy.load_file(place / "model.safetensors") for place in (folder, again)
+    )
+    assert stored.keys() == restored.keys()
+    for name, values in stored.items():
+        np.testing.assert_array_equal(values, restored[name])
+    # A layer that has become another one is said to be.
+    flat = {path: leaf.read() for path, leaf in opened.leaves.items()}
+    flat["decoder/logits_dense/kernel"] = flat["decoder/logits_dense/kernel"] + 1
+    apart = hugging_face.write(tmp_path / "apart", opened.config, flat, **how)
+    assert not json.loads((apart / "config.json").read_text())["tie_word_embeddings"]
+    assert_same(flat, hugging_face.read(apart)[1])
+
+
+def test_ids_of_generation_config_count_where_config_has_none(folder, edit):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [4]}))
+    with pytest.raises(errors.UserError, match="eos_token_id is 1, and 4 in generation_config"):
+        hugging_face.open_folder(folder)
+    edit(eos_token_id=None, decoder_start_token_id=None, pad_token_id=2)
+    found = special_ids.of_config(hugging_face.open_folder(folder).config)
+    assert found == special_ids.SpecialIds(pad=2, eos=4, start=2)
+    path.write_text(json.dumps({"eos_token_id": [4, 5]}))
+    with pytest.raises(errors.UserError, match=r"eos_token_id is \[4, 5\]; expected one id"):
+        hugging_face.open_folder(folder)
+
+
+ELSEWHERE = {
+    "T5EncoderModel": ("t5", "T5EncoderModel is an encoder without its decoder; expected the"),
+    "MT5ForSequenceClassification": ("mt5", "is a T5 with a head for classes instead of words"),
+    "T5ForTokenClassification": ("t5", "is an encoder with a head for classes of tokens"),
+    "LongT5ForConditionalGeneration": ("longt5", "'longt5', an .* attention to near tokens"),
+    "T5GemmaForConditionalGeneration": ("t5gemma", "'t5gemma', an .* layers of Gemma"),
+    "GPT2LMHeadModel": ("gpt2", "which has no encoder and decoder"),
+    "LlamaForCausalLM": ("llama", r"which has no encoder \(LlamaForCausalLM\)"),
+}
+
+
+@pytest.mark.parametrize("cfg", ["1.1"], indirect=True)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_models_say_what_they_are_before_weights_are_read(folder, edit, name):
+    kind, words = ELSEWHERE[name]
+    edit(model_type=kind, architectures=[name], is_encoder_decoder=name.endswith("Generation"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(errors.UserError, match=words) as caught:
+        hugging_face.open_folder(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder / "config.json") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -299,7 +390,10 @@ def test_without_config_the_sizes_are_told_from_shapes(cfg, folder):
             {"model_type": "llama", "is_encoder_decoder": False},
             "config.json: model_type is 'llama', which has no encoder and decoder; expected t5",
         ),
-        ({"model_type": "bart", "is_encoder_decoder": True}, "model_type is 'bart'; expected t5"),
+        (
+            {"model_type": "bart", "is_encoder_decoder": True},
+            "'bart', an .*; expected t5",
+        ),
         (
             {"relative_attention_num_buckets": 16},
             r"relpos_bias.*the shape \(3, 32\).*says \(3, 16\)",

@@ -50,7 +50,9 @@ class GradientAlignment:
         """Draws tasks and batches; UserError: only routers train, or there are under two tasks."""
         select(run.trainable, run.method)
         mesh_lib.check_batch_size(self.batch_size, 1, run.mesh)
-        found = task_batches(run.data, self.num_tasks, self.batch_size, self.seed)
+        found = task_batches(
+            run.data, self.num_tasks, self.batch_size, self.seed, getattr(run.model, "ids", None)
+        )
         sharding = mesh_lib.batch_sharding(run.mesh)
         place = lambda batch: processes.put_on_devices(dict(batch), sharding)
         batches = {task: place(batch) for task, batch in found.items()}
@@ -129,7 +131,7 @@ def summarize(matrix: Float[np.ndarray, "n n"]) -> dict[str, float]:
 
 
 def task_batches(
-    data: Mapping[str, object], num_tasks: int, batch_size: int, seed: int
+    data: Mapping[str, object], num_tasks: int, batch_size: int, seed: int, ids=None
 ) -> dict[str, Mapping[str, np.ndarray]]:
     """Returns one unpacked batch of each of `num_tasks` drawn tasks, in the mixture's order.
 
@@ -144,7 +146,7 @@ def task_batches(
             f"{num_tasks}; it takes at least 2."
         )
     draw = np.random.default_rng(seed).permutation(len(tasks))[:num_tasks]
-    first = lambda task: next(pipeline.train_batches(task, batch_size, lengths, seed))
+    first = lambda task: next(pipeline.train_batches(task, batch_size, lengths, seed, ids=ids))
     chosen = [tasks[index] for index in sorted(draw)]
     return {task.name: first(lookup.mixture_of(task)) for task in chosen}
 
