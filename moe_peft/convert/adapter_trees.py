@@ -1,7 +1,9 @@
 """Trained leaves layer by layer, as the unscanned network has them, and back into a tree."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
+import json
 import re
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from moe_peft import errors, methods, patching
 from moe_peft.models import t5
 from moe_peft.training import start as start_lib
-from moe_peft.weights import leaves, merging, saved_run, scan_layout
+from moe_peft.weights import identity, leaves, merging, saved_run, scan_layout
 
 Arrays = dict[str, np.ndarray]
 Layers = dict[str, Arrays]
@@ -20,10 +22,23 @@ _ADAPTER = f"/{patching.ADAPTER}/"
 BATCH_SHAPES = {**dict.fromkeys(merging.TOKENS, (1, 2)), "task_ids": (1,)}  # of any batch
 
 
-@functools.lru_cache(maxsize=64)  # tracing takes half a second, and a folder is read again
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """A method that equals those of the same description."""
+
+    text: str
+    method: methods.Method = dataclasses.field(compare=False)
+
+
 def shapes_of(method: methods.Method, network: t5.Transformer) -> Shapes:
     """Returns the shape of every leaf that a run of the method on the network trains."""
-    trainable = start_lib.Start.of_network(network, method, BATCH_SHAPES).trainable_shapes()
+    return _shapes_of(_Described(json.dumps(identity.as_json(method.describe())), method), network)
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes half a second, and a folder is read again
+def _shapes_of(described, network):
+    start = start_lib.Start.of_network(network, described.method, BATCH_SHAPES)
+    trainable = start.trainable_shapes()
     return {path: leaf.shape for path, leaf in patching.flatten(trainable).items()}
 
 

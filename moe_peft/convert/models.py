@@ -5,10 +5,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-
 from moe_peft import errors
-from moe_peft.models import encoder_decoder, t5
+from moe_peft.models import t5
 from moe_peft.weights import (
     checkpoint_file,
     formats,
@@ -72,7 +70,7 @@ def check_written(
     if 2 * 4 * num_values > LOGITS_BYTES:
         return None
     network = t5.Transformer(dataclasses.replace(model.config, dtype="float32"))
-    logits = jax.jit(encoder_decoder.EncoderDecoder(network).logits)
+    logits = merging.plain_logits(network)
     batch = merging.random_batch(model.config.vocab_size, seed)
     before, after = (logits(leaves.load(m.leaves, "float32"), batch) for m in (model, written))
     return merging.gap(before, after)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -109,11 +110,15 @@ def logit_gap(
     """Compares the logits of adapted and merged network on a random batch of two examples."""
     batch = random_batch(module.config.vocab_size, seed)
     before = encoder_decoder.EncoderDecoder(method.patch(module), method=method)
-    after = encoder_decoder.EncoderDecoder(module)
     ids = jnp.full((2,), 0 if method.num_tasks is None else task, jnp.int32)
     old = jax.jit(before.logits)(params, {**batch, "task_ids": ids})
-    new = jax.jit(after.logits)(merged, batch)
-    return gap(old, new)
+    return gap(old, plain_logits(module)(merged, batch))
+
+
+@functools.lru_cache(maxsize=4)  # what is merged is compared again when it is written
+def plain_logits(module: nn.Module) -> Callable[..., Any]:
+    """Returns the compiled logits of a network without adapters, from parameters and a batch."""
+    return jax.jit(encoder_decoder.EncoderDecoder(module).logits)
 
 
 def random_batch(vocab_size: int, seed: int) -> dict[str, Int[np.ndarray, "b t"]]:

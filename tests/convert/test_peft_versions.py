@@ -193,14 +193,16 @@ def test_keys_and_dtypes(toy, writing, tmp_path, name, is_pickled):
         np.testing.assert_allclose(ours[layer], delta, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("key", ["lm_head.weight", "lm_head.modules_to_save.default.weight"])
-def test_logits_with_everything_and_a_trained_head(toy, tmp_path, key):
+def test_logits_with_everything_and_a_trained_head(toy, tmp_path):
     options, modules, own_ranks, scale = READ["all of them"]
     arrays = tensors(modules, own_ranks)
     head = np.random.default_rng(9).normal(size=(32, 16)).astype(np.float32)
     config = {**OLD, **options, "modules_to_save": ["lm_head"]}
-    folder = write(tmp_path / "a", config, {**arrays, f"base_model.model.{key}": head})
-    saved = read(toy, folder)
+    key = "base_model.model.lm_head"
+    saved = read(toy, write(tmp_path / "a", config, {**arrays, f"{key}.weight": head}))
+    key = f"{key}.modules_to_save.default"
+    named_so = read(toy, write(tmp_path / "b", config, {**arrays, f"{key}.weight": head}))
+    assert toy.same(named_so.trainable, saved.trainable)
     method = records.method(saved.description["method"], "toy")
     network = toy.network("t5_1_1")
     plain = toy.base_params(network)

@@ -162,16 +162,15 @@ def test_a_weighed_router_loss_that_nobody_reports_is_an_error():
 def test_dropout_happens_exactly_when_a_key_is_given():
     model = make_model(methods.ia3())
     params, batch = random_params(model), batch_of(examples())
-    loss = jax.jit(lambda params, batch, key=None: model.loss(params, batch, key)[0])
-    without, first, again, other = (
-        loss(params, batch, key)
-        for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    loss = jax.jit(lambda params, batch, key: model.loss(params, batch, key)[0])
+    first, again, other = (loss(params, batch, jax.random.key(seed)) for seed in (0, 0, 1))
+    both = jax.jit(
+        lambda params, batch: (model.loss(params, batch)[0], model.logits(params, batch))
     )
+    without, logits = both(params, batch)
     assert first == again
     assert len({float(without), float(first), float(other)}) == 3
-    nll, _ = losses.token_log_probs(
-        jax.jit(model.logits)(params, batch), batch["decoder_target_tokens"]
-    )
+    nll, _ = losses.token_log_probs(logits, batch["decoder_target_tokens"])
     weights = batch["decoder_loss_weights"]
     np.testing.assert_allclose(without, -np.sum(nll * weights) / np.sum(weights), rtol=1e-6)
 

@@ -84,7 +84,14 @@ def greedy_without_cache(tokens, scan_layers):
     return found
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unscanned", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers",
+    [
+        pytest.param(False, id="unscanned"),
+        # Caches of scanned layers: beams below, and tests/models/test_t5.py.
+        pytest.param(True, id="scanned", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_equals_repeating_the_whole_forward_pass(scan_layers):
     tokens = inputs()
     want = greedy_without_cache(tokens, scan_layers)

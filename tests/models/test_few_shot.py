@@ -162,7 +162,12 @@ def test_a_model_trains_on_packed_choices():
     model = few_shot.FewShotModel(inner, num_choices=4)
     _, batch, _ = example_batch()
     batch["encoder_input_tokens"] = np.full((4, 3), 5, np.int32)
-    params = inner.init(jax.random.key(0), {k: v for k, v in batch.items() if k != few_shot.GOLD})
+    shapes = {k: v.shape for k, v in batch.items() if k != few_shot.GOLD}
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(  # nothing is compiled for them
+        lambda leaf: rng.normal(size=leaf.shape, scale=0.4).astype(leaf.dtype),
+        jax.eval_shape(lambda key: inner.init(key, shapes), jax.random.key(0)),
+    )
     loss_sum, normalizer, sums = jax.jit(model.loss_sums)(params, batch)
     assert set(sums) >= {"few_shot/choices", "few_shot/unlikelihood", "nll"}
     # Language modelling is the ordinary loss of a batch of right answers.

@@ -69,6 +69,26 @@ def test_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_sizes_give_the_number(name):
+    """By hand: the tests of networks show that they are built so."""
+    cfg = build(name).config
+    attention = 4 * cfg.emb_dim * cfg.num_heads * cfg.head_dim
+    feed_forward = (len(cfg.mlp_activations) + 1) * cfg.emb_dim * cfg.mlp_dim
+    encoder = cfg.num_encoder_layers * (attention + feed_forward + 2 * cfg.emb_dim)
+    decoder = cfg.num_decoder_layers * (2 * attention + feed_forward + 3 * cfg.emb_dim)
+    tables = (1 if cfg.logits_via_embedding else 2) * cfg.vocab_size * cfg.emb_dim
+    norms_and_biases = 2 * (cfg.emb_dim + 32 * cfg.num_heads)
+    assert encoder + decoder + tables + norms_and_biases == NUM_PARAMETERS[name]
+
+
+# Of those between, the numbers are told from their sizes above.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.endswith(("small", "xxl")) else pytest.param(name, marks=pytest.mark.slow)
+        for name in NUM_PARAMETERS
+    ],
+)
 def test_scanned_has_a_position_bias_in_every_layer(name):
     """And else the same number; one layer stands for a stack, which is faster to count."""
     module = build(name, "T5Config.scan_layers = True")

@@ -13,6 +13,7 @@ from moe_peft.models import t5
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = [jax.ShapeDtypeStruct((2, 4), jnp.int32)] * 3
+poly = functools.cache(methods.poly)  # the same object, which `logits_of` has traced
 
 
 def network(layers=2, **options):
@@ -47,7 +48,7 @@ def logits_of(method, module):
 @functools.cache
 def adapted_paths():
     """Paths of the layers with a router of their own in a network of two layers each."""
-    paths = logits_of(methods.poly(num_tasks=3), network(2))
+    paths = logits_of(poly(num_tasks=3), network(2))
     return [path.removesuffix("/adapter/router/logits") for path in paths]
 
 
@@ -78,10 +79,10 @@ def test_number_of_routers(granularity, num_blocks, counts):
     assert tuple(len(groups(granularity, num_blocks, n)) for n in (8, 12, 24)) == counts
     # A network has the routers that its paths tell.
     num_blocks = num_blocks and 2
-    options = {"granularity": granularity, "num_blocks": num_blocks}
+    options = {}
     if granularity != "linear":  # some layers of each block tell its groups
-        options["placement"] = "light"
-    found = logits_of(methods.poly(num_tasks=3, **options), network(2))
+        options = {"granularity": granularity, "num_blocks": num_blocks, "placement": "light"}
+    found = logits_of(poly(num_tasks=3, **options), network(2))
     told = groups(granularity, num_blocks, 2)
     if granularity == "linear":
         assert found.keys() == {f"{path}/adapter/router/logits" for path in told}

@@ -81,6 +81,8 @@ CASES += [("ia3", "t5_1_0"), ("poly_ia3", "t5_1_0_scanned")]
 # Each of them has a neighbour in the other layout that is always tested.
 LATER = {(name, "t5_1_1") for name in ("model", "coder_ia3", "poly_ia3")}
 LATER |= {(name, "scanned") for name in ("lora", "random_task")}
+# Of one router for all: "coder_ia3" and "blocks". Of all layers: "lora", and "poly" scanned.
+LATER |= {("model", "scanned"), ("poly", "t5_1_1")}
 CASES = [pytest.param(*case, marks=pytest.mark.slow) if case in LATER else case for case in CASES]
 
 
