@@ -1,6 +1,8 @@
 """Adapting to CLDR tasks: files, averages, refusals, going on."""
 
+import contextlib
 import functools
+import io
 import json
 import pathlib
 import shutil
@@ -37,9 +39,9 @@ CONFIG = t5.T5Config(
     mlp_dim=16,
     num_encoder_layers=1,
     num_decoder_layers=1,
-    dropout_rate=0.1,
+    dropout_rate=0.0,  # programs compile in half the time
 )
-lora = functools.partial(methods.lora, placement="light")
+lora = functools.partial(methods.lora, placement=".*/wi_1")  # two layers: programs compile fast
 LENGTHS = {"inputs": 56, "targets": 28}
 TASK = "cldr_weekday_gl"
 
@@ -94,7 +96,7 @@ def test_results_can_be_computed_from_predictions(folder):
     again = report.summarize_rows(rows)
     for part in ("overall", "groups", "tasks"):
         assert results[part] == again[part]
-    assert results["trainable_parameters"] == 2 * (3 * 2 * 16 + 2 * 24)
+    assert results["trainable_parameters"] == 2 * 2 * 24
     want = [(task, seed) for task in sorted(groups) for seed in (0, 1)]
     assert [(run["task"], run["seed"]) for run in results["runs"]] == want
     for run in results["runs"]:
@@ -116,15 +118,6 @@ def test_adapters_of_every_run_are_kept(folder):
     assert not list(folder.glob("groups/*/progress*"))
     lines = (path.parent / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
-
-
-def test_unknown_memory_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(programs, "device_memory", lambda: None)
-    adapt(tmp_path, seeds=(0,), num_steps=2)
-    said = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in said if line.startswith("the memory of a device is unknown")]
-    assert "so 4.3 GB are assumed" in line
-    assert (tmp_path / "results.json").exists()
 
 
 def test_what_is_finished_is_not_computed_again(folder, two_tasks, tmp_path, monkeypatch):
@@ -234,15 +227,27 @@ def test_a_source_of_another_method_or_backbone_is_refused(source, tmp_path):
         adapt(tmp_path, source=source)
 
 
-def test_choices_train_and_rank(tmp_path):
-    results = adapt(
-        tmp_path,
-        few_shot_loss=few_shot.FewShotLoss(),
-        rank_choices=True,
-        seeds=(3,),
-        num_steps=2,
-    )
-    rows = list(json_files.read_jsonl(tmp_path / "predictions.jsonl"))
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """(folder, results, lines on standard error) of a run on choices; nobody tells the memory."""
+    found, said = tmp_path_factory.mktemp("ranked"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(programs, "device_memory", lambda: None)
+        loss = few_shot.FewShotLoss()
+        results = adapt(found, few_shot_loss=loss, rank_choices=True, seeds=(3,), num_steps=2)
+    return found, results, said.getvalue().splitlines()
+
+
+def test_unknown_memory_is_said_in_one_line(ranked):
+    folder, _, said = ranked
+    (line,) = [line for line in said if line.startswith("the memory of a device is unknown")]
+    assert "so 4.3 GB are assumed" in line
+    assert (folder / "results.json").exists()
+
+
+def test_choices_train_and_rank(ranked):
+    folder, results, _ = ranked
+    rows = list(json_files.read_jsonl(folder / "predictions.jsonl"))
     choices = suite.answer_choices(suite.Task("weekday", "gl"))
     assert len(rows) == 2 * 4  # items, wordings
     assert {row["prediction"] for row in rows} <= set(choices)

@@ -81,11 +81,17 @@ def update_of(toy, trainable):
     return step_lib.make_update(toy.MODEL, optimizer_of(toy, trainable), patching.merge)
 
 
+@functools.cache
+def step_of(toy):
+    """The trainer's own step: one program, for no run differs in shapes."""
+    _, trainable = trees(toy, 0)
+    return step_lib.make_train_step(toy.MODEL, optimizer_of(toy, trainable), patching.merge)
+
+
 def one_by_one(toy, run, num_steps):
     """(losses, state) of a run on its own, by the trainer's own step."""
     frozen, trainable = trees(toy, run)
-    optimizer = optimizer_of(toy, trainable)
-    step = step_lib.make_train_step(toy.MODEL, optimizer, patching.merge)
+    optimizer, step = optimizer_of(toy, trainable), step_of(toy)
     state = step_lib.create_state(trainable, optimizer, JOBS[run].key_seed)
     rows, losses = table(toy, run), []
     for chosen in schedule(run, range(num_steps)):
@@ -95,7 +101,8 @@ def one_by_one(toy, run, num_steps):
     return losses, state
 
 
-def make_mapped(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
+@functools.cache  # the same programs for every test that asks for the same
+def make_mapped(toy, width=NUM_RUNS, devices=1, map_runs=None):
     frozen, trainable = trees(toy, 0)
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:devices])
 
@@ -105,8 +112,7 @@ def make_mapped(toy, width=NUM_RUNS, devices=1, update=None, map_runs=None):
         wrong = toy.MODEL.net.apply({"params": params}, batch["x"]) - batch["y"]
         return (abs(wrong) < batch["scale"]).astype("float32"), wrong**2
 
-    update = update or update_of(toy, trainable)
-    return programs.MappedRuns(update, score, frozen, width, mesh, map_runs)
+    return programs.MappedRuns(update_of(toy, trainable), score, frozen, width, mesh, map_runs)
 
 
 def runs_of(toy, members):

@@ -12,6 +12,7 @@ import own_data
 import pytest
 
 import moe_peft
+from moe_peft.data import vocabularies
 from moe_peft.partitioning import mesh as mesh_lib
 from moe_peft.weights import saved_run
 
@@ -20,7 +21,7 @@ from moe_peft.weights import saved_run
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     own_data.t5_folder(folder / "t5")
-    own_data.write(folder / "train.jsonl", own_data.rows(40))
+    own_data.write(folder / "train.jsonl", ROWS)
     (folder / "longer").mkdir()
     settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 200}
     (folder / "longer" / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -33,6 +34,14 @@ def _here(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
+def one_layer():
+    """For what is the same with any method."""
+    return moe_peft.methods.lora(rank=2, placement="encoder/.*/query")
+
+
+STEPS, ROWS = 150, own_data.rows(12)
+
+
 @pytest.fixture(scope="module")
 def trained(place):
     """A model after enough steps to know the answers of its training rows."""
@@ -40,25 +49,24 @@ def trained(place):
         patch.setenv("MOE_PEFT_CACHE", str(place / "cache"))
         patch.chdir(place)
         patch.setattr(mesh_lib, "all_devices", lambda: jax.devices()[:1])
-        model = moe_peft.load("hf:./t5", method=moe_peft.methods.lora(rank=8))
+        model = moe_peft.load("hf:./t5", method=moe_peft.methods.lora(rank=8, placement="light"))
         metrics = model.train(
-            "train.jsonl", steps=400, batch_size=16, learning_rate=3e-3, out="runs/a"
+            "train.jsonl", steps=STEPS, batch_size=12, learning_rate=1e-2, out="runs/a"
         )
     assert metrics["exact_match"] > 0.7  # with dropout, while it learned
     return model
 
 
 def test_a_model_answers_what_it_learned(trained):
-    rows = own_data.rows(40)
-    answers = trained.generate([row["inputs"] for row in rows], max_tokens=8)
-    right = sum(answer == row["targets"] for answer, row in zip(answers, rows, strict=True))
-    assert right >= 36
-    assert trained.generate(rows[0]["inputs"], max_tokens=8) == answers[0]
-    scores = trained.score(rows[0]["inputs"], choices=["good", "bad"])
+    answers = trained.generate([row["inputs"] for row in ROWS], max_tokens=8)
+    right = sum(answer == row["targets"] for answer, row in zip(answers, ROWS, strict=True))
+    assert right >= 11
+    assert trained.generate(ROWS[0]["inputs"], max_tokens=8) == answers[0]
+    scores = trained.score(ROWS[0]["inputs"], choices=["good", "bad"])
     assert scores["good"] > scores["bad"]
     assert sum(np.exp(list(scores.values()))) <= 1.0
-    found = trained.evaluate(rows)
-    assert (found["mean"], found["num_examples"]) == (right / 40, 40)
+    found = trained.evaluate(ROWS)
+    assert (found["mean"], found["num_examples"]) == (right / 12, 12)
     assert trained.evaluate("train.jsonl") == {**found, "tasks": {"train": found["mean"]}}
 
 
@@ -67,15 +75,19 @@ def test_save_and_load(trained, place):
     names = {path.name for path in pathlib.Path(folder).iterdir()}
     assert names >= {"adapter.safetensors", "adapter_config.json", "README.md"}
     text, choices = own_data.rows(1)[0]["inputs"], ["good", "bad"]
-    want = trained.score(text, choices)
-    for again in (
+    loaded = (
         moe_peft.load("adapter"),
         moe_peft.load("adapter", backbone="hf:./t5"),
         moe_peft.load("runs/a"),
-    ):
-        assert again.score(text, choices) == want
+    )
+    # All that answers depend on is compared, and one is asked.
+    for again in loaded:
+        assert again.network == trained.network
         assert again.method.describe() == trained.method.describe()
-    assert "trained 400 steps" in repr(moe_peft.load("adapter"))
+        jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+        assert vocabularies.get(again.vocabulary) == vocabularies.get(trained.vocabulary)
+    assert loaded[0].score(text, choices) == trained.score(text, choices)
+    assert f"trained {STEPS} steps" in repr(loaded[0])
 
 
 def test_the_command_line_takes_what_python_trained(trained, place, capsys):
@@ -96,19 +108,19 @@ def test_rows_of_every_kind_train_alike(place):
     pairs = [(row["inputs"], row["targets"]) for row in rows]
     own_data.write(place / "some.jsonl", rows)
     for number, data in enumerate((iter(rows), pairs, ["some.jsonl"])):
-        model = moe_peft.load("hf:./t5", method=moe_peft.methods.ia3())
+        model = moe_peft.load("hf:./t5", method=one_layer())
         model.train(data, steps=2, batch_size=4, out=f"runs/kind{number}")
         digests.append(saved_run.load(f"runs/kind{number}").record["digests"]["trainable"])
     assert len(set(digests)) == 1
 
 
 def test_a_run_goes_on(place):
-    train = lambda **more: moe_peft.load("hf:./t5", method=moe_peft.methods.ia3()).train(
+    train = lambda **more: moe_peft.load("hf:./t5", method=one_layer()).train(
         "train.jsonl", batch_size=4, learning_rate=lambda step: 1e-3, **more
     )
-    train(steps=4, out="runs/whole")
+    train(steps=2, out="runs/whole")
+    train(steps=1, out="runs/parts")
     train(steps=2, out="runs/parts")
-    train(steps=4, out="runs/parts")
     digests = [saved_run.load(f"runs/{name}").record["digests"] for name in ("whole", "parts")]
     assert digests[0] == digests[1]
 

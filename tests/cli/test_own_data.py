@@ -135,7 +135,7 @@ def test_tasks_are_counted_from_their_column(capsys, place):
     flags = "train --method mhr --backbone hf:./t5 --data tasks.jsonl --out runs/mhr --steps 2"
     more = [
         "--gin.mhr.num_splits=2",
-        "--gin.mhr.placement=light",
+        "--gin.mhr.placement='encoder/.*/(query|wo)'",
         "--batch_size",
         4,
         "--gin_file",
@@ -160,7 +160,8 @@ def test_tasks_are_counted_from_their_column(capsys, place):
 
 def test_a_rate_is_found_once(capsys, place):
     shutil.rmtree("runs/auto", ignore_errors=True)
-    flags = [*TRAIN, "--out", "runs/auto", "--learning_rate", "auto"]
+    cheap = ["--method", "lora", "--gin.lora.placement='encoder/.*/query'"]
+    flags = [*TRAIN, *cheap, "--out", "runs/auto", "--learning_rate", "auto"]
     code, said = run(capsys, *flags)
     assert code == 0
     assert "has the lowest loss after" in said

@@ -24,7 +24,7 @@ def order(ids: special_ids.SpecialIds) -> list[int]:
 def folder(place: pathlib.Path, ids: special_ids.SpecialIds, **settings) -> pathlib.Path:
     """Writes config.json with further settings, weights and a tokenizer; "%" is unknown to it."""
     named = {f"{name}_id": value for name, value in vars(ids).items()}
-    config = t5.T5Config(**SIZES, **named)
+    config = t5.T5Config(**SIZES, **named, dropout_rate=0.0)  # compiles in half the time
     tokens = jnp.ones((1, 2), jnp.int32)
     init = lambda rng: t5.Transformer(config).init(
         rng, tokens, tokens, tokens, enable_dropout=False

@@ -28,9 +28,9 @@ def planned(*files, bindings=()):
     return main.configure("plan", files, bindings)()
 
 
-def tiny(**kwargs):
+def tiny(num_layers=1, **kwargs):
     sizes = {"vocab_size": 16, "emb_dim": 8, "num_heads": 2, "head_dim": 4, "mlp_dim": 12}
-    layers = {"num_encoder_layers": 2, "num_decoder_layers": 2}
+    layers = dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), num_layers)
     return t5.Transformer(t5.T5Config(**sizes, **layers, **kwargs))
 
 
@@ -75,8 +75,8 @@ def test_parts_rules_and_leaves_add_up():
     assert found.adapters == sum(rule.num_parameters for rule in found.rules)
     assert found.adapters == sum(leaf.num_parameters for leaf in found.leaves)
     assert found.frozen == found.base
-    assert [(rule.adapter, len(rule.layers)) for rule in found.rules] == [("MoV", 12), ("MoV", 4)]
-    assert sum(leaf.count for leaf in found.leaves) == 2 * 16
+    assert [(rule.adapter, len(rule.layers)) for rule in found.rules] == [("MoV", 6), ("MoV", 2)]
+    assert sum(leaf.count for leaf in found.leaves) == 2 * 8
 
 
 def test_every_adapter_leaf_has_named_axes():
@@ -89,7 +89,7 @@ def test_every_adapter_leaf_has_named_axes():
 
 def test_scanned_and_unscanned_count_the_same():
     unscanned, scanned = (
-        plan.plan(model=tiny(scan_layers=s), method=methods.mov()) for s in (False, True)
+        plan.plan(model=tiny(2, scan_layers=s), method=methods.mov()) for s in (False, True)
     )
     assert unscanned.adapters == scanned.adapters
     assert any("layers" in leaf.axes for leaf in scanned.leaves)
@@ -97,8 +97,8 @@ def test_scanned_and_unscanned_count_the_same():
 
 def test_relatives_of_t5_are_counted(tmp_path):
     """A bias of 2 heads and 64 buckets in each of 4 layers, instead of 32 in each of 2 stacks."""
-    relative = tiny(relpos_in_every_layer=True, relpos_buckets=64)
-    found, plain = (plan.plan(model=model, method=methods.mov()) for model in (relative, tiny()))
+    relative = tiny(2, relpos_in_every_layer=True, relpos_buckets=64)
+    found, plain = (plan.plan(model=model, method=methods.mov()) for model in (relative, tiny(2)))
     assert found.base - plain.base == 4 * 2 * 64 - 2 * 2 * 32
     assert found.adapters == plain.adapters == found.trainable
     flat = {p: np.zeros(s, np.float32) for p, s in sizes.shapes_of(relative.config).items()}
@@ -106,7 +106,7 @@ def test_relatives_of_t5_are_counted(tmp_path):
     again = plan.plan(model=relative, method=methods.mov(), backbone=f"hf:{folder}")
     assert again.base == sum(values.size for values in flat.values())
     with pytest.raises(errors.UserError, match="relpos_in_every_layer True .model config: False"):
-        plan.plan(model=tiny(relpos_buckets=64), method=methods.mov(), backbone=f"hf:{folder}")
+        plan.plan(model=tiny(2, relpos_buckets=64), method=methods.mov(), backbone=f"hf:{folder}")
 
 
 def test_a_backbone_with_another_gate_is_refused(tmp_path):

@@ -33,6 +33,7 @@ CONFIG = t5.T5Config(
     num_encoder_layers=1,
     num_decoder_layers=1,
     dtype="bfloat16",
+    dropout_rate=0.0,
 )
 HERE = dataclasses.replace(hardware.find_target("v5e-8"), name="eight of this machine")
 
@@ -40,7 +41,7 @@ HERE = dataclasses.replace(hardware.find_target("v5e-8"), name="eight of this ma
 def experiment(method=None, batch_size=8):
     return programs.Experiment(
         t5.Transformer(CONFIG),
-        method or methods.ia3(),
+        method or methods.lora(rank=2, placement="encoder/.*/query"),
         optimizers.adafactor(1e-3),
         {"inputs": 16, "targets": 8},
         batch_size,

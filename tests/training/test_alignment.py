@@ -149,7 +149,10 @@ def started(tmp_path_factory):
     """The monitor on a method with CLDR's tasks: (folder, model, frozen, trainable, watch)."""
     import moe_peft.tasks.cldr  # noqa: F401
 
-    folder, method = tmp_path_factory.mktemp("run"), methods.lora(placement="light")
+    folder, method = (
+        tmp_path_factory.mktemp("run"),
+        methods.lora(placement="encoder/.*/(query|wi_1)"),
+    )
     base = t5.Transformer(t5.T5Config(**{**vars(CONFIG), "vocab_size": 272}))
     model = encoder_decoder.EncoderDecoder(method.patch(base), encoder_decoder.LossConfig(), method)
     shapes = {

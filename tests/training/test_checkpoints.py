@@ -1,4 +1,5 @@
 import errno
+import functools
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from moe_peft.training import step as step_lib
 from moe_peft.weights import saved_run
 
 
+@functools.cache
 def _state(toy, step):
     frozen, trainable = toy.ADAPTED.split(
         toy.MODEL.init(jax.random.key(step), {"x": (toy.ROWS, toy.WIDTH)})

@@ -17,11 +17,19 @@ def _kill_test(tmp_path, *args):
     assert "final state and metrics: bit-identical" in done.stdout
 
 
-# SIGTERM is tested in the process of test_loop.py too.
-@pytest.mark.parametrize("signal", ["KILL", pytest.param("TERM", marks=pytest.mark.slow)])
-def test_two_kills_leave_no_trace(tmp_path, signal):
+# Each life is a process that starts anew: a second kill finds what the first one does, and SIGTERM
+# is tested in the process of test_loop.py too.
+@pytest.mark.parametrize(
+    ("signal", "kills"),
+    [
+        ("KILL", 1),
+        pytest.param("KILL", 2, marks=pytest.mark.slow),
+        pytest.param("TERM", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_kills_leave_no_trace(tmp_path, signal, kills):
     trainer = ["--trainer", str(HERE / "training_toy.py"), "--steps", "300"]
-    _kill_test(tmp_path, "--kills", "2", "--signal", signal, *trainer)
+    _kill_test(tmp_path, "--kills", str(kills), "--signal", signal, *trainer)
 
 
 @pytest.mark.slow

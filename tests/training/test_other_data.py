@@ -14,6 +14,10 @@ FLAGS = (
     "T5Config.num_encoder_layers=1",
     "T5Config.num_decoder_layers=1",
     "BATCH_SIZE=4",
+    "DROPOUT_RATE=0.0",
+    "INPUT_TOKENS=64",
+    "T5Config.emb_dim=32",
+    "T5Config.mlp_dim=64",
 )
 PROMPT = "superni.configured.prompt"
 SEED = "superni.configured.seed"

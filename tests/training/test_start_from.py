@@ -23,9 +23,10 @@ T5Config.num_encoder_layers = 1
 T5Config.num_decoder_layers = 1
 mhr.num_splits = 4
 mhr.num_skills = 2
-mhr.placement = "light"
+mhr.placement = "encoder/.*/(query|wo)"
 VARIANT = "mu"
 BACKBONE = "random:0"
+DROPOUT_RATE = 0.0
 BATCH_SIZE = 8
 TRAIN_STEPS = 2
 OPTIMIZER = @optimizers.adamw()
@@ -68,7 +69,9 @@ def test_extra_steps_start_at_the_average(settings, source, tmp_path, capsys):
     assert run("train", settings, tmp_path / "extra", *flags) == 0
     saved = saved_run.load(tmp_path / "extra")
     multitask = saved_run.load(source)
-    multi = methods.mhr(num_tasks=249, num_splits=4, num_skills=2, placement="light")
+    multi = methods.mhr(
+        num_tasks=249, num_splits=4, num_skills=2, placement="encoder/.*/(query|wo)"
+    )
     method = transfer.transferred(multi, "mu")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved.trainable)
     start = transfer.initial(method, multitask.trainable, shapes, jax.random.key(0))

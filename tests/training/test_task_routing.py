@@ -53,8 +53,19 @@ def plain_weights(logits):
     return z / (z.sum(-1, keepdims=True) + 1e-12)
 
 
+def deep(tree):
+    """An unscanned tree with its first encoder layer twelve times; to trace so many takes long."""
+    return patching.trees.unflatten(
+        {
+            path.replace("encoder/layers_0", f"encoder/layers_{i}"): leaf
+            for path, leaf in patching.flatten(tree).items()
+            for i in range(12)
+        }
+    )
+
+
 def test_scanned_selectors_are_named_and_ordered_as_unscanned_ones():
-    plain = task_routing.logits(filled(trainable(scan_layers=False)[1]))
+    plain = task_routing.logits(filled(deep(trainable(num_layers=1)[1])))
     tree = filled(trainable(scan_layers=True)[1])
     scanned = task_routing.logits(tree)
     assert list(plain) == list(scanned)
