@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import moe_peft
+from moe_peft.api import loading
 from moe_peft.models import t5
 from moe_peft.weights import backbone, hugging_face, t5_sizes
 
@@ -21,5 +22,7 @@ def test_a_model_in_a_folder_of_that_name(name, tmp_path, monkeypatch):
 def test_a_run_in_a_folder_called_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    with pytest.raises(moe_peft.errors.UserError, match="checkpoint"):
+    with pytest.raises(moe_peft.errors.UserError, match="run"):
         moe_peft.load("run")
+    assert not loading._is_backbone("run")
+    assert loading._is_backbone("run:run")
