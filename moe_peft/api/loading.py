@@ -61,7 +61,8 @@ def load(
 
 
 def _is_backbone(spec: str) -> bool:
-    if spec.partition(":")[0] in backbone_lib.PREFIXES:
+    kind, colon, _ = spec.partition(":")
+    if colon and kind in backbone_lib.PREFIXES:  # A folder may be called "run".
         return True
     folder = pathlib.Path(spec).expanduser()
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()

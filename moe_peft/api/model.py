@@ -14,8 +14,8 @@ from moe_peft import errors, methods, patching
 from moe_peft.api import rows as rows_lib
 from moe_peft.config import gin_files
 from moe_peft.convert import adapter_folder, adapter_trees
+from moe_peft.data import cells, lookup, vocabularies
 from moe_peft.data import files as files_lib
-from moe_peft.data import lookup, vocabularies
 from moe_peft.evaluation import aggregation, infer, inference
 from moe_peft.evaluation import evaluator as evaluator_lib
 from moe_peft.models import decoding as decoding_lib
@@ -293,4 +293,7 @@ def _listed(inputs: str | Sequence[str]) -> list[str]:
     found = [inputs] if isinstance(inputs, str) else list(inputs)
     if not found or not all(isinstance(text, str) for text in found):
         raise errors.UserError("Expected a text, or a list of at least one text.")
+    for number, text in enumerate(found, 1):
+        if half := cells.half_character(text):
+            raise errors.UserError(f"Text {number} has half a character: {half}.")
     return found

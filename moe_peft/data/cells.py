@@ -56,17 +56,27 @@ def text(path: pathlib.Path, place: str, row: plain_files.Row, column: str) -> s
     """The text of a cell; numbers are written out."""
     value = row.get(column)
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            reason = f"{column!r} has half a character"
-            raise bad_rows.BadRow(path, place, reason, ascii(value[error.start])) from None
+        if half := half_character(value):
+            raise bad_rows.BadRow(path, place, f"{column!r} has half a character", half)
         return value
     if value is None or value != value:  # NaN, as pandas writes what is missing
         raise bad_rows.BadRow(path, place, f"{column!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise bad_rows.BadRow(path, place, f"{column!r} is not a text", type(value).__name__)
     return str(value)
+
+
+def half_character(text: str) -> str:
+    """The first half of a surrogate pair, which no tokenizer reads, as ASCII; "" if there is none.
+
+    >>> half_character("a" + chr(0xD800)), half_character("a")
+    ("'\\\\ud800'", '')
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])
+    return ""
 
 
 def texts(

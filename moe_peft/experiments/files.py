@@ -43,7 +43,7 @@ class CommandLine:
 
     def on_samples(self, sample: str, folder: pathlib.Path) -> "CommandLine":
         """The same with the samples in place of backbone and data, its runs under `folder`."""
-        kept = [b for b in self.bindings if not b.startswith(("BACKBONE=file:", "VOCABULARY="))]
+        kept = [b for b in self.bindings if not b.startswith(("BACKBONE=hf:", "VOCABULARY="))]
         place = lambda found: f"={found[1] or ''}{load(found[2]).folder(folder)}"
         moved = [re.sub(r"=(run:)?results/(\w+/\w+/\w+)", place, binding) for binding in kept]
         return dataclasses.replace(self, gin_files=(*self.gin_files, sample), bindings=tuple(moved))

@@ -35,6 +35,13 @@ _NETWORKS = {
 }
 
 
+def with_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json with a `model_type`, which the first UMT5s say by their class alone."""
+    name = str((settings.get("architectures") or [""])[0])
+    told = re.fullmatch("(T5|MT5|UMT5)ForConditionalGeneration", name)
+    return {**({"model_type": told[1].lower()} if told else {}), **settings}
+
+
 def check(settings: Mapping[str, Any], path: epath.Path, known: tuple[str, ...]) -> None:
     """Raises UserError unless config.json, at `path`, is of a T5 of a known `model_type`."""
     kind, name = settings.get("model_type"), str((settings.get("architectures") or [""])[0])
@@ -89,6 +96,19 @@ def is_scaled(settings: Mapping[str, Any]) -> bool:
     if settings["model_type"] == "mt5":
         return is_tied and str(settings.get("transformers_version")).startswith("4.")
     return settings.get("scale_decoder_outputs", is_tied)
+
+
+def check_head(settings: Mapping[str, Any], path: epath.Path) -> None:
+    """Raises UserError if what enters an output layer of its own is scaled, as version 5 can say.
+
+    `path` is that of the folder, whose output layer is not the embedding.
+    """
+    if settings.get("scale_decoder_outputs"):
+        raise errors.UserError(
+            f"{path}: scale_decoder_outputs is true, and lm_head.weight is not shared.weight; this "
+            "network scales only where they are the same. Multiply lm_head.weight by d_model ** "
+            "-0.5 and set scale_decoder_outputs and tie_word_embeddings to false."
+        )
 
 
 def ties_without_scale(settings: Mapping[str, Any]) -> bool:

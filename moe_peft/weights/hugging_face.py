@@ -76,12 +76,12 @@ def open_folder(path: epath.PathLike) -> checkpoint_file.CheckpointFile:
     place = locations.existing(hub.local(os.fspath(path)))
     folder, settings = place.parent if place.is_file() else place, {}
     if (folder / CONFIG).exists():
-        settings = safetensors_files.read_json(folder / CONFIG)
-        _check_settings(settings, folder / CONFIG)
+        settings = hf_kinds.with_kind(safetensors_files.read_json(folder / CONFIG))
+        check_settings(settings, folder / CONFIG)
         ids = hf_kinds.ids_of(settings, _generation(folder), folder / CONFIG)
-    found, unused, known = _renamed(open_tensors(place), settings)
+    found, unused, known = _renamed(open_tensors(place), settings, folder)
     if settings:
-        config = _config(settings, folder / CONFIG)
+        config = config_of(settings, folder / CONFIG)
         config = dataclasses.replace(config, **{f"{n}_id": i for n, i in vars(ids).items()})
     else:
         config = t5_sizes.recognise({name: leaf.shape for name, leaf in found.items()}, str(path))
@@ -162,7 +162,7 @@ def write(
 
 
 def _renamed(
-    tensors: leaves.Leaves, settings: Mapping[str, Any]
+    tensors: leaves.Leaves, settings: Mapping[str, Any], folder: epath.Path
 ) -> tuple[leaves.Leaves, tuple[str, ...], dict[str, str]]:
     """Returns (leaves by our paths, keys without a place, keys left out with the reason)."""
     tensors, known = dict(tensors), {}
@@ -178,6 +178,8 @@ def _renamed(
         is_scaled, head = hf_kinds.is_scaled(settings), tensors.get(_HEAD)
         if is_scaled and head is not None and _equal(head, tensors[_EMBEDDING]):
             known[_HEAD] = f"the same as {_EMBEDDING}"
+        elif is_scaled and head is not None:
+            hf_kinds.check_head(settings, folder)
         elif not is_scaled and head is None:
             tensors[_HEAD] = tensors[_EMBEDDING]
     paths = {key: t5_names.path_of(key) for key in tensors if key not in known}
@@ -220,14 +222,16 @@ def _turned(matrix: np.ndarray) -> np.ndarray:
     return turned
 
 
-def _check_settings(settings: Mapping[str, Any], path: epath.Path) -> None:
+def check_settings(settings: Mapping[str, Any], path: epath.PathLike) -> None:
+    """Raises UserError unless config.json, at `path`, is of a network that opens."""
     hf_kinds.check(settings, path, _MODEL_TYPES)
     for key, value in _FIXED.items():
         if (given := settings.get(key, value)) != value:
             raise errors.UserError(f"{path}: {key} is {given!r}; this network has {value!r}.")
 
 
-def _config(settings: Mapping[str, Any], path: epath.Path) -> t5.T5Config:
+def config_of(settings: Mapping[str, Any], path: epath.PathLike) -> t5.T5Config:
+    """Returns the network of a checked config.json, but for its special ids."""
     given = dict(settings)
     if given.get("num_decoder_layers") is None:  # as many as the encoder has
         given["num_decoder_layers"] = given.get("num_layers")
@@ -286,5 +290,5 @@ def _says(config: t5.T5Config, settings: Mapping[str, Any]) -> bool:
     if not settings.keys() >= _SIZES.keys() - {"num_decoder_layers"}:
         return False
     ids = hf_kinds.ids_of(settings, {}, CONFIG)
-    differing = t5_sizes.differences(config, _config(settings, CONFIG))
+    differing = t5_sizes.differences(config, config_of(settings, CONFIG))
     return not differing and ids == special_ids.of_config(config)

@@ -14,7 +14,7 @@ import pathlib
 from typing import Any
 
 from moe_peft import errors
-from moe_peft.data import bad_rows
+from moe_peft.data import bad_rows, cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,8 @@ class _Fields:
         value = self.content[name]
         if not isinstance(value, kinds):
             raise self.problem(f"{name!r} is a {type(value).__name__}; expected {wanted}")
+        if isinstance(value, str) and (half := cells.half_character(value)):
+            raise self.problem(f"{name!r} has half a character", half)
         return value
 
     def first(self, name: str, place: str) -> str:
@@ -176,4 +178,6 @@ def _instance(fields: _Fields) -> Instance:
     if not outputs or not all(isinstance(output, str) for output in outputs):
         reason = "'output' needs at least one text and nothing else"
         raise fields.problem(reason, repr(outputs)[:60])
+    if half := next(filter(None, map(cells.half_character, outputs)), None):
+        raise fields.problem("'output' has half a character", half)
     return Instance(fields.get("input", str), tuple(outputs))
