@@ -55,13 +55,22 @@ def numbers(name):
     """All that can be asked of a model after three steps."""
     model, metrics = trained(name)
     asked = [row["inputs"] for row in ROWS[:5]]
-    choices = [row | {"choices": ["good", "b%d", "%"]} for row in ROWS]
     return {
         "metrics": metrics,
         "answers": model.generate(asked, max_tokens=6),
-        "beams": model.generate(asked, 6, decoding=decoding.BeamSearch(num_beams=2), batch_size=3),
         "scores": model.score(asked, ["good", "b%d"], batch_size=2),
         "free": model.evaluate(ROWS, batch_size=5, max_tokens=6),
+    }
+
+
+def more_numbers(name):
+    """Answers of beams, and choices in a file's rows."""
+    model, metrics = trained(name)
+    asked = [row["inputs"] for row in ROWS[:5]]
+    choices = [row | {"choices": ["good", "b%d", "%"]} for row in ROWS]
+    return {
+        "metrics": metrics,
+        "beams": model.generate(asked, 6, decoding=decoding.BeamSearch(num_beams=2), batch_size=3),
         "ranked": model.evaluate(choices, batch_size=5),
     }
 
@@ -72,7 +81,10 @@ def packed(name):
     return metrics
 
 
-@pytest.mark.parametrize("found", [numbers, packed])
+# Beams of such ids are in tests/models/test_special_ids.py too, choices in `score` above.
+@pytest.mark.parametrize(
+    "found", [numbers, packed, pytest.param(more_numbers, marks=pytest.mark.slow)]
+)
 def test_the_order_of_ids_changes_nothing(place, found):
     one, other = found("like_t5"), found("other")
     flat = lambda found: jax.tree_util.tree_leaves_with_path(found)

@@ -23,7 +23,7 @@ program = jax.jit(lambda x: jnp.outer(x, x) @ x)
 vector = jnp.arange(6_000.0)
 memory = host_memory.Kept() if {is_kept} else None
 faults = []
-for _ in range(8):
+for _ in range(12):
     before = usage().ru_minflt
     jax.block_until_ready(program(vector))
     faults.append(usage().ru_minflt - before)

@@ -13,6 +13,7 @@ FLAGS = (
     "BACKBONE=random:0",
     "T5Config.num_encoder_layers=1",
     "T5Config.num_decoder_layers=1",
+    "T5Config.dropout_rate=0.0",
     "BATCH_SIZE=4",
     "DROPOUT_RATE=0.0",
     "INPUT_TOKENS=64",
