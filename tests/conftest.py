@@ -47,10 +47,13 @@ sys.path.append(str(pathlib.Path(__file__).parent / "golden"))
 
 import jaxtyping
 
-# Shapes in annotations are checked while the tests run.
-jaxtyping.install_import_hook(
-    ["moe_peft.adapters", "moe_peft.routing", "moe_peft.models"], "beartype.beartype"
-)
+# Shapes in annotations are checked while the tests run: those of whole networks, which have most
+# calls, with the slow tests only. Workers inherit what the first process was asked.
+if "--slow" in sys.argv:
+    os.environ["MOE_PEFT_CHECK_NETWORKS"] = "1"
+_CHECKED = ["moe_peft.adapters", "moe_peft.routing"]
+_CHECKED += ["moe_peft.models"] if "MOE_PEFT_CHECK_NETWORKS" in os.environ else []
+jaxtyping.install_import_hook(_CHECKED, "beartype.beartype")
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache

@@ -139,7 +139,7 @@ CASES = [(name, "unscanned") for name in METHODS] + [
     (name, layout) for name in ("mov", "molora", "poly") for layout in ("remat", "scanned")
 ]
 # Equality of scanned and unscanned is tested for "molora" too, and nothing of remat is in a method.
-LATER = {("molora", "remat"), ("poly", "remat"), ("molora", "scanned")}
+LATER = {("mov", "remat"), ("molora", "remat"), ("poly", "remat"), ("molora", "scanned")}
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
