@@ -193,5 +193,7 @@ def test_bfloat16_onto_devices(theirs):
     config = dataclasses.replace(config, dtype="bfloat16")
     logits = np.asarray(jax.jit(lambda p: our_logits(config, p))(params), np.float32)
     expected = their_output(model).logits.detach().numpy()[TARGETS > 0]
-    gap = np.abs(logits[TARGETS > 0] - expected).max() / np.abs(expected).max()
-    assert 1e-6 < gap < 0.1  # rounded, and no more
+    rounded = their_output(model.bfloat16()).logits.detach().float().numpy()[TARGETS > 0]
+    gap = lambda found: np.abs(found - expected).max() / np.abs(expected).max()
+    # Rounded, and no more: four layers of random weights enlarge it in transformers too.
+    assert 1e-6 < gap(logits[TARGETS > 0]) < max(0.1, 1.2 * gap(rounded))

@@ -125,7 +125,10 @@ def test_what_torch_writes_but_no_state_dict_has(tmp_path):
         "has 30 values": {"a": torch.ones(3).expand(10, 3)},
         "ComplexFloatStorage": {"a": torch.ones(2, dtype=torch.complex64)},
         "torch.nn.modules.linear.Linear": torch.nn.Linear(2, 2),
-        "model is a dict": {"model": {"a": torch.ones(2)}},
+        "it has 2 dictionaries of tensors": {
+            "model": {"a": torch.ones(2)},
+            "b": {"a": torch.ones(2)},
+        },
         "_rebuild_sparse_tensor": {"a": torch.ones(2).to_sparse()},
     }.items():
         torch.save(value, tmp_path / "a.bin")
