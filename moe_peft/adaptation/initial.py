@@ -39,7 +39,7 @@ class Start:
         self._source = start_lib.Source.load(method, source) if source else None
         start.check_special_ids(backbone)
         loaded = backbone_lib.load(
-            backbone, start.base_shapes(), start.init_base, network=start.network()
+            backbone, start.base_shapes(), start.init_base, network=start.config()
         )
         self.fingerprint = loaded.fingerprint
         self.source_step = self._source and self._source.step

@@ -41,7 +41,7 @@ class Start:
         """Returns the abstract params of the model without adapters."""
         return jax.eval_shape(self.init_base, jax.random.key(0))
 
-    def network(self) -> Any:
+    def config(self) -> Any:
         """Returns the config of the network; None: the model does not tell."""
         return getattr(getattr(self.base_model, "module", None), "config", None)
 
@@ -65,13 +65,12 @@ class Start:
 
     def check_backbone(self, backbone: str) -> None:
         """Raises UserError if a backbone is not there or does not fit; reads no weights."""
-        backbone_lib.check_headers(backbone, self.base_shapes(), self.network())
+        backbone_lib.check_headers(backbone, self.base_shapes(), self.config())
         self.check_special_ids(backbone)
 
     def check_special_ids(self, backbone: str) -> None:
         """Raises UserError if a backbone's files tell other special ids than the model's."""
-        network = getattr(self.base_model, "module", None)
-        backbone_lib.check_special_ids(backbone, special_ids.of(network))
+        backbone_lib.check_special_ids(backbone, special_ids.of_config(self.config()))
 
     def trees(
         self, backbone: str, seed: int, frozen_dtype: str, source: "Source | None" = None
@@ -84,7 +83,7 @@ class Start:
         stored_as = lambda path: "float32" if self.method.is_trainable(path) else frozen_dtype
         self.check_special_ids(backbone)
         loaded = backbone_lib.load(
-            backbone, self.base_shapes(), self.init_base, stored_as, self.network()
+            backbone, self.base_shapes(), self.init_base, stored_as, self.config()
         )
         base = patching.flatten(loaded.params)
         if source is None:

@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 
+import make_t5_golden
 import numpy as np
 import torch
 import transformers
@@ -84,10 +85,7 @@ def compute(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         "loss": loss.detach().numpy(),
         "greedy": greedy,
     }
-    for name, weight in model.named_parameters():
-        arrays[f"weight/{name}"] = weight.detach().numpy()
-        arrays[f"gradient/{name}"] = weight.grad.numpy()
-    return arrays
+    return arrays | make_t5_golden.weights_and_gradients(model)
 
 
 def main() -> None:

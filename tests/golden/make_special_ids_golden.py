@@ -68,10 +68,7 @@ def compute(model, ids: tuple[int, int, int]) -> dict[str, np.ndarray]:
         "greedy": answers.astype(np.int32),
         "choices": np.stack(log_probs, -1),
     }
-    for name, weight in model.named_parameters():
-        arrays[f"weight/{name}"] = weight.detach().numpy()
-        arrays[f"gradient/{name}"] = weight.grad.numpy()
-    return arrays
+    return arrays | make_t5_golden.weights_and_gradients(model)
 
 
 def main() -> None:

@@ -108,10 +108,16 @@ def compute(model: transformers.T5ForConditionalGeneration) -> dict[str, np.ndar
     # After its end a beam is filled with the padding id or the end id, depending on the version.
     is_after_end = np.cumsum(arrays["beam"] == 1, axis=1) - (arrays["beam"] == 1) > 0
     arrays["beam"][is_after_end] = 0
+    return arrays | weights_and_gradients(model)
+
+
+def weights_and_gradients(model) -> dict[str, np.ndarray]:
+    """Of every parameter, after a backward pass."""
+    found = {}
     for name, weight in model.named_parameters():
-        arrays[f"weight/{name}"] = weight.detach().numpy()
-        arrays[f"gradient/{name}"] = weight.grad.numpy()
-    return arrays
+        found[f"weight/{name}"] = weight.detach().numpy()
+        found[f"gradient/{name}"] = weight.grad.numpy()
+    return found
 
 
 def pad(generated: torch.Tensor) -> np.ndarray:
